@@ -1,0 +1,289 @@
+"""A store while it is being built: the folder, who holds it, what is done, and the commit.
+
+::
+
+    target/.scdl-build/lock           held by the process that builds
+    target/.scdl-build/plan.json      what is being built: the same plan goes on, another one is refused
+    target/.scdl-build/done/*.json    one mark per finished shard, with what its task reported
+    target/X/data/c/0 ...             shards, each renamed into place when it is whole
+    target/zarr.json                  the commit: before it nothing opens, after it everything is there
+    target/X/zarr.json ...            for readers that open a part directly; written last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from scdl_zarr.conversion.encode import replace_file, sync_folder
+from scdl_zarr.conversion.plan import ShardTask
+from scdl_zarr.conversion.shards import ShardResult, write_shard
+from scdl_zarr.conversion.values import ValueStats
+from scdl_zarr.errors import (
+    CorruptStoreError,
+    StoreAccessError,
+    StoreBusyError,
+    StoreExistsError,
+    StoreFullError,
+)
+from scdl_zarr.storage.schema import BUILD_FOLDER, node_document
+
+__all__ = ["PLAN_VERSION", "Construction", "check_room", "prepare_target", "run_task", "swap_folders"]
+
+PLAN_VERSION = 1
+
+
+def run_task(task: ShardTask) -> ShardResult:
+    """Write a task's shard and then its mark."""
+    result = write_shard(task)
+    record = asdict(result)
+    replace_file(_mark_path(Path(task.root), task), json.dumps(record).encode())
+    return result
+
+
+def _mark_path(root: Path, task: ShardTask) -> Path:
+    return root / BUILD_FOLDER / "done" / f"{task.name}.json"
+
+
+class Construction:
+    """The folder of a store that is being built.  Use as a context manager: it holds the lock."""
+
+    def __init__(self, root: Path, plan: Mapping[str, Any], *, resume: bool) -> None:
+        self.root = root
+        self._plan = dict(plan)
+        self._resume = resume
+        self._build = root / BUILD_FOLDER
+        self._fresh = False
+
+    def __enter__(self) -> Construction:
+        with _explained(self.root):
+            self._fresh = not self.root.exists() or not any(self.root.iterdir())
+            self._build.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self._build / "lock", "a+b")  # noqa: SIM115
+        _take_lock(self._lock, self.root)
+        try:
+            self._go_on_or_start()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def _go_on_or_start(self) -> None:
+        path = self._build / "plan.json"
+        known = _read_json(path)
+        if known is not None:
+            known.pop("dtypes", None)
+        wanted = json.loads(json.dumps(self._plan))
+        if known is not None and known != wanted:
+            if not self._resume:
+                known = None
+            else:
+                raise StoreExistsError(
+                    f"{self.root} holds an unfinished conversion of another plan ({describe_difference(known, wanted)}). "
+                    "Run that conversion again to finish it, or start over with overwrite=True (--overwrite)"
+                )
+        if known is None or not self._resume:
+            self._clear()
+            self.save_dtypes({})
+
+    def _clear(self) -> None:
+        with _explained(self.root):
+            for path in self.root.iterdir():
+                if path != self._build:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            shutil.rmtree(self._build / "done", ignore_errors=True)
+
+    # ---- state
+
+    def dtypes(self) -> dict[str, str]:
+        """The value dtype that each matrix was last found to need."""
+        return dict((_read_json(self._build / "plan.json") or {}).get("dtypes", {}))
+
+    def save_dtypes(self, dtypes: Mapping[str, str]) -> None:
+        with _explained(self.root):
+            replace_file(self._build / "plan.json", json.dumps({**self._plan, "dtypes": dict(dtypes)}).encode())
+
+    def finished(self, task: ShardTask) -> ShardResult | None:
+        """What the task reported when it was done, if its shard is still there in the dtype that is wanted now."""
+        record = _read_json(_mark_path(self.root, task))
+        if record is None or record.get("dtype") != task.arrays[0].dtype.name:
+            return None
+        if not all((self.root / layout.shard_key(task.number)).is_file() for layout in task.arrays):
+            return None
+        try:
+            stats = ValueStats(**record.pop("stats"))
+            pairs = {name: tuple((int(a), int(b)) for a, b in record.pop(name)) for name in ("checksums", "unsorted")}
+            return ShardResult(**record, **pairs, stats=stats)
+        except (TypeError, ValueError, KeyError):
+            return None
+
+    # ---- the end
+
+    def commit(self, root_document: bytes, nodes: Mapping[str, Mapping[str, Any]], objects: Mapping[str, bytes]) -> None:
+        """Write what is small, then the root document (the commit), then the documents of the parts."""
+        with _explained(self.root):
+            for key in sorted(objects):
+                replace_file(self.root / key, objects[key])
+            for folder in sorted((p for p in self.root.rglob("*") if p.is_dir()), reverse=True):
+                sync_folder(folder)
+            replace_file(self.root / "zarr.json", root_document)
+            finish_documents(self.root, nodes)
+
+    def discard(self) -> None:
+        """Remove what was written, and the folder too if this conversion made it."""
+        shutil.rmtree(self._build, ignore_errors=True)
+        self._clear_all()
+
+    def _clear_all(self) -> None:
+        for path in list(self.root.iterdir()):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+        with contextlib.suppress(OSError):
+            self.root.rmdir()
+
+
+def finish_documents(root: Path, nodes: Mapping[str, Mapping[str, Any]]) -> None:
+    """The parts' own ``zarr.json``, after the commit; then the build folder goes."""
+    for path in sorted(nodes):
+        replace_file(root / path / "zarr.json", node_document(nodes[path]))
+    shutil.rmtree(root / BUILD_FOLDER, ignore_errors=True)
+
+
+def describe_difference(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
+    """The first things in which two plans differ: ``profile is 'fast' there and 'compact' here``."""
+    differences = []
+    for key in sorted({*found, *wanted}):
+        a, b = found.get(key), wanted.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and a != b:
+            differences.append(describe_difference(a, b, f"{prefix}{key}."))
+        elif a != b:
+            differences.append(f"{prefix}{key} is {_short(a)} there and {_short(b)} here")
+    return "; ".join(differences[:4]) or "nothing"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+# ---- the target
+
+
+def prepare_target(target: Path) -> None:
+    """Refuse a target that cannot be written, before anything is."""
+    parent = target
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise StoreAccessError(f"{target} cannot be made: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise StoreAccessError(f"{target} cannot be written: no permission in {parent}")
+    if os.name != "nt" and hasattr(os, "statvfs") and os.statvfs(parent).f_flag & getattr(os, "ST_RDONLY", 0):
+        raise StoreAccessError(f"{target} cannot be written: {parent} is on read-only media")
+
+
+def check_room(target: Path, needed: int) -> None:
+    """Refuse a conversion that the disk has clearly no room for (real counts need about `needed` bytes; a quarter is slack)."""
+    parent = target
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed * 3 // 4:
+        raise StoreFullError(
+            f"{target} needs about {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free in {parent}; "
+            "make room, choose another disk, or profile='compact' or 'archive'"
+        )
+
+
+@contextlib.contextmanager
+def _explained(root: Path) -> Iterator[None]:
+    """Operating system errors in the package's own words."""
+    import errno
+
+    try:
+        yield
+    except PermissionError as error:
+        raise StoreAccessError(f"{root} cannot be written: {error}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreFullError(
+                f"no space left while writing {root}; make room and run the same conversion again: it goes on where it stopped"
+            ) from error
+        if error.errno == errno.EROFS:
+            raise StoreAccessError(f"{root} cannot be written: read-only media") from error
+        raise
+
+
+explained_errors = _explained
+
+
+def _take_lock(file: Any, root: Path) -> None:
+    """An advisory lock that the system drops when its holder dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no advisory locks; the marks still keep shards whole
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read(64).decode("ascii", "replace").strip() or "unknown"
+        file.close()
+        raise StoreBusyError(f"{root} is being written by another process (id {holder}); wait for it to finish") from None
+    file.truncate(0)
+    file.write(str(os.getpid()).encode())
+    file.flush()
+
+
+def swap_folders(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target` and remove the old one; one atomic exchange where the system has it."""
+    if not _exchange(new, target):
+        aside = target.with_name(f".{target.name}.scdl-old")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+        os.rename(new, target)
+        new = aside
+    sync_folder(target.parent)
+    shutil.rmtree(new)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    return bool(renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0)
+
+
+def committed_plan(root: Path) -> dict[str, Any] | None:
+    """The plan recorded in a finished store of ours at `root`, or None if there is no store."""
+    from scdl_zarr.storage.location import StoreLocation, read_metadata
+
+    if not (root / "zarr.json").is_file():
+        return None
+    header = read_metadata(StoreLocation(path=root)).header
+    plan = header.get("conversion")
+    if header and not isinstance(plan, dict):
+        raise CorruptStoreError(f"{root}: the store records no conversion")
+    return dict(plan) if isinstance(plan, dict) else None

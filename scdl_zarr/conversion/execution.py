@@ -1,0 +1,428 @@
+"""A conversion from sources to an open-able store: survey, tasks on Dask, commit.
+
+Each shard is one task.  ``dask`` runs them in threads; a plain ``for`` loop over the tasks would give the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scdl_zarr.conversion.construction import (
+    PLAN_VERSION,
+    Construction,
+    check_room,
+    committed_plan,
+    describe_difference,
+    explained_errors,
+    finish_documents,
+    prepare_target,
+    run_task,
+    swap_folders,
+)
+from scdl_zarr.conversion.elements import EncodedElements
+from scdl_zarr.conversion.frames import join_frames
+from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan, ShardTask, parse_bytes, projected_bytes
+from scdl_zarr.conversion.shards import DtypeTooNarrow, ShardResult
+from scdl_zarr.conversion.sources.h5ad import matrix_name
+from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
+from scdl_zarr.conversion.values import ValueStats, choose_dtype
+from scdl_zarr.errors import (
+    CorruptStoreError,
+    FormatVersionError,
+    InexactValueError,
+    NotAStoreError,
+    OptionError,
+    SourceError,
+    StoreExistsError,
+)
+from scdl_zarr.storage.location import local_path
+from scdl_zarr.storage.schema import (
+    BUILD_FOLDER,
+    FORMAT_VERSION,
+    group_node,
+    matrix_nodes,
+    profile_named,
+    root_document,
+)
+
+__all__ = ["ConversionSummary", "convert_sources"]
+
+DICT_GROUPS = ("layers", "obsm", "obsp", "varm", "varp", "uns", "uns/scdl", "uns/scdl/unsorted_rows")
+TABLE_FACTOR = 6  # obs and var: as read, joined, as objects, encoded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionSummary:
+    """What a conversion did.  Its text names what was left out."""
+
+    target: str
+    n_obs: int
+    n_vars: int
+    nnz: int
+    n_sources: int
+    matrices: tuple[str, ...]
+    dtype: str
+    stored_bytes: int
+    seconds: float
+    left_out: tuple[str, ...]
+    written: bool = True
+
+    def __str__(self) -> str:
+        if not self.written:
+            return f"{self.target} is already there, from the same sources and options: nothing was written"
+        rate = self.nnz / self.seconds / 1e6 if self.seconds else 0.0
+        per_value = self.stored_bytes / self.nnz if self.nnz else 0.0
+        lines = [
+            f"{self.target}: {self.n_obs:,} cells × {self.n_vars:,} genes from {self.n_sources} "
+            f"source{'s' if self.n_sources != 1 else ''} ({', '.join(self.matrices)}), stored as {self.dtype}",
+            f"{self.nnz:,} stored values in {self.stored_bytes / 1e6:,.1f} MB ({per_value:.2f} bytes a value), "
+            f"{self.seconds:.1f} s ({rate:.0f} M values/s)",
+        ]
+        lines.append(f"left out: {', '.join(self.left_out)}" if self.left_out else "left out: nothing")
+        return "\n".join(lines)
+
+
+def convert_sources(sources: Any, target: str | os.PathLike[str], **options: Any) -> ConversionSummary:
+    """Convert sources into a store at `target`; the options are those of :func:`scdl_zarr.convert`."""
+    return run_conversion(sources, target, ConversionOptions(**options))
+
+
+def run_conversion(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> ConversionSummary:
+    """Survey the sources, refuse what cannot work, then write.
+
+    Raises
+    ------
+    SourceError, StoreNotFoundError
+        A source is unreadable, inconsistent or of a kind that cannot be converted.
+    OptionError, InexactValueError
+        An option does not fit the sources, or a value does not fit the dtype that was asked for.
+    StoreExistsError, StoreAccessError, StoreFullError, StoreBusyError
+        The target is taken, cannot be written, has no room, or is being written by another process.
+
+    Notes
+    -----
+    An error in the sources or options leaves nothing at the target.  Anything else that stops a conversion (a kill, Ctrl-C, a
+    full disk) leaves an unfinished one, which nothing opens and which the same call finishes.
+    """
+    began = time.perf_counter()
+    if not isinstance(target, (str, os.PathLike)):
+        raise OptionError(f"target={target!r}; expected a path")
+    root = local_path(target)
+    specs = find_sources(sources)
+    if any(Path(spec.path) == root or root in Path(spec.path).parents for spec in specs):
+        raise OptionError(f"{root} holds a source of this conversion; choose another target")
+    taken = _target_state(root, options)
+    survey = survey_sources(specs, options)
+    plan = _plan_record(survey, options)
+    if taken == "store" and not options.overwrite:
+        return _same_store(root, plan, survey)
+    prepare_target(root)
+    workers = _workers(survey, options)
+    check_room(root, _projected_size(survey, options))
+    place = root.with_name(f".{root.name}.scdl-new") if taken is not None and options.overwrite else root
+    with Construction(place, plan, resume=options.resume) as construction:
+        try:
+            results = _run(construction, survey, options, workers)
+            _commit(construction, survey, options, results, plan)
+        except (SourceError, InexactValueError, OptionError):
+            construction.discard()  # these can never finish: leave nothing behind
+            raise
+    if place != root:
+        swap_folders(place, root)
+    return _summary(root, survey, time.perf_counter() - began)
+
+
+# ---- the target
+
+
+def _target_state(root: Path, options: ConversionOptions) -> str | None:
+    """None where a store can simply be made, "store" where one is, "build" where one is unfinished."""
+    if not root.exists() and not root.is_symlink():
+        return None
+    if not root.is_dir():
+        raise StoreExistsError(f"{root} exists and is a file; choose another target")
+    if (root / "zarr.json").exists():
+        if not options.overwrite:
+            try:
+                committed_plan(root)
+            except (NotAStoreError, FormatVersionError, CorruptStoreError) as error:
+                raise StoreExistsError(f"{root} exists and is not a store that this conversion made: {error}") from error
+        return "store"
+    if (root / BUILD_FOLDER).is_dir():
+        return "build"
+    if any(root.iterdir()):
+        raise StoreExistsError(f"{root} exists and holds other files; choose another target (overwrite=True replaces stores only)")
+    return None
+
+
+def _same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
+    """A finished store met again: fine if it is what would be made, an error naming the difference if not."""
+    import json
+
+    found = committed_plan(root)
+    wanted = json.loads(json.dumps(_recorded(plan)))
+    if found != wanted:
+        difference = describe_difference(found or {}, wanted) if found else "it was not made by a conversion"
+        raise StoreExistsError(
+            f"{root} exists and is another store ({difference}). Choose another target, or replace it with overwrite=True "
+            "(--overwrite)"
+        )
+    if (root / BUILD_FOLDER).is_dir():  # the commit was interrupted after the root document
+        from scdl_zarr.storage.location import StoreLocation, read_metadata
+
+        finish_documents(root, read_metadata(StoreLocation(path=root)).nodes)
+    return _summary(root, survey, 0.0, written=False)
+
+
+# ---- the plan
+
+
+def _plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
+    content = options.content()
+    content["matrix"] = [matrix_name(key) for key in survey.keys]
+    if len(set(content["matrix"])) == 1:
+        content["matrix"] = content["matrix"][0]
+    sources = [{"name": spec.name, "size": spec.size, "mtime_ns": spec.mtime_ns} for spec in survey.specs]
+    return {"plan_version": PLAN_VERSION, "options": content, "sources": sources, "digest": digest_of(survey.digests)}
+
+
+def _recorded(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the plan that the finished store keeps: nothing of when and where."""
+    names = [{"name": source["name"], "size": source["size"]} for source in plan["sources"]]
+    return {"options": plan["options"], "sources_digest": plan["digest"], "n_sources": len(names)}
+
+
+def _workers(survey: Survey, options: ConversionOptions) -> int:
+    """As many as asked for (or cores), but no more than the memory budget holds."""
+    budget = parse_bytes(options.memory_budget)
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:
+        cores = os.cpu_count() or 1
+    shards = sum(len(plan.cuts) for plan in survey.plans.values())
+    workers = max(1, min(options.workers or cores, shards))
+    tables = table_bytes(survey)
+    plans = list(survey.plans.values())
+    while workers > 1 and projected_bytes(plans, workers, tables, survey.longest_row) > budget:
+        workers -= 1
+    needed = projected_bytes(plans, workers, tables, survey.longest_row)
+    if needed > budget:
+        raise OptionError(
+            f"memory_budget={options.memory_budget!r} is too small: one worker needs about {needed / 1e6:,.0f} MB here"
+        )
+    return workers
+
+
+def table_bytes(survey: Survey) -> int:
+    """What obs, var and obsm take while they are joined and encoded."""
+    frames = [*survey.obs, survey.vocabulary.frame()]
+    held = sum(int(frame.memory_usage(index=True, deep=True).sum()) for frame in frames)
+    return TABLE_FACTOR * held + 3 * sum(value.nbytes for values in survey.obsm.values() for value in values)
+
+
+def _projected_size(survey: Survey, options: ConversionOptions) -> int:
+    profile = profile_named(options.profile)
+    size = 0.0
+    for plan in survey.plans.values():
+        assert plan.layout.indptr is not None
+        size += plan.layout.nnz * profile.bytes_per_value + plan.layout.indptr.size * plan.layout.indptr.dtype.itemsize
+    return int(size)
+
+
+# ---- the tasks
+
+
+def _run(
+    construction: Construction, survey: Survey, options: ConversionOptions, workers: int
+) -> dict[str, list[ShardResult]]:
+    """Write every shard that is not there yet; with dtype="auto", again where a value turns out not to fit."""
+    from tqdm.auto import tqdm
+
+    saved = construction.dtypes()
+    for path, name in saved.items():
+        if path in survey.plans:
+            survey.plans[path] = survey.plans[path].with_dtype(np.dtype(name))
+    results: dict[str, list[ShardResult]] = {}
+    total = sum(plan.layout.nnz for plan in survey.plans.values())
+    with tqdm(total=total, unit="value", unit_scale=True, disable=not options.progress, desc="converting") as bar:
+        for path in survey.plans:
+            while path not in results:
+                plan = survey.plans[path]
+                dtypes = [source.header.dtype for source in plan.sources]
+                at = bar.n
+                try:
+                    done = _run_tasks(construction, list(plan.tasks(str(construction.root), survey.vocabulary.maps, options)), workers, bar)
+                    stats = _union(result.stats for result in done)
+                except DtypeTooNarrow as found:
+                    done, stats = [], found.stats
+                wanted = choose_dtype(stats, dtypes, survey.width) if options.dtype == "auto" else plan.layout.data_dtype
+                if done and wanted == plan.layout.data_dtype:
+                    results[path] = done
+                    continue
+                survey.plans[path] = plan.with_dtype(wanted)
+                saved[path] = wanted.name
+                construction.save_dtypes(saved)
+                bar.update(at - bar.n)
+    return results
+
+
+def _union(stats: Iterable[ValueStats]) -> ValueStats:
+    whole = ValueStats()
+    for one in stats:
+        whole |= one
+    return whole
+
+
+def _run_tasks(construction: Construction, tasks: list[ShardTask], workers: int, bar: Any) -> list[ShardResult]:
+    """The results of all tasks, in their order; those that were done by an earlier run are taken from their marks."""
+    import dask
+    from dask.callbacks import Callback
+
+    results = {task.name: construction.finished(task) for task in tasks}
+    todo = [task for task in tasks if results[task.name] is None]
+    bar.update(sum(result.values for result in results.values() if result is not None))
+
+    def finished(key: Any, result: Any, *_: Any) -> None:
+        if isinstance(result, ShardResult):
+            bar.update(result.values)
+
+    jobs = [dask.delayed(run_task, pure=False)(dask.delayed(task, traverse=False)) for task in todo]
+    # a pool of our own: leaving it waits for tasks that still run after another one failed
+    with ThreadPoolExecutor(workers, thread_name_prefix="scdl-zarr-convert") as pool, explained_errors(construction.root):
+        with Callback(posttask=finished):
+            done = dask.compute(*jobs, scheduler="threads", pool=pool, num_workers=workers)
+    results.update({task.name: result for task, result in zip(todo, done, strict=True)})
+    return [result for task in tasks if (result := results[task.name]) is not None]
+
+
+# ---- the commit
+
+
+def _commit(
+    construction: Construction,
+    survey: Survey,
+    options: ConversionOptions,
+    results: dict[str, list[ShardResult]],
+    plan: Mapping[str, Any],
+) -> None:
+    elements = EncodedElements()
+    elements.add_frame("obs", join_frames(survey.obs))
+    elements.add_frame("var", survey.vocabulary.frame())
+    for name, values in survey.obsm.items():
+        elements.add_array(f"obsm/{name}", np.concatenate(values))
+    _add_provenance(elements, survey, results)
+    nodes = {name: group_node("dict") for name in DICT_GROUPS} | elements.nodes()
+    for path in survey.plans:
+        nodes |= matrix_nodes(survey.plans[path].layout)
+    construction.commit(root_document(nodes, _header(survey, options, results, plan)), nodes, elements.objects())
+
+
+def _header(
+    survey: Survey, options: ConversionOptions, results: dict[str, list[ShardResult]], plan: Mapping[str, Any]
+) -> dict[str, Any]:
+    from scdl_zarr import __version__
+
+    main = survey.plans["X"].layout
+    return {
+        "format_version": FORMAT_VERSION,
+        "writer": f"scdl-zarr {__version__}",
+        "n_obs": main.n_obs,
+        "n_vars": main.n_vars,
+        "nnz": main.nnz,
+        "profile": options.profile,
+        "width": survey.width,
+        "matrices": {
+            path: {"float32_exact": _union(result.stats for result in results[path]).float32_exact} for path in survey.plans
+        },
+        "left_out": survey.left_out,
+        "conversion": _recorded(plan),
+    }
+
+
+def _add_provenance(elements: EncodedElements, survey: Survey, results: dict[str, list[ShardResult]]) -> None:
+    """``uns/scdl``: sources, blocks, var tables and unsorted rows, in a fixed number of arrays."""
+    import pandas as pd
+
+    plan, packer = survey.plans["X"], survey.vocabulary.packer
+    sums = [0] * len(survey.specs)
+    for result in results["X"]:
+        for source, value in result.checksums:
+            sums[source] = (sums[source] + value) % 2**64
+    texts = lambda values: np.array(list(values), dtype=object)  # noqa: E731
+    sources = {
+        "name": texts(spec.name for spec in survey.specs),
+        "matrix": texts(matrix_name(key) for key in survey.keys),
+        "n_obs": np.array([source.header.n_obs for source in plan.sources], np.int64),
+        "nnz": np.array([source.header.nnz for source in plan.sources], np.int64),
+        "checksum": np.array(sums, np.uint64),
+        "size_bytes": np.array([spec.size for spec in survey.specs], np.int64),
+    }
+    blocks = _blocks(plan, survey.tables)
+    starts = np.concatenate([[0], np.cumsum([len(ids) for ids in survey.vocabulary.maps])])[:-1].astype(np.int64)
+    tables = {
+        "n_vars": np.array(packer.lengths, np.int64),
+        "map_start": starts,
+        "index_name": texts(packer.index_names),
+    }
+    directory = {
+        name: texts(values) if name in ("column", "part", "encoding") else np.array(values, bool if name == "ordered" else np.int64)
+        for name, values in packer.directory.items()
+    }
+    for name, columns in (("sources", sources), ("blocks", blocks), ("tables", tables), ("directory", directory)):
+        elements.add_frame(f"uns/scdl/{name}", pd.DataFrame(columns))
+    elements.add_array("uns/scdl/maps", np.concatenate(survey.vocabulary.maps).astype(np.int32))
+    elements.add_array("uns/scdl/pool", packer.pool())
+    for path in survey.plans:
+        runs = merge_runs(run for result in results[path] for run in result.unsorted)
+        elements.add_array(f"uns/scdl/unsorted_rows/{path.replace('layers/', 'layer:')}", np.array(runs, np.int64).reshape(-1, 2))
+
+
+def _blocks(plan: MatrixPlan, tables: list[int]) -> dict[str, Any]:
+    """Neighbouring sources with one var table are one block; sources without rows are in none."""
+    rows: list[list[int]] = []
+    for source, table in zip(plan.sources, tables, strict=True):
+        start, stop = source.row_start, source.row_start + source.header.n_obs
+        if start == stop:
+            continue
+        if rows and rows[-1][2] == table:
+            rows[-1][1] = stop
+        else:
+            rows.append([start, stop, table])
+    table_of = np.array(rows, np.int64).reshape(-1, 3)
+    return {"row_start": table_of[:, 0], "row_stop": table_of[:, 1], "table": table_of[:, 2]}
+
+
+def merge_runs(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Half-open runs, sorted, with neighbours joined."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(runs):
+        if merged and merged[-1][1] >= start:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _summary(root: Path, survey: Survey, seconds: float, *, written: bool = True) -> ConversionSummary:
+    layout = survey.plans["X"].layout
+    return ConversionSummary(
+        target=str(root),
+        n_obs=layout.n_obs,
+        n_vars=layout.n_vars,
+        nnz=layout.nnz,
+        n_sources=len(survey.specs),
+        matrices=tuple(dict.fromkeys(matrix_name(key) for key in survey.keys)),
+        dtype=layout.data_dtype.name,
+        stored_bytes=sum(path.stat().st_size for path in root.rglob("*") if path.is_file()),
+        seconds=seconds,
+        left_out=tuple(survey.left_out),
+        written=written,
+    )

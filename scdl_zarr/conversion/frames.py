@@ -1,0 +1,76 @@
+"""Tables of several sources joined: the union of their columns, nothing changed that both can hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["join_columns", "join_frames", "nullable"]
+
+
+def join_columns(parts: list[pd.Series[Any]]) -> pd.Series[Any]:
+    """Concatenate one column of several sources: categories united in order of appearance, numbers widened.
+
+    Columns of kinds that have no common one (text and numbers) become text.
+    """
+    import pandas as pd
+    from pandas.api.types import union_categoricals
+
+    if len(parts) == 1:
+        return parts[0]
+    index = parts[0].index.append([part.index for part in parts[1:]])
+    if all(isinstance(part.dtype, pd.CategoricalDtype) for part in parts):
+        kinds = {part.cat.categories.dtype for part in parts}
+        ordered = [part.cat.ordered for part in parts]
+        same = all(part.cat.categories.equals(parts[0].cat.categories) for part in parts)
+        if len(kinds) == 1 and (same or not any(ordered)):
+            return pd.Series(union_categoricals([part.array for part in parts]), index=index)
+        if len(kinds) == 1:
+            loose = [part.cat.as_unordered().array for part in parts]
+            return pd.Series(union_categoricals(loose), index=index)
+    plain = [part.astype(part.cat.categories.dtype) if isinstance(part.dtype, pd.CategoricalDtype) else part for part in parts]
+    joined = pd.concat(plain)
+    if joined.dtype == object and not all(isinstance(v, str) for v in joined.dropna()):
+        joined = joined.map(str, na_action="ignore")
+    return joined
+
+
+def join_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """obs tables one below the other: the union of the columns, missing where a source lacks one.
+
+    Integers and booleans with missing values become pandas' nullable ones, so that they stay what they were.
+    """
+    import pandas as pd
+
+    if len(frames) == 1:
+        return frames[0]
+    names = np.concatenate([frame.index.to_numpy(dtype=object) for frame in frames])
+    columns: dict[str, Any] = {}
+    for name in dict.fromkeys(column for frame in frames for column in frame.columns):
+        having = [frame[name] for frame in frames if name in frame.columns]
+        if len(having) < len(frames):
+            like = nullable(having[0].iloc[:0])
+            parts = [nullable(f[name]) if name in f.columns else like.reindex(f.index) for f in _numbered(frames)]
+        else:
+            parts = having
+        columns[name] = join_columns(parts).array
+    index_names = {frame.index.name for frame in frames}
+    return pd.DataFrame(columns, index=pd.Index(names, name=index_names.pop() if len(index_names) == 1 else None))
+
+
+def _numbered(frames: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """The frames under row numbers, because names may repeat and a repeated index cannot be reindexed."""
+    return [frame.reset_index(drop=True) for frame in frames]
+
+
+def nullable(series: pd.Series[Any]) -> pd.Series[Any]:
+    """The series in a dtype that can miss values: pandas' nullable ones for integers and booleans."""
+    dtype = series.dtype
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "iub":
+        return series
+    name = "boolean" if dtype.kind == "b" else f"{'U' if dtype.kind == 'u' else ''}Int{8 * dtype.itemsize}"
+    return series.astype(name)  # type: ignore[no-any-return, call-overload]

@@ -1,0 +1,292 @@
+"""The plan of a conversion: pure arithmetic over what the headers say.
+
+A :class:`ShardTask` owns one shard of a matrix (of ``data`` and of ``indices``, or of ``indptr``), knows the element range it
+fills and the source rows that cover it, and is all that reaches a worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
+from scdl_zarr.errors import OptionError
+from scdl_zarr.storage.schema import SHARD_VALUES, ArrayLayout, MatrixLayout, profile_named
+
+__all__ = ["ConversionOptions", "MatrixPlan", "Part", "ShardTask", "SourceMatrix", "parse_bytes", "projected_bytes"]
+
+PIECE_VALUES = 1 << 19  # elements a task holds decoded at a time (more where one row or one HDF5 chunk is longer)
+BASE_BYTES = 230_000_000  # interpreter, NumPy, pandas, zarr, anndata, numba and HDF5: measured, with room
+VALUE_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float32", "float64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionOptions:
+    """Everything a user may choose.  :func:`scdl_zarr.convert` documents each; the defaults live here."""
+
+    matrix: Any = "auto"
+    layers: tuple[str, ...] = ()
+    obsm: tuple[str, ...] = ()
+    var_key: str | None = None
+    dtype: Any = "auto"
+    dtype_tolerance: float = 0.0
+    width: str = "auto"
+    profile: str = "fast"
+    chunk_values: int | None = None
+    shard_values: int | None = None
+    memory_budget: str | int = "2GB"
+    workers: int | None = None
+    resume: bool = True
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        profile_named(self.profile)
+        if self.width not in ("auto", "plain", "narrow"):
+            raise OptionError(f"width={self.width!r}; choose 'auto', 'plain' or 'narrow'")
+        for name in ("layers", "obsm"):
+            value = getattr(self, name)
+            chosen = (value,) if isinstance(value, str) else tuple(value)
+            if len(set(chosen)) != len(chosen):
+                raise OptionError(f"{name}={value!r} names something twice")
+            object.__setattr__(self, name, chosen)
+        if self.workers is not None and (not isinstance(self.workers, int) or self.workers < 1):
+            raise OptionError(f"workers={self.workers!r}; expected a positive number")
+        if not isinstance(self.dtype_tolerance, (int, float)) or not 0 <= self.dtype_tolerance < float("inf"):
+            raise OptionError(f"dtype_tolerance={self.dtype_tolerance!r}; expected a number from 0.0 on")
+        if isinstance(self.dtype, str) and self.dtype == "auto":
+            if self.dtype_tolerance:
+                raise OptionError("dtype_tolerance= loosens an explicit dtype=; with dtype='auto' every value survives exactly")
+        else:
+            object.__setattr__(self, "dtype", _asked_dtype(self.dtype))
+        _check_sizes(self.chunk, self.shard)
+        parse_bytes(self.memory_budget)
+
+    @property
+    def chunk(self) -> int:
+        return profile_named(self.profile).chunk_values if self.chunk_values is None else self.chunk_values
+
+    @property
+    def shard(self) -> int:
+        if self.shard_values is not None:
+            return self.shard_values
+        return SHARD_VALUES if SHARD_VALUES % max(self.chunk, 1) == 0 else SHARD_VALUES // self.chunk * self.chunk or self.chunk
+
+    def content(self) -> dict[str, Any]:
+        """The options that decide what the store holds, as they are recorded in it."""
+        skip = {"memory_budget", "workers", "resume", "overwrite", "progress"}
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
+        chosen["layers"], chosen["obsm"] = list(self.layers), list(self.obsm)
+        chosen["chunk_values"], chosen["shard_values"] = self.chunk, self.shard
+        return chosen
+
+
+def _asked_dtype(dtype: Any) -> str:
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in VALUE_DTYPES:
+        raise OptionError(
+            f"dtype={dtype!r} cannot be stored; choose 'auto' or one of {', '.join(VALUE_DTYPES)} "
+            "(SciPy holds no sparse float16, so AnnData could not open the store)"
+        )
+    return name
+
+
+def _check_sizes(chunk: Any, shard: Any) -> None:
+    if not isinstance(chunk, int) or not isinstance(shard, int) or not 1 <= chunk <= 1 << 27:
+        raise OptionError(f"chunk_values={chunk!r}, shard_values={shard!r}; expected positive numbers, chunks up to {1 << 27}")
+    if shard < chunk or shard % chunk or shard > 1 << 34:
+        raise OptionError(f"shard_values={shard} must be a multiple of chunk_values={chunk}, at most {1 << 34}")
+
+
+def parse_bytes(size: str | int) -> int:
+    """Bytes of a number or of text such as "2GB"."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    text = str(size).strip().upper()
+    digits = text.rstrip("BKMGTI ")
+    unit = text[len(digits) :].strip()
+    try:
+        number = float(digits) * units[unit]
+        if not 0 < number < 2**62:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise OptionError(f"{size!r} is not a size; write a number of bytes or text such as '2GB'") from None
+    return int(number)
+
+
+# ---- matrices and tasks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceMatrix:
+    """One matrix of one source, and where its rows and values start in the store."""
+
+    spec: SourceSpec
+    header: MatrixHeader
+    table: int  # its var table
+    row_start: int
+    value_start: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The rows of one source that a task reads."""
+
+    source: int
+    spec: SourceSpec
+    key: str
+    row_start: int  # in the source, half-open
+    row_stop: int
+    first_row: int  # where row_start is in the store
+    value_start: int  # where the source's first value is in the store
+    lookup: npt.NDArray[np.int64]  # gene id in the source -> in the store
+    rising: bool  # the lookup keeps sorted rows sorted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardTask:
+    """One shard to write: elements [start, stop) of ``data`` and ``indices``, or of ``indptr``."""
+
+    kind: Literal["values", "indptr"]
+    matrix: str
+    number: int
+    start: int
+    stop: int
+    root: str  # folder that is being filled
+    arrays: tuple[ArrayLayout, ...]
+    parts: tuple[Part, ...]
+    total: int  # stored values of the whole matrix: what the last row pointer says
+    exact_dtype: bool  # the dtype was asked for: a value that does not fit is an error, not a reason to widen
+    tolerance: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.matrix.replace('/', '.')}-{self.kind}-{self.number:06d}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixPlan:
+    """A matrix of the store, the sources it comes from, and for each shard the source rows that cover it."""
+
+    layout: MatrixLayout
+    sources: tuple[SourceMatrix, ...]
+    cuts: tuple[tuple[tuple[int, int, int], ...], ...] = field(repr=False)  # per shard: (source, row_start, row_stop)
+
+    def with_dtype(self, dtype: np.dtype[Any]) -> MatrixPlan:
+        assert self.layout.data is not None
+        layout = replace(self.layout, data=self.layout.data.with_dtype(dtype), data_dtype=np.dtype(dtype))
+        return replace(self, layout=layout)
+
+    def tasks(self, root: str, maps: list[npt.NDArray[np.int64]], options: ConversionOptions) -> Iterator[ShardTask]:
+        """Every shard of the matrix, once."""
+        data, indices, indptr = self.layout.data, self.layout.indices, self.layout.indptr
+        assert data is not None and indices is not None and indptr is not None
+        exact = options.dtype != "auto"
+        rising = [bool((np.diff(ids) > 0).all()) for ids in maps]
+        for number, cut in enumerate(self.cuts):
+            start = number * data.shard
+            yield ShardTask(
+                kind="values",
+                matrix=self.layout.path,
+                number=number,
+                start=start,
+                stop=min(start + data.shard, data.size),
+                root=root,
+                arrays=(data, indices),
+                parts=tuple(self._part(s, a, b, maps, rising) for s, a, b in cut),
+                total=self.layout.nnz,
+                exact_dtype=exact,
+                tolerance=options.dtype_tolerance,
+            )
+        for number in range(indptr.n_shards):
+            start, stop = number * indptr.shard, min((number + 1) * indptr.shard, indptr.size)
+            yield ShardTask(
+                kind="indptr",
+                matrix=self.layout.path,
+                number=number,
+                start=start,
+                stop=stop,
+                root=root,
+                arrays=(indptr,),
+                parts=tuple(self._pointer_parts(start, stop, maps, rising)),
+                total=self.layout.nnz,
+                exact_dtype=exact,
+            )
+
+    def _part(self, s: int, row_start: int, row_stop: int, maps: list[npt.NDArray[np.int64]], rising: list[bool]) -> Part:
+        source = self.sources[s]
+        return Part(
+            source=s,
+            spec=source.spec,
+            key=source.header.key,
+            row_start=row_start,
+            row_stop=row_stop,
+            first_row=source.row_start + row_start,
+            value_start=source.value_start,
+            lookup=maps[source.table],
+            rising=rising[source.table],
+        )
+
+    def _pointer_parts(
+        self, start: int, stop: int, maps: list[npt.NDArray[np.int64]], rising: list[bool]
+    ) -> Iterator[Part]:
+        """Pointer r of the store is the start of row r; the last one, after all rows, belongs to no source."""
+        for s, source in enumerate(self.sources):
+            low = max(start - source.row_start, 0)
+            high = min(stop - source.row_start, source.header.n_obs)
+            if low < high:
+                yield self._part(s, low, high, maps, rising)
+
+
+def border_elements(source: SourceMatrix, shard: int) -> npt.NDArray[np.int64]:
+    """The source's own numbers of the first and the last element it gives to each shard: shape (shards touched, 2)."""
+    n = source.header.nnz
+    if not n:
+        return np.empty((0, 2), np.int64)
+    first, last = source.value_start // shard, (source.value_start + n - 1) // shard
+    starts = np.maximum(np.arange(first, last + 1) * shard - source.value_start, 0)
+    stops = np.minimum(np.arange(first + 1, last + 2) * shard - source.value_start, n)
+    return np.stack([starts, stops - 1], axis=1)
+
+
+def cut_shards(
+    sources: tuple[SourceMatrix, ...], border_rows: list[npt.NDArray[np.int64]], nnz: int, shard: int
+) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+    """For each shard, (source, row_start, row_stop) of the rows that cover it.
+
+    `border_rows` holds, for each source, the rows of its :func:`border_elements`.
+    """
+    cuts: list[list[tuple[int, int, int]]] = [[] for _ in range(-(-nnz // shard))]
+    for s, (source, rows) in enumerate(zip(sources, border_rows, strict=True)):
+        for k, (low, high) in enumerate(rows.tolist(), source.value_start // shard):
+            cuts[k].append((s, low, high + 1))
+    return tuple(tuple(cut) for cut in cuts)
+
+
+def projected_bytes(plans: list[MatrixPlan], workers: int, tables_bytes: int, longest_row: int) -> int:
+    """Peak memory of a conversion in this process: what everything takes, plus what each running task takes.
+
+    A task holds one piece: ids and values as they come out of HDF5, in the store's dtypes, once more while rows are sorted and
+    checked, and the compressed chunks of the shards it is writing go to their files at once.
+    """
+    per_task = 0
+    for plan in plans:
+        assert plan.layout.data is not None and plan.layout.indices is not None
+        for source in plan.sources:
+            piece = min(max(PIECE_VALUES, longest_row), max(source.header.nnz, 1))
+            read = source.header.dtype.itemsize + source.header.index_dtype.itemsize
+            written = plan.layout.data.dtype.itemsize + plan.layout.indices.dtype.itemsize
+            transient = 3 * 8  # the checksum's binary64 copy, the mapped ids, a mask
+            chunks = 6 * source.header.chunk_bytes  # of data and of indices: raw, inflated, unshuffled
+            index = plan.layout.data.index_bytes + plan.layout.indices.index_bytes
+            stored = 8 * (plan.layout.data.chunk_bytes + plan.layout.indices.chunk_bytes)
+            per_task = max(per_task, piece * (2 * read + 2 * written + transient) + chunks + index + stored)
+    return BASE_BYTES + tables_bytes + workers * per_task

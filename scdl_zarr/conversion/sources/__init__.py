@@ -1,0 +1,87 @@
+"""What a conversion needs to know of a source, whatever kind of file it is.
+
+A source is opened where it is read: what travels is a :class:`SourceSpec`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["MatrixHeader", "MatrixReader", "Source", "SourceSpec", "open_source"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceSpec:
+    """Which file, and what identifies its content.
+
+    ``name`` goes into the store; ``path`` and ``mtime_ns`` never do (the same sources give the same bytes anywhere).
+    """
+
+    path: str
+    name: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixHeader:
+    """A CSR matrix of a source, from its header alone."""
+
+    key: str  # "X", "raw/X" or "layers/<name>"
+    n_obs: int
+    n_vars: int
+    nnz: int
+    dtype: np.dtype[Any]
+    index_dtype: np.dtype[Any]
+    chunk_bytes: int  # decoded bytes of the largest chunk of data or indices
+
+
+class MatrixReader(Protocol):
+    """Reads one matrix of an opened source, by ranges."""
+
+    header: MatrixHeader
+
+    def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Row pointers [start, stop) as int64."""
+
+    def elements(self, start: int, stop: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Values and gene ids of elements [start, stop), new arrays."""
+
+
+class Source(Protocol):
+    """An opened source."""
+
+    spec: SourceSpec
+
+    def matrices(self) -> dict[str, str]:
+        """Keys of all matrices, with their kind: "csr", "csc" or "dense"."""
+
+    def matrix(self, key: str) -> MatrixReader:
+        """Open a CSR matrix; another kind, or an inconsistent one, is a SourceError."""
+
+    def obs(self) -> pd.DataFrame:
+        """The cells' table, indexed by name."""
+
+    def var(self, key: str) -> pd.DataFrame:
+        """The genes' table that belongs to that matrix, indexed by name."""
+
+    def others(self) -> list[str]:
+        """Elements beside obs, var and the matrices: "obsm/X_pca", "uns/colors", ..."""
+
+    def element(self, path: str) -> Any:
+        """One of those elements, in memory."""
+
+
+def open_source(spec: SourceSpec) -> AbstractContextManager[Source]:
+    """Open a source for reading."""
+    from scdl_zarr.conversion.sources.h5ad import H5adSource
+
+    return H5adSource(spec)

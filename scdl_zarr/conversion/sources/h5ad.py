@@ -1,0 +1,251 @@
+"""H5AD files as sources: CSR matrices in X, raw.X and layers, written by any anndata from 0.6 on.
+
+Files are opened read-only.  What anndata can read element by element it reads; the compound tables that anndata wrote before 0.7
+are decoded here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from scdl_zarr.conversion.hdf5_chunks import ElementReader, unavailable_filters
+from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
+from scdl_zarr.errors import SourceError, StoreAccessError, StoreNotFoundError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["H5adSource", "h5ad_spec"]
+
+_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
+def h5ad_spec(path: str | os.PathLike[str], name: str | None = None) -> SourceSpec:
+    """Describe a file without opening it as HDF5."""
+    where = Path(os.path.abspath(os.path.expanduser(path)))
+    try:
+        status = where.stat()
+    except FileNotFoundError:
+        raise StoreNotFoundError(f"no source file at {where}") from None
+    except OSError as error:
+        raise SourceError(f"{where} cannot be read: {error.strerror}") from error
+    if where.is_dir():
+        raise SourceError(f"{where} is a folder, expected an H5AD file")
+    return SourceSpec(path=str(where), name=name or where.name, size=status.st_size, mtime_ns=status.st_mtime_ns)
+
+
+class H5adSource:
+    """An opened H5AD file.  Use as a context manager, in one thread."""
+
+    def __init__(self, spec: SourceSpec) -> None:
+        self.spec = spec
+        self._readers: list[ElementReader] = []
+
+    def __enter__(self) -> H5adSource:
+        path = self.spec.path
+        try:
+            with open(path, "rb") as file:
+                signature = file.read(len(_HDF5_SIGNATURE))
+            if signature != _HDF5_SIGNATURE and not h5py.is_hdf5(path):
+                raise SourceError(f"{path} is not an HDF5 file (it starts with {signature!r}); an H5AD file is expected")
+            self._file = h5py.File(path, "r", locking="best-effort")
+        except FileNotFoundError:
+            raise StoreNotFoundError(f"no source file at {path}") from None
+        except PermissionError as error:
+            raise StoreAccessError(f"{path} cannot be read: {error.strerror}") from None
+        except OSError as error:
+            raise SourceError(f"{path} cannot be opened, it is truncated or damaged: {error}") from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for reader in self._readers:
+            reader.close()
+        self._file.close()
+
+    # ---- matrices
+
+    def matrices(self) -> dict[str, str]:
+        found = {}
+        for key in ("X", *(f"layers/{name}" for name in self._group_keys("layers")), "raw/X"):
+            node = self._node(key)
+            kind = None if node is None else _kind(node)
+            if kind is not None:
+                found[key] = kind
+        return found
+
+    def matrix(self, key: str) -> H5adMatrix:
+        group = self._node(key)
+        shown = matrix_name(key)
+        if group is None or _kind(group) is None:
+            listed = ", ".join(f"{matrix_name(k)} ({kind})" for k, kind in self.matrices().items()) or "none"
+            raise SourceError(f"{self.spec.path} has no matrix {shown}; it has: {listed}")
+        if _kind(group) != "csr":
+            raise SourceError(
+                f"{self.spec.path}: {shown} is stored {_kind(group)}, this version converts CSR matrices; "
+                f"write it with anndata as scipy.sparse.csr_matrix first"
+            )
+        try:
+            matrix = H5adMatrix(self.spec.path, key, group)
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, SourceError):
+                raise
+            raise SourceError(f"{self.spec.path}: {shown} is not a readable CSR matrix: {error}") from error
+        self._readers += matrix.readers
+        return matrix
+
+    # ---- tables and the rest
+
+    def obs(self) -> pd.DataFrame:
+        return self._frame("obs")
+
+    def var(self, key: str) -> pd.DataFrame:
+        return self._frame("raw/var" if key == "raw/X" else "var")
+
+    def others(self) -> list[str]:
+        found = [f"{group}/{name}" for group in ("obsm", "varm", "obsp", "varp", "uns") for name in self._group_keys(group)]
+        return sorted(found)
+
+    def element(self, path: str) -> Any:
+        from anndata.io import read_elem
+
+        group, _, name = path.partition("/")
+        node = self._file.get(group)
+        try:
+            if isinstance(node, h5py.Dataset):  # a compound table, one field an entry
+                return np.asarray(node[name])
+            return read_elem(self._file[path])
+        except (KeyError, ValueError, OSError, RuntimeError, TypeError) as error:
+            raise SourceError(f"{self.spec.path}: {path} cannot be read: {error}") from error
+
+    # ---- inside
+
+    def _node(self, key: str) -> h5py.Group | h5py.Dataset | None:
+        """The node under a key; "raw/X" is "raw.X" in files of anndata 0.6."""
+        for name in (key, key.replace("raw/", "raw.")):
+            try:
+                return self._file[name]
+            except KeyError:
+                continue
+        return None
+
+    def _group_keys(self, name: str) -> list[str]:
+        node = self._file.get(name)
+        if isinstance(node, h5py.Dataset):
+            return list(node.dtype.names or ())
+        return list(node) if node is not None else []
+
+    def _frame(self, key: str) -> pd.DataFrame:
+        import pandas as pd
+        from anndata.io import read_elem
+
+        node = self._node(key)
+        if node is None:
+            raise SourceError(f"{self.spec.path} has no {key}")
+        try:
+            frame = _compound_frame(node, self._file.get("uns")) if isinstance(node, h5py.Dataset) else read_elem(node)
+        except (KeyError, ValueError, OSError, RuntimeError, TypeError) as error:
+            raise SourceError(f"{self.spec.path}: {key} cannot be read: {error}") from error
+        if not isinstance(frame, pd.DataFrame):
+            raise SourceError(f"{self.spec.path}: {key} is not a dataframe")
+        if not frame.columns.is_unique:
+            raise SourceError(f"{self.spec.path}: {key} has repeated columns: {sorted(frame.columns[frame.columns.duplicated()])}")
+        return frame
+
+
+class H5adMatrix:
+    """A CSR matrix of an opened H5AD file."""
+
+    def __init__(self, path: str, key: str, group: h5py.Group) -> None:
+        data, indices, indptr = group["data"], group["indices"], group["indptr"]
+        shape = group.attrs["shape"] if "shape" in group.attrs else group.attrs["h5sparse_shape"]
+        n_obs, n_vars = (int(n) for n in shape)
+        where = f"{path}: {matrix_name(key)}"
+        for part in (data, indices, indptr):
+            if not isinstance(part, h5py.Dataset) or part.ndim != 1:
+                raise SourceError(f"{where} is not a CSR matrix: {part.name} should be one-dimensional")
+            missing = unavailable_filters(part)
+            if missing:
+                raise SourceError(
+                    f"{where}: {part.name} is compressed with {', '.join(missing)}, which this HDF5 cannot decode; "
+                    "pip install hdf5plugin and import it first"
+                )
+        if data.dtype.kind not in "biuf" or data.dtype.itemsize > 8:
+            raise SourceError(f"{where} has values of dtype {data.dtype}; integers, floats and booleans can be converted")
+        if indices.dtype.kind not in "iu" or indptr.dtype.kind not in "iu":
+            raise SourceError(f"{where} has ids of dtype {indices.dtype} and row pointers of {indptr.dtype}, expected integers")
+        if len(data) != len(indices):
+            raise SourceError(f"{where} has {len(data)} values and {len(indices)} gene ids")
+        if len(indptr) != n_obs + 1:
+            raise SourceError(f"{where} has {len(indptr)} row pointers for {n_obs} rows")
+        self._where = where
+        self._data, self._indices = ElementReader(data, path), ElementReader(indices, path)
+        self._indptr = indptr
+        self.readers = [self._data, self._indices]
+        self.header = MatrixHeader(
+            key=key,
+            n_obs=n_obs,
+            n_vars=n_vars,
+            nnz=len(data),
+            dtype=np.dtype(bool) if data.dtype.kind == "b" else self._data.dtype,
+            index_dtype=self._indices.dtype,
+            chunk_bytes=max(self._data.chunk_bytes, self._indices.chunk_bytes),
+        )
+
+    def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        try:
+            return np.asarray(self._indptr[start:stop]).astype(np.int64, copy=False)
+        except (OSError, RuntimeError) as error:
+            raise SourceError(f"{self._where}: row pointers {start} to {stop - 1} cannot be read: {error}") from error
+
+    def elements(self, start: int, stop: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        return self._data.read(start, stop), self._indices.read(start, stop)
+
+
+def matrix_name(key: str) -> str:
+    """The name users know: raw.X for raw/X."""
+    return "raw.X" if key == "raw/X" else key
+
+
+def _kind(node: h5py.Group | h5py.Dataset) -> str | None:
+    """ "csr", "csc", "dense", or None for something else."""
+    if isinstance(node, h5py.Dataset):
+        return "dense" if node.ndim == 2 else None
+    encoding = _text(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
+    return {"csr_matrix": "csr", "csc_matrix": "csc", "csr": "csr", "csc": "csc"}.get(encoding)
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _compound_frame(node: h5py.Dataset, uns: Mapping[str, Any] | None) -> pd.DataFrame:
+    """A table that anndata 0.6 stored as one compound dataset, its categories in ``uns/<column>_categories``."""
+    import pandas as pd
+
+    records = node[()]
+    names = list(records.dtype.names or ())
+    if not names:
+        raise ValueError("neither a dataframe nor a compound table")
+    columns = {}
+    for name in names:
+        values = records[name]
+        if values.dtype.kind in "SO":
+            values = np.array([_text(v) for v in values], dtype=object)
+        categories = None if uns is None else uns.get(f"{name}_categories")
+        if categories is not None and values.dtype.kind in "iu":
+            labels = np.atleast_1d(categories[()])
+            if labels.dtype.kind in "SO":
+                labels = np.array([_text(v) for v in labels], dtype=object)
+            values = pd.Categorical.from_codes(values.astype(np.int64), categories=pd.Index(labels))
+        columns[name] = values
+    index = next((name for name in ("_index", "index") if name in columns), names[0])
+    labels = pd.Index(columns.pop(index), dtype=object)
+    return pd.DataFrame(columns, index=labels)

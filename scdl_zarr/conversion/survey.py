@@ -1,0 +1,321 @@
+"""What the sources hold, from headers, row pointers and tables: everything that can be wrong is found here, before writing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan, SourceMatrix, border_elements, cut_shards
+from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, Source, SourceSpec, open_source
+from scdl_zarr.conversion.sources.h5ad import h5ad_spec, matrix_name
+from scdl_zarr.conversion.values import choose_dtype, value_stats
+from scdl_zarr.conversion.vocabulary import Vocabulary
+from scdl_zarr.errors import OptionError, SourceError
+from scdl_zarr.storage.schema import NARROW_FROM, matrix_layouts, profile_named
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Survey", "find_sources", "survey_sources"]
+
+POINTER_BLOCK = 1 << 20
+PROBE_VALUES = 1 << 16
+
+
+@dataclass(slots=True, kw_only=True)
+class Survey:
+    """Everything a conversion needs to know before it writes."""
+
+    specs: list[SourceSpec]
+    keys: list[str]  # the matrix of each source
+    plans: dict[str, MatrixPlan]  # by path in the store: X, layers/<name>
+    vocabulary: Vocabulary
+    tables: list[int]  # var table of each source
+    obs: list[pd.DataFrame]
+    obsm: dict[str, list[Any]]
+    left_out: list[str]
+    width: str
+    digests: list[str]
+    longest_row: int
+
+    @property
+    def row_starts(self) -> list[int]:
+        return [source.row_start for source in self.plans["X"].sources]
+
+
+def find_sources(sources: Any) -> list[SourceSpec]:
+    """Describe the files: one path or a list of them.  Two files of one name are told apart by their folders."""
+    if isinstance(sources, (str, os.PathLike)):
+        sources = [sources]
+    try:
+        paths = [Path(os.path.abspath(os.path.expanduser(os.fspath(p)))) for p in sources]
+    except TypeError:
+        raise OptionError(f"sources={sources!r}; expected a path or a list of paths") from None
+    if not paths:
+        raise OptionError("there are no sources to convert")
+    repeated = sorted({str(p) for p in paths if paths.count(p) > 1})
+    if repeated:
+        raise OptionError(f"listed twice: {', '.join(repeated)}")
+    names = [p.name for p in paths]
+    common = Path(os.path.commonpath([p.parent for p in paths])) if len(set(names)) < len(names) else None
+    return [h5ad_spec(p, p.relative_to(common).as_posix() if common else p.name) for p in paths]
+
+
+def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Survey:
+    """Open every source once and plan the store.
+
+    Reads headers, row pointers (in blocks), obs and var; of the matrices only a first piece, to start with a likely dtype.
+    """
+    keys = _choose_matrices(specs, options.matrix)
+    vocabulary = Vocabulary(var_key=options.var_key)
+    found: dict[str, list[MatrixHeader]] = {path: [] for path in _store_paths(options)}
+    tables: list[int] = []
+    obs: list[pd.DataFrame] = []
+    obsm: dict[str, list[Any]] = {name: [] for name in options.obsm}
+    left_out: set[str] = set()
+    for spec, key in zip(specs, keys, strict=True):
+        with open_source(spec) as source:
+            matrix = source.matrix(key)
+            frame, var = source.obs(), source.var(key)
+            _check_tables(spec, matrix.header, frame, var)
+            tables.append(vocabulary.add(var, spec.path))
+            obs.append(frame)
+            found["X"].append(matrix.header)
+            for layer in options.layers:
+                found[f"layers/{layer}"].append(_layer_header(source, layer, matrix.header))
+            for name in options.obsm:
+                obsm[name].append(_obsm(source, name, matrix.header.n_obs))
+            left_out |= _left_out(source, key, options)
+    _check_widths(obsm, specs)
+    plans, digests, longest = _plan_matrices(specs, found, tables, vocabulary, options)
+    width = options.width
+    if width == "auto":
+        nnz = max(plan.layout.nnz for plan in plans.values())
+        width = "narrow" if nnz >= NARROW_FROM or profile_named(options.profile).narrow else "plain"
+    plans = {path: _with_layout(plan, options, width, len(vocabulary), specs) for path, plan in plans.items()}
+    return Survey(
+        specs=specs,
+        keys=keys,
+        plans=plans,
+        vocabulary=vocabulary,
+        tables=tables,
+        obs=obs,
+        obsm=obsm,
+        left_out=sorted(left_out),
+        width=width,
+        digests=digests,
+        longest_row=longest,
+    )
+
+
+# ---- which matrix
+
+
+def _store_paths(options: ConversionOptions) -> list[str]:
+    return ["X", *(f"layers/{name}" for name in options.layers)]
+
+
+def _choose_matrices(specs: list[SourceSpec], matrix: Any) -> list[str]:
+    """The key of each source's matrix, decided once for all of them."""
+    if isinstance(matrix, Mapping):
+        return [_matrix_key(_of_source(spec, matrix)) for spec in specs]
+    if not isinstance(matrix, str):
+        raise OptionError(f"matrix={matrix!r}; expected a name such as 'X', 'raw' or 'layers/counts', or one per source")
+    if matrix != "auto":
+        return [_matrix_key(matrix)] * len(specs)
+    has_raw = []
+    for spec in specs:
+        with open_source(spec) as source:
+            has_raw.append("raw/X" in source.matrices())
+    if any(has_raw) and not all(has_raw):
+        with_raw = ", ".join(s.name for s, raw in zip(specs, has_raw, strict=True) if raw)
+        without = ", ".join(s.name for s, raw in zip(specs, has_raw, strict=True) if not raw)
+        raise SourceError(
+            f"matrix='auto' cannot decide: these sources have raw counts: {with_raw}; these have none: {without}. "
+            "Say which matrix to take, for all with matrix='X', or for each with matrix={source: name}"
+        )
+    return ["raw/X" if all(has_raw) else "X"] * len(specs)
+
+
+def _of_source(spec: SourceSpec, matrix: Mapping[Any, str]) -> str:
+    chosen = {os.fspath(name): key for name, key in matrix.items()}
+    for name in (spec.name, spec.path, Path(spec.path).name):
+        if name in chosen:
+            return chosen[name]
+    for name, key in chosen.items():
+        if os.path.abspath(os.path.expanduser(name)) == spec.path:
+            return key
+    raise OptionError(f"matrix= names no matrix for {spec.name}; it lists: {', '.join(chosen) or 'nothing'}")
+
+
+def _matrix_key(name: str) -> str:
+    if name in ("raw", "raw.X", "raw/X"):
+        return "raw/X"
+    return name if name == "X" or name.startswith("layers/") else f"layers/{name}"
+
+
+# ---- what must agree
+
+
+def _check_tables(spec: SourceSpec, header: MatrixHeader, obs: pd.DataFrame, var: pd.DataFrame) -> None:
+    shown = matrix_name(header.key)
+    if len(obs) != header.n_obs:
+        raise SourceError(f"{spec.path}: {shown} has {header.n_obs} rows and obs has {len(obs)}")
+    if len(var) != header.n_vars:
+        raise SourceError(f"{spec.path}: {shown} has {header.n_vars} genes and its var has {len(var)}")
+
+
+def _layer_header(source: Source, layer: str, main: MatrixHeader) -> MatrixHeader:
+    header = source.matrix(f"layers/{layer}").header
+    if (header.n_obs, header.n_vars) != (main.n_obs, main.n_vars):
+        raise SourceError(
+            f"{source.spec.path}: layer {layer!r} has shape {header.n_obs} × {header.n_vars}, "
+            f"{matrix_name(main.key)} has {main.n_obs} × {main.n_vars}; a store holds matrices of one shape"
+        )
+    return header
+
+
+def _obsm(source: Source, name: str, n_obs: int) -> Any:
+    path = f"obsm/{name}"
+    if path not in source.others():
+        listed = ", ".join(p.removeprefix("obsm/") for p in source.others() if p.startswith("obsm/")) or "none"
+        raise SourceError(f"{source.spec.path} has no obsm {name!r}; it has: {listed}")
+    value = source.element(path)
+    if not isinstance(value, np.ndarray) or value.ndim < 2 or value.dtype.kind not in "biuf":
+        raise SourceError(f"{source.spec.path}: {path} is {type(value).__name__}; dense numeric arrays can be carried")
+    if len(value) != n_obs:
+        raise SourceError(f"{source.spec.path}: {path} has {len(value)} rows for {n_obs} cells")
+    return value
+
+
+def _check_widths(obsm: dict[str, list[Any]], specs: list[SourceSpec]) -> None:
+    for name, values in obsm.items():
+        if len({value.shape[1:] for value in values}) > 1:
+            shapes = ", ".join(f"{spec.name} {value.shape}" for spec, value in zip(specs, values, strict=True))
+            raise SourceError(f"obsm {name!r} has different widths: {shapes}; leave it out of obsm=")
+
+
+def _left_out(source: Source, key: str, options: ConversionOptions) -> set[str]:
+    taken = {key, *(f"layers/{layer}" for layer in options.layers)}
+    matrices = {matrix_name(k) for k in source.matrices() if k not in taken}
+    others = {path for path in source.others() if path.removeprefix("obsm/") not in options.obsm or not path.startswith("obsm/")}
+    return matrices | others
+
+
+# ---- rows, values, plans
+
+
+def _plan_matrices(
+    specs: list[SourceSpec],
+    found: dict[str, list[MatrixHeader]],
+    tables: list[int],
+    vocabulary: Vocabulary,
+    options: ConversionOptions,
+) -> tuple[dict[str, MatrixPlan], list[str], int]:
+    plans: dict[str, MatrixPlan] = {}
+    digests = [hashlib.blake2b(digest_size=16) for _ in specs]
+    longest = 0
+    for path, headers in found.items():
+        sources = _placed(specs, headers, tables)
+        nnz = sum(header.nnz for header in headers)
+        borders = []
+        for source, digest in zip(sources, digests, strict=True):
+            with open_source(source.spec) as opened:
+                wanted = border_elements(source, options.shard)
+                rows, row = scan_pointers(opened.matrix(source.header.key), wanted, source.spec, digest)
+            borders.append(rows)
+            longest = max(longest, row)
+        layout = _layout(path, headers, nnz, len(vocabulary), options, "plain", np.dtype(np.int32))
+        plans[path] = MatrixPlan(layout=layout, sources=sources, cuts=cut_shards(sources, borders, nnz, options.shard))
+    for spec, table, digest in zip(specs, tables, digests, strict=True):
+        digest.update(repr((spec.size, table)).encode())
+    return plans, [digest.hexdigest() for digest in digests], longest
+
+
+def _placed(specs: list[SourceSpec], headers: list[MatrixHeader], tables: list[int]) -> tuple[SourceMatrix, ...]:
+    placed, row, value = [], 0, 0
+    for spec, header, table in zip(specs, headers, tables, strict=True):
+        placed.append(SourceMatrix(spec=spec, header=header, table=table, row_start=row, value_start=value))
+        row, value = row + header.n_obs, value + header.nnz
+    return tuple(placed)
+
+
+def scan_pointers(
+    matrix: MatrixReader, elements: npt.NDArray[np.int64], spec: SourceSpec, digest: Any
+) -> tuple[npt.NDArray[np.int64], int]:
+    """Check all row pointers, block by block; the rows that hold `elements` (ascending pairs), and the longest row."""
+    header = matrix.header
+    shown = f"{spec.path}: {matrix_name(header.key)}"
+    digest.update(repr((header.key, header.n_obs, header.n_vars, header.nnz, header.dtype.str)).encode())
+    flat = elements.ravel()
+    order = np.argsort(flat, kind="stable")
+    rows = np.empty_like(flat)
+    placed, longest = 0, 0
+    previous = 0
+    for start in range(0, header.n_obs + 1, POINTER_BLOCK):
+        stop = min(start + POINTER_BLOCK, header.n_obs + 1)
+        pointers = matrix.indptr(start, stop)
+        digest.update(pointers.astype("<i8").tobytes())
+        whole = np.concatenate([[previous], pointers])
+        if start == 0 and pointers[0] != 0:
+            raise SourceError(f"{shown} has row pointers that start at {pointers[0]}, expected 0")
+        steps = np.diff(whole)
+        if (steps < 0).any():
+            raise SourceError(f"{shown} has row pointers that run backwards at row {start + int(np.argmax(steps < 0)) - 1}")
+        longest = max(longest, int(steps.max()))
+        upto = placed + int(np.searchsorted(flat[order[placed:]], pointers[-1], side="left"))
+        chosen = order[placed:upto]
+        rows[chosen] = start - 1 + np.searchsorted(whole, flat[chosen], side="right") - 1
+        placed, previous = upto, int(pointers[-1])
+    if previous != header.nnz:
+        raise SourceError(f"{shown} has row pointers that end at {previous}, but {header.nnz} stored values")
+    return rows.reshape(elements.shape), longest
+
+
+def _layout(
+    path: str, headers: list[MatrixHeader], nnz: int, n_vars: int, options: ConversionOptions, width: Any, dtype: np.dtype[Any]
+) -> Any:
+    return matrix_layouts(
+        path,
+        n_obs=sum(header.n_obs for header in headers),
+        n_vars=n_vars,
+        nnz=nnz,
+        data_dtype=dtype,
+        width=width,
+        profile=profile_named(options.profile),
+        chunk_values=options.chunk,
+        shard_values=options.shard,
+    )
+
+
+def _with_layout(plan: MatrixPlan, options: ConversionOptions, width: str, n_vars: int, specs: list[SourceSpec]) -> MatrixPlan:
+    headers = [source.header for source in plan.sources]
+    dtype = np.dtype(options.dtype) if options.dtype != "auto" else _likely_dtype(plan, width)
+    layout = _layout(plan.layout.path, headers, plan.layout.nnz, n_vars, options, width, dtype)
+    return replace(plan, layout=layout)
+
+
+def _likely_dtype(plan: MatrixPlan, width: str) -> np.dtype[Any]:
+    """The dtype that holds the first values of the first source: what `auto` starts with, and widens if it must."""
+    dtypes = [source.header.dtype for source in plan.sources]
+    for source in plan.sources:
+        if source.header.nnz:
+            with open_source(source.spec) as opened:
+                values, _ = opened.matrix(source.header.key).elements(0, min(source.header.nnz, PROBE_VALUES))
+            return choose_dtype(value_stats(values), dtypes, width)
+    return choose_dtype(value_stats(np.empty(0)), dtypes, width)
+
+
+def digest_of(parts: Iterable[str]) -> str:
+    """One digest over several."""
+    whole = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        whole.update(part.encode())
+    return whole.hexdigest()

@@ -1,0 +1,177 @@
+"""What the stored values are, and which dtype holds all of them exactly.
+
+A pass over each piece of values finds their range and nature (:class:`ValueStats`); the dtype is a function of the union over
+all pieces, so it does not depend on the order in which they were seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["ValueStats", "checksum", "choose_dtype", "inexact_positions", "map_rows", "sort_rows", "value_stats"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueStats:
+    """Range and nature of some values.
+
+    ``integral`` excludes NaN, infinities, fractions and -0.0.  ``float32_exact``: float32 holds each of them (integers only up
+    to 2**24).  ``low`` and ``high`` are exact integers where ``integral`` is true, and of no meaning otherwise.
+    """
+
+    count: int = 0
+    low: int = 0
+    high: int = 0
+    integral: bool = True
+    float32_exact: bool = True
+
+    def __or__(self, other: ValueStats) -> ValueStats:
+        if not self.count or not other.count:
+            return self if self.count else other
+        integral = self.integral and other.integral
+        return ValueStats(
+            count=self.count + other.count,
+            low=min(self.low, other.low) if integral else 0,
+            high=max(self.high, other.high) if integral else 0,
+            integral=integral,
+            float32_exact=self.float32_exact and other.float32_exact,
+        )
+
+
+def value_stats(values: npt.NDArray[Any]) -> ValueStats:
+    """The stats of an array of integers, booleans or floats."""
+    if not len(values):
+        return ValueStats()
+    if values.dtype.kind == "f":
+        wide = values.astype(np.float32) if values.dtype.itemsize < 4 else values
+        low, high, integral, exact = _float_stats(wide)
+        integral = bool(integral and np.isfinite(low) and np.isfinite(high))
+        return ValueStats(
+            count=len(values),
+            low=int(low) if integral else 0,
+            high=int(high) if integral else 0,
+            integral=integral,
+            float32_exact=bool(exact),
+        )
+    low, high = int(values.min()), int(values.max())
+    return ValueStats(count=len(values), low=low, high=high, float32_exact=max(-low, high) <= 1 << 24)
+
+
+def choose_dtype(stats: ValueStats, source_dtypes: list[np.dtype[Any]], width: str) -> np.dtype[Any]:
+    """The dtype a store holds these values in: the first of the width's ladder that holds every one exactly.
+
+    ``plain`` starts at int32, what SciPy users expect of counts; ``narrow`` at uint16.  Values that are not all integers stay
+    floats: float32, or float64 if a source has it (or has integers that float32 rounds).
+    """
+    if stats.integral:
+        if width == "plain":
+            ladder = ("i4", "i8", "u8")
+        else:
+            ladder = ("u2", "u4", "u8") if stats.low >= 0 else ("i2", "i4", "i8")
+        for name in ladder:
+            info = np.iinfo(name)
+            if info.min <= stats.low and stats.high <= info.max:
+                return np.dtype(name)
+    small = all(dtype.kind == "f" and dtype.itemsize <= 4 for dtype in source_dtypes)
+    return np.dtype(np.float32 if small else np.float64)
+
+
+def inexact_positions(values: npt.NDArray[Any], dtype: np.dtype[Any], tolerance: float = 0.0) -> npt.NDArray[np.intp]:
+    """Where `values` would change by more than `tolerance` in `dtype` (with tolerance 0.0: at all, -0.0 and NaN included)."""
+    with np.errstate(all="ignore"):
+        if dtype.kind == "f":
+            cast = values.astype(dtype)
+            if values.dtype.kind == "f":
+                # NaN stays NaN and an infinity stays one; what became infinite, or moved, did not survive
+                wide = cast.astype(np.float64)
+                same = (wide == values) | (np.isnan(wide) & np.isnan(values))
+                near = np.abs(wide - values) <= tolerance
+                return np.flatnonzero(~(same | near))
+            return np.flatnonzero([abs(int(c) - int(v)) > tolerance for c, v in zip(cast.tolist(), values.tolist(), strict=True)])
+        info = np.iinfo(dtype)
+        if values.dtype.kind == "f":
+            whole = np.rint(values)
+            fits = (whole >= float(info.min)) & (whole < float(info.max) + 1.0) & (np.abs(whole - values) <= tolerance)
+            if tolerance == 0.0:
+                fits &= ~((values == 0) & np.signbit(values))
+            return np.flatnonzero(~fits)
+        if values.dtype.kind == "b":
+            return np.empty(0, np.intp)
+        own = np.iinfo(values.dtype)
+        return np.flatnonzero((values < max(info.min, own.min)) | (values > min(info.max, own.max)))
+
+
+@nb.njit(nogil=True, cache=True)
+def _float_stats(values: Any) -> tuple[float, float, bool, bool]:
+    low = high = values[0]
+    integral = exact = True
+    for v in values:
+        integral &= np.floor(v) == v  # false for NaN
+        if v == 0:
+            integral &= not np.signbit(v)
+        exact &= np.float64(np.float32(v)) == np.float64(v) or v != v
+        low, high = min(low, v), max(high, v)
+    return np.float64(low), np.float64(high), integral, exact
+
+
+@nb.njit(nogil=True, cache=True)
+def _checksum(bits: npt.NDArray[np.uint64], ids: Any) -> int:
+    total = np.uint64(0)
+    for j in range(len(bits)):
+        total += (bits[j] + np.uint64(1)) * (np.uint64(2) * np.uint64(ids[j]) + np.uint64(1))
+    return total
+
+
+def checksum(values: npt.NDArray[Any], ids: npt.NDArray[Any]) -> int:
+    """Sum over the entries of ``(bits(value) + 1) * (2 * id + 1)`` modulo 2**64, whatever their order.
+
+    ``bits`` is the value's IEEE 754 binary64 pattern; a 64-bit integer that binary64 does not hold counts with its own bits.
+    `ids` are the source's own gene ids, not the store's.
+    """
+    wide = values.astype(np.float64)
+    bits = wide.view(np.uint64)
+    if values.dtype.kind in "iu" and values.dtype.itemsize == 8:
+        with np.errstate(invalid="ignore"):
+            inexact = (np.abs(wide) >= 2.0**53) & ((np.abs(wide) >= 2.0**63) | (wide.astype(values.dtype) != values))
+        bits = np.where(inexact, values.view(np.uint64), bits)
+    return int(_checksum(bits, ids))
+
+
+@nb.njit(nogil=True, cache=True)
+def map_rows(ids: Any, pointers: npt.NDArray[np.int64], lookup: npt.NDArray[np.int64], out: Any, in_order: Any) -> int:
+    """Map source ids to store ids; `in_order[r]` says whether row r was sorted.  The position of an id out of range, or -1."""
+    n = len(lookup)
+    for r in range(len(pointers) - 1):
+        previous = np.int64(-1)
+        rising = True
+        for j in range(pointers[r], pointers[r + 1]):
+            value = np.int64(ids[j])
+            if value < 0 or value >= n:
+                return j
+            rising &= value >= previous
+            previous = value
+            out[j] = lookup[value]
+        in_order[r] = rising
+    return -1
+
+
+@nb.njit(nogil=True, cache=True)
+def sort_rows(pointers: npt.NDArray[np.int64], in_order: Any, ids: Any, values: Any) -> None:
+    """Sort, stably and by store id, the rows that were sorted in their source."""
+    for r in range(len(pointers) - 1):
+        start, stop = pointers[r], pointers[r + 1]
+        if not in_order[r]:
+            continue
+        rising = True
+        for j in range(start + 1, stop):
+            rising &= ids[j] >= ids[j - 1]
+        if rising:
+            continue
+        order = np.argsort(ids[start:stop], kind="mergesort")
+        ids[start:stop] = ids[start:stop][order]
+        values[start:stop] = values[start:stop][order]

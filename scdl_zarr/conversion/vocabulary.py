@@ -1,0 +1,98 @@
+"""The union of the sources' genes, and the var blocks.
+
+Genes are matched by a key (their names, or a column); a key that repeats within a source is matched by occurrence, so that the
+second ``MALAT1`` of one source is the second of another.  The union is in order of first appearance over the sources.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scdl_zarr.conversion.frames import join_columns, nullable
+from scdl_zarr.errors import OptionError, SourceError
+from scdl_zarr.storage.packing import TablePacker
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Vocabulary"]
+
+
+@dataclass(slots=True)
+class Vocabulary:
+    """Grows source by source.
+
+    Attributes
+    ----------
+    packer
+        Every distinct var table, once.
+    maps
+        For each of those tables, the store's gene id of each of its genes (int64).
+    """
+
+    var_key: str | None = None
+    packer: TablePacker = field(default_factory=TablePacker)
+    maps: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    _ids: dict[tuple[Any, int], int] = field(default_factory=dict)
+    _frames: list[pd.DataFrame] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, var: pd.DataFrame, where: str) -> int:
+        """Join a source's genes; the number of its var table."""
+        table = self.packer.add(var, where)
+        if table == len(self.maps):
+            self.maps.append(self._join(var, where))
+            self._frames.append(var)
+        return table
+
+    def _join(self, var: pd.DataFrame, where: str) -> npt.NDArray[np.int64]:
+        if self.var_key is not None and self.var_key not in var.columns:
+            raise OptionError(
+                f"var_key={self.var_key!r} is no column of var in {where}; it has: {', '.join(map(str, var.columns)) or 'none'}"
+            )
+        keys = var.index if self.var_key is None else var[self.var_key]
+        if keys.isna().any():
+            raise SourceError(f"{where}: gene {int(np.flatnonzero(keys.isna())[0])} has no {self.var_key or 'name'}")
+        seen: dict[Any, int] = {}
+        mapped = np.empty(len(var), np.int64)
+        for position, key in enumerate(keys.astype(object).tolist()):
+            occurrence = seen.get(key, 0)
+            seen[key] = occurrence + 1
+            mapped[position] = self._ids.setdefault((key, occurrence), len(self._ids))
+        return mapped
+
+    def frame(self) -> pd.DataFrame:
+        """The var table of the store: for each gene and column, the value of the first source that has both.
+
+        Each source's own table is kept beside it, so nothing that differs is lost.
+        """
+        import pandas as pd
+
+        if len(self._frames) == 1:
+            return self._frames[0]
+        names: npt.NDArray[Any] = np.empty(len(self), object)
+        known = np.zeros(len(self), bool)
+        pieces: dict[str, list[pd.Series[Any]]] = {}
+        for frame, ids in zip(self._frames, self.maps, strict=True):
+            new = ~known[ids]
+            names[ids[new]] = frame.index.to_numpy()[new]
+            known[ids] = True
+            for column in frame.columns:
+                pieces.setdefault(str(column), []).append(pd.Series(frame[column].array, index=ids))
+        columns = {name: _first_value(parts, len(self)) for name, parts in pieces.items()}
+        index_names = {frame.index.name for frame in self._frames}
+        index = pd.Index(names, name=index_names.pop() if len(index_names) == 1 else None)
+        return pd.DataFrame({name: values.array for name, values in columns.items()}, index=index)
+
+
+def _first_value(parts: list[pd.Series[Any]], length: int) -> pd.Series[Any]:
+    """One column over the vocabulary: where sources disagree, the first that has the gene."""
+    joined = join_columns(parts)
+    first = joined[~joined.index.duplicated()]
+    return nullable(first).reindex(range(length)) if len(first) < length else first.loc[range(length)]

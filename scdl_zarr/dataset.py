@@ -1,0 +1,458 @@
+"""The dataset: what a user holds.  Thin: every method hands over to a room below, imported when it is used."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError
+from scdl_zarr.reading.csr import CsrReader
+from scdl_zarr.reading.plan import resolve_rows
+from scdl_zarr.storage.location import StoreLocation, locate, read_metadata
+
+if TYPE_CHECKING:
+    import anndata
+    import pandas as pd
+    import torch
+
+    from scdl_zarr.loading.collate import RowList
+    from scdl_zarr.reading.batch import RowBatch
+    from scdl_zarr.reading.blocks import Blocks
+    from scdl_zarr.reading.csr import Buffers
+    from scdl_zarr.reading.tables import LazyTable
+    from scdl_zarr.verify import VerifyReport
+
+__all__ = ["SingleCellZarrDataset", "convert", "open_store"]
+
+Check = Literal["first", "always", "never"]
+Features = tuple[list[Any] | None, list[Any] | None]
+
+
+class SingleCellZarrDataset:
+    """A single-cell store, opened for reading; with a second path, an H5AD file converted into a store and then opened.
+
+    Parameters
+    ----------
+    data_path
+        The store: a path, a ``file://`` URL or an opened ``zarr.abc.store.Store``.
+    h5ad_path
+        H5AD file to convert into `data_path`.  A finished store of the same conversion is opened and nothing is written.
+    threads
+        Threads for large batches (default: the cores this process may use, at most 8).
+    check
+        When a chunk's crc32c is verified: the ``"first"`` time this dataset reads it, ``"always"`` or ``"never"``.
+    conversion
+        Further keyword arguments of :func:`scdl_zarr.convert`.
+
+    Notes
+    -----
+    Opening reads the root ``zarr.json`` and nothing else.  Nothing is ever opened for writing.  The object may be shared by
+    threads, used after a fork and pickled (it pickles to its location).  It serves as a map-style dataset for
+    ``torch.utils.data.DataLoader``.
+
+    Examples
+    --------
+    >>> len(demo), demo.number_of_variables()
+    (559, [32786])
+    >>> batch = demo.read_rows(slice(0, 64))
+    >>> batch.to_scipy().shape
+    (64, 32786)
+    """
+
+    def __init__(
+        self,
+        data_path: str | os.PathLike[str] | Any,
+        h5ad_path: str | os.PathLike[str] | None = None,
+        *,
+        threads: int | None = None,
+        check: Check = "first",
+        **conversion: Any,
+    ) -> None:
+        if check not in ("first", "always", "never"):
+            raise OptionError(f"check={check!r}; choose 'first', 'always' or 'never'")
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise OptionError(f"threads={threads!r}; expected a positive number")
+        if h5ad_path is not None:
+            from scdl_zarr.conversion.execution import convert_sources
+
+            convert_sources([h5ad_path], data_path, **conversion)
+        elif conversion:
+            raise OptionError(f"{', '.join(sorted(conversion))}: options of a conversion, which needs h5ad_path")
+        self._location = locate(data_path)
+        self._options: dict[str, Any] = {"threads": threads, "check": check}
+        self._metadata = read_metadata(self._location)
+        self._readers: dict[str, CsrReader] = {}
+        self._tables: dict[str, LazyTable] = {}
+        self._blocks: Blocks | None = None
+
+    # ---- what it is
+
+    @property
+    def path(self) -> str:
+        """Where the store is."""
+        return str(self._location)
+
+    @property
+    def n_obs(self) -> int:
+        """Number of rows (cells)."""
+        return self._metadata.n_obs
+
+    @property
+    def n_vars(self) -> int:
+        """Number of genes of the whole store (its vocabulary)."""
+        return self._metadata.n_vars
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored values of X (explicit zeros count)."""
+        return self._metadata.matrices["X"].nnz
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers."""
+        return [path.removeprefix("layers/") for path in self._metadata.matrices if path != "X"]
+
+    @property
+    def obs(self) -> LazyTable:
+        """The rows' table, read by column."""
+        return self._table("obs", self.n_obs)
+
+    @property
+    def var(self) -> LazyTable:
+        """The genes' table, read by column.  Its length is `n_vars`."""
+        return self._table("var", self.n_vars)
+
+    @property
+    def obs_names(self) -> pd.Index:
+        """Names of the cells."""
+        return self.obs.names
+
+    @property
+    def var_names(self) -> pd.Index:
+        """Names of the genes: position is gene id.  Names may repeat if they did in the source."""
+        return self.var.names
+
+    @property
+    def sources(self) -> pd.DataFrame:
+        """One row per source file: name, matrix, rows, stored values, checksum."""
+        return self.blocks.sources()
+
+    @property
+    def blocks(self) -> Blocks:
+        """The var blocks: runs of rows whose source had the same var table, and each source's own genes."""
+        if self._blocks is None:
+            from scdl_zarr.reading.blocks import Blocks
+
+            self._blocks = Blocks(self._location, self._metadata)
+        return self._blocks
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The store's ``scdl`` attribute: format version, profile, what the conversion left out, ..."""
+        import copy
+
+        return copy.deepcopy(dict(self._metadata.header))
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Dtypes on disk under BioNeMo-SCDL's file names."""
+        layout = self._metadata.matrices["X"]
+        parts = {"data.npy": layout.data, "col_ptr.npy": layout.indices, "row_ptr.npy": layout.indptr}
+        return {name: part.dtype.name for name, part in parts.items() if part is not None}
+
+    def __len__(self) -> int:
+        return self.n_obs
+
+    def __repr__(self) -> str:
+        return f"SingleCellZarrDataset({self.path!r}: {self.n_obs} rows × {self.n_vars} genes, {self.nnz} stored values)"
+
+    def _repr_html_(self) -> str:
+        from scdl_zarr.analysis.describe import describe, html_summary
+
+        return html_summary(describe(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self._location, self._options)
+
+    # ---- BioNeMo-SCDL's questions
+
+    def number_of_rows(self) -> int:
+        """Number of rows."""
+        return self.n_obs
+
+    def number_of_variables(self) -> list[int]:
+        """Number of genes of each var block (one entry unless sources with different genes were joined); [0] if empty."""
+        return self.blocks.n_vars_per_block() or [0]
+
+    def number_of_values(self) -> int:
+        """Rows times genes, over the var blocks: stored and unstored values."""
+        return self.blocks.number_of_values()
+
+    def number_nonzero_values(self) -> int:
+        """Number of stored values (explicit zeros count)."""
+        return self.nnz
+
+    def shape(self) -> tuple[int, list[int]]:
+        """``(number_of_rows(), number_of_variables())``."""
+        return self.number_of_rows(), self.number_of_variables()
+
+    def sparsity(self) -> float:
+        """Share of values that are not stored; 0.0 where there are none at all."""
+        values = self.number_of_values()
+        return (values - self.nnz) / values if values else 0.0
+
+    def version(self) -> str:
+        """Version of the installed scdl-zarr."""
+        from scdl_zarr import __version__
+
+        return __version__
+
+    def save(self, output_path: Any = None) -> bool:
+        """Return True: a store is complete on disk from the moment it can be opened.
+
+        With `output_path` an :class:`OptionError` names the way to copy a store.
+        """
+        if output_path is not None:
+            raise OptionError(f"save() writes nothing; copy the folder {self.path} to have the store elsewhere")
+        return True
+
+    def var_features(self) -> LazyTable:
+        """The genes' table: ``data.var_features()["feature_name"]``."""
+        return self.var
+
+    def obs_features(self) -> LazyTable:
+        """The rows' table: ``data.obs_features()[5:10]``."""
+        return self.obs
+
+    # ---- reading
+
+    def read_rows(
+        self,
+        rows: Any,
+        layer: str | None = None,
+        dtype: npt.DTypeLike | None = None,
+        out: Buffers | None = None,
+    ) -> RowBatch:
+        """Read rows, in the order asked for, as one CSR batch.
+
+        Parameters
+        ----------
+        rows
+            An int (negative ones count from the end), a slice with any step, a list or array of ints with repeats and in any
+            order, or a boolean mask of length `n_obs`.
+        layer
+            Name of a layer to read instead of X.
+        dtype
+            Dtype of the values.  By default float32 where that holds every value exactly (counts up to 2**24), else float64,
+            or the stored 64-bit integers.  A float dtype rounds; an integer dtype that a value does not fit is an error.
+        out
+            ``(data, indices)`` buffers to fill, of the values' dtype and int32, at least as long as the values read; the batch
+            holds views of them.
+
+        Returns
+        -------
+        RowBatch
+            New arrays (or views of `out`), never views of the store.
+
+        Raises
+        ------
+        RowIndexError
+            A row is out of range.
+        CorruptStoreError
+            A chunk is damaged; the message names shard, chunk and values.
+
+        Notes
+        -----
+        Each chunk that the rows touch is decoded once per call and per array.  Safe to call from several threads.
+
+        Examples
+        --------
+        >>> demo.read_rows([10, -1, 10]).rows.tolist()
+        [10, 558, 10]
+        """
+        return self._reader(layer).read(resolve_rows(rows, self.n_obs), dtype, out)
+
+    def get_row(
+        self,
+        index: int,
+        return_var_features: bool = False,
+        var_feature_names: list[str] | None = None,
+        return_obs_features: bool = False,
+        obs_feature_names: list[str] | None = None,
+    ) -> tuple[tuple[npt.NDArray[Any], npt.NDArray[Any]], list[Any] | None, list[Any] | None]:
+        """One row as ``((values, gene ids), var features, obs features)``.
+
+        Features are None unless asked for; then `var features` is a list of arrays over all genes of the store (so that
+        ``features[0][ids]`` describes the row's values) and `obs features` a list of scalars, in the order of the names (all
+        columns by default).
+        """
+        row = self._one_row(index)
+        batch = self._reader(None).read(np.array([row], np.int64))
+        var, obs = self._features(
+            row, return_var_features, var_feature_names, return_obs_features, obs_feature_names
+        )
+        return (batch.data, batch.indices), var, obs
+
+    def get_row_padded(
+        self,
+        index: int,
+        return_var_features: bool = False,
+        var_feature_names: list[str] | None = None,
+        return_obs_features: bool = False,
+        obs_feature_names: list[str] | None = None,
+    ) -> tuple[npt.NDArray[Any], list[Any] | None, list[Any] | None]:
+        """One row as ``(dense array of length n_vars, var features, obs features)``; genes that are not stored are zero."""
+        row = self._one_row(index)
+        batch = self._reader(None).read(np.array([row], np.int64))
+        var, obs = self._features(
+            row, return_var_features, var_feature_names, return_obs_features, obs_feature_names
+        )
+        return batch.to_dense()[0], var, obs
+
+    def get_row_column(self, index: int, column: int | None, impute_missing_zeros: bool = True) -> Any:
+        """The value of one gene in one row; 0.0 (or None without imputing) if it is not stored.
+
+        A gene that is stored twice in the row is summed, as SciPy does.
+        """
+        row = self._one_row(index)
+        if column is None:
+            return None
+        if not isinstance(column, (int, np.integer)) or not -self.n_vars <= column < self.n_vars:
+            raise RowIndexError(f"gene {column!r} is out of range for {self.n_vars} genes")
+        batch = self._reader(None).read(np.array([row], np.int64))
+        found = batch.data[batch.indices == int(column) % self.n_vars]
+        if not len(found):
+            return 0.0 if impute_missing_zeros else None
+        return found[0] if len(found) == 1 else found.sum(dtype=found.dtype)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """One row as a torch tensor of shape (2, stored values): values, then gene ids, in the dtype of the values."""
+        from scdl_zarr.loading.collate import row_tensor
+
+        batch = self._reader(None).read(np.array([self._one_row(index)], np.int64))
+        return row_tensor(batch.data, batch.indices)
+
+    def __getitems__(self, indices: Any) -> RowList:
+        """Rows for a DataLoader: a list whose items equal ``data[i]`` and that carries the batch they come from."""
+        from scdl_zarr.loading.collate import RowList
+
+        return RowList(self.read_rows(indices))
+
+    def to_anndata(self, rows: Any = None, genes: Any = None) -> anndata.AnnData:
+        """Rows and genes in memory as AnnData: float32 values (float64 where those would round), obs, var and layers.
+
+        Parameters
+        ----------
+        rows
+            As in :meth:`read_rows`; all rows by default.
+        genes
+            Gene numbers, a slice, a boolean mask, or gene names; all genes by default.
+        """
+        from scdl_zarr.reading.export import to_anndata
+
+        return to_anndata(self, rows, genes)
+
+    def verify(self) -> VerifyReport:
+        """Check the structure and every chunk's checksum; see :func:`scdl_zarr.verify.verify_store`."""
+        from scdl_zarr.verify import verify_store
+
+        return verify_store(self._location, threads=self._options["threads"])
+
+    # ---- inside
+
+    def _reader(self, layer: str | None) -> CsrReader:
+        path = "X" if layer is None else f"layers/{layer}"
+        reader = self._readers.get(path)
+        if reader is None:
+            layout = self._metadata.matrices.get(path)
+            if layout is None:
+                raise FeatureNameError(f"{self.path} has no layer {layer!r}; it has: {', '.join(self.layers) or 'none'}")
+            threads = self._options["threads"] or default_threads()
+            reader = self._readers[path] = CsrReader(
+                self._location, layout, threads=threads, check=self._options["check"]
+            )
+        return reader
+
+    def _table(self, name: str, length: int) -> LazyTable:
+        table = self._tables.get(name)
+        if table is None:
+            from scdl_zarr.reading.tables import LazyTable
+
+            table = self._tables[name] = LazyTable(self._location, name, self._metadata.nodes, length)
+        return table
+
+    def _one_row(self, index: int) -> int:
+        if not isinstance(index, (int, np.integer)) or isinstance(index, bool):
+            raise TypeError(f"a row number is expected, got {index!r}; read_rows() takes slices, lists and masks")
+        n = self.n_obs
+        if not -n <= index < n:
+            raise RowIndexError(f"row {index} is out of range for {n} rows")
+        return int(index) % n
+
+    def _features(
+        self, row: int, with_var: bool, var_names: list[str] | None, with_obs: bool, obs_names: list[str] | None
+    ) -> Features:
+        var = obs = None
+        if with_var:
+            var = [np.asarray(self.var.lookup(name)) for name in (self.var.columns if var_names is None else var_names)]
+        if with_obs:
+            obs = [self.obs.lookup(name)[row] for name in (self.obs.columns if obs_names is None else obs_names)]
+        return var, obs
+
+
+def _reopen(location: StoreLocation, options: dict[str, Any]) -> SingleCellZarrDataset:
+    return SingleCellZarrDataset(location, **options)
+
+
+def default_threads() -> int:
+    """The cores this process may use, at most 8."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        cores = os.cpu_count() or 1
+    return min(cores, 8)
+
+
+def open_store(
+    store: str | os.PathLike[str] | Any, *, threads: int | None = None, check: Check = "first"
+) -> SingleCellZarrDataset:
+    """Open a store for reading.
+
+    Parameters
+    ----------
+    store
+        A path, a ``file://`` URL or an opened ``zarr.abc.store.Store``.
+    threads
+        Threads for large batches (default: the cores this process may use, at most 8).
+    check
+        When a chunk's crc32c is verified: the ``"first"`` time this dataset reads it, ``"always"`` or ``"never"``.
+
+    Raises
+    ------
+    StoreNotFoundError
+        Nothing lies there.
+    NotAStoreError
+        Something else lies there.
+    UncommittedStoreError
+        A conversion that did not finish; the message names the command that goes on with it.
+    FormatVersionError
+        Written in a format this version does not know.
+    CorruptStoreError
+        Its metadata contradicts itself.
+
+    Notes
+    -----
+    Costs one read of the root ``zarr.json``, whatever the number of rows.
+    """
+    return SingleCellZarrDataset(store, threads=threads, check=check)
+
+
+def convert(sources: Any, target: str | os.PathLike[str], **options: Any) -> SingleCellZarrDataset:
+    """Convert H5AD files into one store and open it; see :func:`scdl_zarr.conversion.execution.convert_sources`."""
+    from scdl_zarr.conversion.execution import convert_sources
+
+    convert_sources(sources, target, **options)
+    return open_store(target)

@@ -1,0 +1,1 @@
+"""Floor 4: from rows to batches of a training loop."""

@@ -1,0 +1,138 @@
+"""The var blocks of a store: which source each row came from, and what that source measured.
+
+Everything here lives in ``uns/scdl``, in a fixed number of arrays whatever the number of sources.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scdl_zarr.errors import CorruptStoreError, RowIndexError
+from scdl_zarr.reading.plan import Int64Array
+from scdl_zarr.reading.tables import LazyTable, read_element
+from scdl_zarr.storage.packing import unpack_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from scdl_zarr.storage.location import StoreLocation
+    from scdl_zarr.storage.schema import StoreMetadata
+
+__all__ = ["Blocks"]
+
+ROOT = "uns/scdl"
+
+
+class Blocks:
+    """The runs of rows that share a var table.  Read when first asked for, then kept.
+
+    Examples
+    --------
+    >>> demo.blocks.n_vars_per_block()
+    [32786]
+    >>> demo.blocks.var(0).index[:2].tolist()
+    ['A1BG', 'A1BG-AS1']
+    """
+
+    def __init__(self, location: StoreLocation, metadata: StoreMetadata) -> None:
+        self._location = location
+        self._metadata = metadata
+        self._kept: dict[str, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._frame("blocks", "row_start"))
+
+    def block_of(self, row: int) -> int:
+        """The block that holds a row."""
+        stops = self._frame("blocks", "row_stop")
+        if not 0 <= row < self._metadata.n_obs:
+            raise RowIndexError(f"row {row} is out of range for {self._metadata.n_obs} rows")
+        return int(np.searchsorted(stops, row, side="right"))
+
+    def rows(self, block: int) -> range:
+        """The rows of a block."""
+        return range(int(self._frame("blocks", "row_start")[block]), int(self._frame("blocks", "row_stop")[block]))
+
+    def n_vars_per_block(self) -> list[int]:
+        """How many genes the source of each block had."""
+        tables = self._frame("blocks", "table")
+        return [int(n) for n in self._frame("tables", "n_vars")[tables]]
+
+    def number_of_values(self) -> int:
+        """Rows times genes, over the blocks."""
+        starts, stops = self._frame("blocks", "row_start"), self._frame("blocks", "row_stop")
+        return sum(int(b - a) * n for a, b, n in zip(starts, stops, self.n_vars_per_block(), strict=True))
+
+    def var(self, block: int) -> pd.DataFrame:
+        """The var table of a block's source, as the source had it."""
+        number = int(self._frame("blocks", "table")[block])
+        directory = {name: self._frame("directory", name) for name in self._columns("directory")}
+        return unpack_table(
+            directory,
+            self._array("pool"),
+            number,
+            int(self._frame("tables", "n_vars")[number]),
+            str(self._frame("tables", "index_name")[number]),
+        )
+
+    def gene_ids(self, block: int) -> Int64Array:
+        """For each gene of the block's source, its id in the store: shape (n_vars of the source,), int64."""
+        number = int(self._frame("blocks", "table")[block])
+        start, n = int(self._frame("tables", "map_start")[number]), int(self._frame("tables", "n_vars")[number])
+        ids = np.asarray(self._array("maps")[start : start + n]).astype(np.int64)
+        if len(ids) != n or (n and (ids.min() < 0 or ids.max() >= self._metadata.n_vars)):
+            raise CorruptStoreError(f"{self._location}: the gene map of var table {number} points outside the vocabulary")
+        return ids
+
+    def unsorted_rows(self, matrix: str = "X") -> Int64Array:
+        """Rows whose gene ids were not sorted in their source (they keep their source's order), ascending."""
+        runs = np.asarray(read_element(self._location, f"{ROOT}/unsorted_rows/{matrix.replace('layers/', 'layer:')}"))
+        n = self._metadata.n_obs
+        if runs.ndim != 2 or runs.shape[1] != 2 or (len(runs) and (runs.min() < 0 or runs.max() > n or (runs[:, 1] < runs[:, 0]).any())):
+            raise CorruptStoreError(f"{self._location}: the list of unsorted rows of {matrix} is malformed")
+        return np.concatenate([np.arange(a, b) for a, b in runs.tolist()] or [np.empty(0, np.int64)]).astype(np.int64)
+
+    def sources(self) -> pd.DataFrame:
+        """One row per source: name, matrix, rows, stored values, checksum."""
+        return self._open("sources").to_pandas()
+
+    # ---- inside
+
+    def _columns(self, name: str) -> list[str]:
+        return self._open(name).columns
+
+    def _open(self, name: str) -> LazyTable:
+        tables = self._kept.setdefault("tables", {})
+        if name not in tables:
+            path = f"{ROOT}/{name}"
+            index = (self._metadata.nodes.get(path, {}).get("attributes") or {}).get("_index")
+            shape = (self._metadata.nodes.get(f"{path}/{index}") or {}).get("shape")
+            if not isinstance(shape, list) or len(shape) != 1:
+                raise CorruptStoreError(f"{self._location}: {path} is missing")
+            tables[name] = LazyTable(self._location, path, self._metadata.nodes, int(shape[0]))
+            if name == "blocks":
+                self._check_blocks()
+        return tables[name]  # type: ignore[no-any-return]
+
+    def _check_blocks(self) -> None:
+        starts, stops = self._frame("blocks", "row_start"), self._frame("blocks", "row_stop")
+        tables, n_tables = self._frame("blocks", "table"), len(self._open("tables"))
+        whole = np.concatenate([[0], stops]) if len(stops) else np.array([0])
+        if (
+            not np.array_equal(whole[:-1], starts)
+            or whole[-1] != self._metadata.n_obs
+            or (stops < starts).any()
+            or (len(tables) and (tables.min() < 0 or tables.max() >= n_tables))
+        ):
+            raise CorruptStoreError(f"{self._location}: the var blocks do not cover the rows one after the other")
+
+    def _frame(self, name: str, column: str) -> Any:
+        return self._open(name).lookup(column)
+
+    def _array(self, name: str) -> Any:
+        arrays = self._kept.setdefault("arrays", {})
+        if name not in arrays:
+            arrays[name] = read_element(self._location, f"{ROOT}/{name}")
+        return arrays[name]

@@ -1,0 +1,150 @@
+"""Rows of one CSR matrix: what to read is planned, then one of two paths reads it.
+
+``MappedColumns`` (local shards, our codecs, libblosc2 at hand) or ``ZarrColumns`` (everything else) fill the same buffers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from scdl_zarr.errors import InexactValueError, OptionError
+from scdl_zarr.reading.batch import RowBatch
+from scdl_zarr.reading.plan import Int64Array, RowPlan, plan_rows
+from scdl_zarr.storage.location import StoreLocation
+from scdl_zarr.storage.schema import MatrixLayout
+
+__all__ = ["Columns", "CsrReader", "open_columns", "value_dtype"]
+
+Buffers = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+
+
+class Columns(Protocol):
+    """The two questions a CSR matrix answers."""
+
+    def bounds(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """Start and length of every row's element range, checked against the number of stored values."""
+
+    def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any]) -> None:
+        """Fill both buffers with the plan's ranges."""
+
+
+def open_columns(location: StoreLocation, layout: MatrixLayout, *, threads: int, check: str) -> Columns:
+    """The fastest path that can read this matrix."""
+    if location.path is not None and layout.mappable:
+        from scdl_zarr.reading import kernels, mapped
+
+        loaded = kernels.load()
+        if loaded is not None:
+            return mapped.MappedColumns(location.path, layout, loaded, threads, check)
+    from scdl_zarr.reading.general import ZarrColumns
+
+    return ZarrColumns(location, layout)
+
+
+def value_dtype(layout: MatrixLayout) -> np.dtype[Any]:
+    """The dtype values come out as: float32 where it holds every one exactly, else float64 or the 64-bit integer stored."""
+    stored = layout.data_dtype
+    if stored == np.float32 or stored.itemsize < 4 or layout.float32_exact:
+        return np.dtype(np.float32)
+    return stored if stored.kind in "iu" and stored.itemsize == 8 else np.dtype(np.float64)
+
+
+class CsrReader:
+    """Reads rows of one matrix of a store into :class:`RowBatch`.
+
+    Nothing is opened before the first read.  May be shared by threads and used after a fork.
+    """
+
+    def __init__(self, location: StoreLocation, layout: MatrixLayout, *, threads: int, check: str) -> None:
+        self.layout = layout
+        self._open = lambda: open_columns(location, layout, threads=threads, check=check)
+        self._columns: Columns | None = None
+        self._dtype = value_dtype(layout)
+        self._id_dtype = np.dtype(np.int32 if layout.n_vars <= 1 << 31 else np.int64)
+
+    @property
+    def columns(self) -> Columns:
+        if self._columns is None:
+            self._columns = self._open()
+        return self._columns
+
+    def read(self, rows: Int64Array, dtype: npt.DTypeLike | None = None, out: Buffers | None = None) -> RowBatch:
+        """The rows (numbers already checked) as a batch; see :meth:`SingleCellZarrDataset.read_rows`."""
+        plan = plan_rows(*self.columns.bounds(rows))
+        wanted = self._dtype if dtype is None else checked_dtype(dtype)
+        native = wanted if _widens(self.layout.data_dtype, self._dtype, wanted) else self._dtype
+        data, indices = self._buffers(plan.total, native, wanted, out)
+        target = data if data.dtype == native else np.empty(plan.total, native)
+        self.columns.gather(plan, target, indices)
+        if target is not data:
+            cast_exactly(target, data)
+        return RowBatch(data, indices, plan.indptr, self.layout.n_vars, rows)
+
+    def row_lengths(self, rows: Int64Array) -> Int64Array:
+        """How many values each row stores."""
+        return self.columns.bounds(rows)[1]
+
+    def _buffers(self, total: int, native: np.dtype[Any], wanted: np.dtype[Any], out: Buffers | None) -> Buffers:
+        if out is None:
+            return np.empty(total, wanted), np.empty(total, self._id_dtype)
+        data, indices = out
+        for name, buffer, expected in (("data", data, wanted), ("indices", indices, self._id_dtype)):
+            if buffer.ndim != 1 or buffer.dtype != expected or not buffer.flags.c_contiguous or not buffer.flags.writeable:
+                raise OptionError(
+                    f"out: the {name} buffer is {buffer.dtype} of shape {buffer.shape}, "
+                    f"expected a contiguous writable 1-D array of {expected}"
+                )
+            if len(buffer) < total:
+                raise OptionError(f"out: the {name} buffer has {len(buffer)} entries, these rows store {total} values")
+        return data[:total], indices[:total]
+
+
+def checked_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
+    """A dtype values may be asked for in: any real number NumPy has."""
+    try:
+        wanted = np.dtype(dtype)
+    except TypeError as error:
+        raise OptionError(f"dtype={dtype!r} is no NumPy dtype: {error}") from None
+    if wanted.kind not in "iuf" or wanted.itemsize > 8 or not wanted.isnative:
+        raise OptionError(f"dtype={wanted} cannot hold stored values; ask for a native integer or float of up to 8 bytes")
+    return wanted
+
+
+def _widens(stored: np.dtype[Any], natural: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
+    """Whether the kernels may write `wanted` at once: it is the natural dtype, or holds every value of the stored one."""
+    return wanted == natural or (wanted in (np.float64, np.float32, np.int64, stored) and np.can_cast(stored, wanted, "safe"))
+
+
+def cast_exactly(values: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
+    """Copy `values` into `out`.  Floats may round, as asked; an integer dtype must hold every value.
+
+    Raises
+    ------
+    InexactValueError
+        A value would change in an integer dtype.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        np.copyto(out, values, casting="unsafe")
+    if out.dtype.kind == "f":
+        return
+    bad = exactness_faults(values, out)
+    if len(bad):
+        raise InexactValueError(f"value {values[bad[0]]!r} does not fit dtype {out.dtype}; ask for a wider one")
+
+
+def exactness_faults(values: npt.NDArray[Any], cast: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
+    """Positions where an integer `cast` of `values` is not the same number (NaN, inf, fractions, -0.0, out of range)."""
+    info = np.iinfo(cast.dtype)
+    if values.dtype.kind == "f":
+        # 2**63 and 2**64 are floats, the largest integers below them are not: compare with the half-open bound
+        inside = (values >= float(info.min)) & (values < float(info.max) + 1.0)
+        inside &= np.trunc(values) == values
+        inside &= ~((values == 0) & np.signbit(values))
+        return np.flatnonzero(~inside)
+    low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
+    if low >= info.min and high <= info.max:
+        return np.empty(0, np.intp)
+    return np.flatnonzero((values < max(info.min, np.iinfo(values.dtype).min)) | (values > min(info.max, np.iinfo(values.dtype).max)))

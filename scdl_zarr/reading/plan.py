@@ -1,0 +1,126 @@
+"""Which rows are asked for, and which pieces of a store they need.  Pure functions of numbers, no bytes.
+
+:func:`resolve_rows` turns whatever a user may index with into row numbers; :func:`plan_rows` is the only place that maps rows
+to chunks.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scdl_zarr.errors import OptionError, RowIndexError
+
+__all__ = ["Int64Array", "RowPlan", "plan_rows", "resolve_rows", "split_rows"]
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPlan:
+    """Element ranges of a batch's rows, where each goes in the output, and the order to read them in."""
+
+    starts: Int64Array
+    lengths: Int64Array
+    indptr: Int64Array  # output offset of each row, and the total
+    order: Int64Array  # row positions sorted by start: a chunk that two rows share is decoded once
+
+    @property
+    def total(self) -> int:
+        return int(self.indptr[-1])
+
+
+def plan_rows(starts: Int64Array, lengths: Int64Array) -> RowPlan:
+    """The plan for element ranges that have been checked against the store."""
+    indptr = np.zeros(len(starts) + 1, np.int64)
+    np.cumsum(lengths, out=indptr[1:])
+    return RowPlan(starts=starts, lengths=lengths, indptr=indptr, order=np.argsort(starts, kind="stable"))
+
+
+def touched_pieces(starts: Int64Array, lengths: Int64Array, size: int) -> Int64Array:
+    """The pieces of `size` elements that the ranges touch: sorted numbers, each once."""
+    some = lengths > 0
+    first = starts[some] // size
+    last = (starts[some] + lengths[some] - 1) // size
+    spans = last - first + 1
+    if not len(first):
+        return np.empty(0, np.int64)
+    if spans.max() == 1:
+        return np.unique(first)
+    step = np.arange(spans.sum()) - np.repeat(np.cumsum(spans) - spans, spans)
+    return np.unique(np.repeat(first, spans) + step)
+
+
+def split_rows(plan: RowPlan, parts: int) -> list[Int64Array]:
+    """`plan.order` cut into at most `parts` runs of about equally many values."""
+    done = np.cumsum(plan.lengths[plan.order])
+    cuts = np.searchsorted(done, [plan.total * k // parts for k in range(1, parts)])
+    return [part for part in np.split(plan.order, cuts) if len(part)]
+
+
+def resolve_rows(rows: Any, n_obs: int) -> Int64Array:
+    """Row numbers of an int, slice, list, array or boolean mask; negative ones count from the end.
+
+    Raises
+    ------
+    RowIndexError
+        A number is outside ``[-n_obs, n_obs)``.
+    OptionError
+        `rows` is of another kind: floats, text, two dimensions, a mask of another length.
+    """
+    if isinstance(rows, slice):
+        return np.arange(*_slice_bounds(rows, n_obs), dtype=np.int64)
+    if not isinstance(rows, np.ndarray):
+        try:
+            return _in_range(np.array([operator.index(rows)], np.int64), n_obs)
+        except (TypeError, OverflowError):
+            rows = _as_array(rows)
+    if rows.ndim == 0 and rows.dtype.kind in "iu":
+        rows = rows[None]
+    if rows.ndim != 1:
+        raise OptionError(f"rows has {rows.ndim} dimensions, expected one")
+    if rows.dtype.kind == "b":
+        if len(rows) != n_obs:
+            raise OptionError(f"the boolean mask has {len(rows)} entries for {n_obs} rows")
+        return np.flatnonzero(rows).astype(np.int64, copy=False)
+    if not len(rows):
+        return np.empty(0, np.int64)
+    if rows.dtype.kind not in "iu":
+        raise OptionError(f"rows has dtype {rows.dtype}, expected integers or a boolean mask")
+    if rows.dtype.kind == "u" and rows.max() > np.iinfo(np.int64).max:
+        raise RowIndexError(f"row {rows.max()} is out of range for {n_obs} rows")
+    return _in_range(rows.astype(np.int64), n_obs)
+
+
+def _as_array(rows: Any) -> npt.NDArray[Any]:
+    try:
+        if not hasattr(rows, "__array__"):
+            rows = list(rows)
+        array = np.asarray(rows)
+    except (TypeError, ValueError):
+        raise OptionError(
+            f"rows is {type(rows).__name__}, expected an int, a slice, integers or a boolean mask"
+        ) from None
+    if array.dtype.kind == "O" and len(array) and all(isinstance(v, (bool, np.bool_)) for v in array):
+        return array.astype(bool)
+    return array
+
+
+def _slice_bounds(rows: slice, n_obs: int) -> tuple[int, int, int]:
+    try:
+        return rows.indices(n_obs)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{rows!r} is not a slice of rows: {error}") from None
+
+
+def _in_range(rows: Int64Array, n_obs: int) -> Int64Array:
+    low, high = rows.min(), rows.max()
+    if low < -n_obs or high >= n_obs:
+        raise RowIndexError(f"row {low if low < -n_obs else high} is out of range for {n_obs} rows")
+    if low < 0:
+        rows = np.where(rows < 0, rows + n_obs, rows)
+    return rows

@@ -1,0 +1,219 @@
+"""obs and var as lazy tables: a column is read when it is asked for.
+
+The encodings are AnnData's (array, string-array, categorical, nullable-*), decoded here from zarr arrays so that reading a
+column never imports anndata.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from scdl_zarr.errors import CorruptStoreError, FeatureNameError, RowIndexError
+from scdl_zarr.reading.plan import resolve_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from scdl_zarr.storage.location import StoreLocation
+
+__all__ = ["LazyTable", "read_element"]
+
+
+class LazyTable:
+    """A dataframe of the store, read column by column.
+
+    Nothing is read but what is asked for; columns are kept once read.  Copies are handed out, so changing them changes
+    neither the table nor the store.
+
+    Examples
+    --------
+    >>> demo.obs.columns
+    ['n_counts', 'n_genes']
+    >>> demo.obs["n_genes"].head(2).tolist()
+    [2017, 1919]
+    >>> demo.obs[5:7].shape
+    (2, 2)
+    """
+
+    def __init__(self, location: StoreLocation, path: str, nodes: Mapping[str, Mapping[str, Any]], length: int) -> None:
+        attributes = nodes.get(path, {}).get("attributes") or {}
+        columns, index = attributes.get("column-order"), attributes.get("_index")
+        if attributes.get("encoding-type") != "dataframe" or not isinstance(columns, list) or not isinstance(index, str):
+            raise CorruptStoreError(f"{location}: {path} is not an AnnData dataframe")
+        missing = [name for name in (*columns, index) if f"{path}/{name}" not in nodes]
+        if missing:
+            raise CorruptStoreError(f"{location}: {path} lists columns that are not there: {missing}")
+        self._location = location
+        self._path = path
+        self._nodes = nodes
+        self._length = length
+        self._columns = [str(name) for name in columns]
+        self._index_name = index
+        self._kept: dict[str, Any] = {}
+
+    # ---- what it holds
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns, in order (the index is not among them)."""
+        return list(self._columns)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._length, len(self._columns)
+
+    @property
+    def names(self) -> pd.Index:
+        """The index: gene names of ``var``, cell names of ``obs``."""
+        import pandas as pd
+
+        name = None if self._index_name in ("_index", "index") else self._index_name
+        return pd.Index(self._values(self._index_name), name=name)
+
+    def encoding(self, column: str) -> str:
+        """How a column is stored: ``"array (float32)"``, ``"categorical"``, ``"string-array"``, ..."""
+        self._require(column)
+        node = self._nodes[f"{self._path}/{column}"]
+        kind = str((node.get("attributes") or {}).get("encoding-type", "array"))
+        return f"array ({node.get('data_type')})" if kind == "array" else kind
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __contains__(self, column: object) -> bool:
+        return column in self._columns
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __repr__(self) -> str:
+        lines = [f"LazyTable {self._path}: {self._length} rows × {len(self._columns)} columns"]
+        lines += [f"    {name}: {self.encoding(name)}" for name in self._columns]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(name)}</td><td>{html.escape(self.encoding(name))}</td></tr>" for name in self._columns
+        )
+        title = f"{html.escape(self._path)}: {self._length} rows × {len(self._columns)} columns"
+        return f"<table><caption>{title}</caption><tr><th>column</th><th>stored as</th></tr>{rows}</table>"
+
+    # ---- reading
+
+    @overload
+    def __getitem__(self, key: str) -> pd.Series[Any]: ...
+    @overload
+    def __getitem__(self, key: list[str] | slice) -> pd.DataFrame: ...
+    @overload
+    def __getitem__(self, key: int) -> pd.Series[Any]: ...
+    def __getitem__(self, key: str | list[str] | slice | int) -> pd.Series[Any] | pd.DataFrame:
+        """A column (a Series over row numbers), some columns or a slice of rows (a DataFrame), or one row (a Series).
+
+        Row slices and single rows carry the names as pandas does; a column does not, because the names of a hundred
+        million cells cost more than the column.
+        """
+        import pandas as pd
+
+        if isinstance(key, str):
+            self._require(key)
+            return pd.Series(self._values(key), name=key, copy=True)
+        if isinstance(key, list):
+            return pd.DataFrame({name: self[name] for name in key}, copy=False)
+        if isinstance(key, slice):
+            return self.to_pandas().iloc[key]
+        row = resolve_rows(key, self._length)
+        if len(row) != 1:
+            raise RowIndexError(f"{key!r} is not one row")
+        return self.to_pandas().iloc[int(row[0])]
+
+    def head(self, n: int = 5) -> pd.DataFrame:
+        """The first `n` rows of all columns."""
+        return self.to_pandas().iloc[:n]
+
+    def to_pandas(self, columns: list[str] | None = None) -> pd.DataFrame:
+        """The table (or some columns of it) as a DataFrame indexed by the names, as AnnData has it."""
+        import pandas as pd
+
+        chosen = self._columns if columns is None else columns
+        frame = pd.DataFrame(index=self.names) if not chosen else pd.DataFrame({name: self[name] for name in chosen})
+        frame.index = self.names
+        return frame
+
+    def lookup(self, name: str) -> Any:
+        """The raw values of a column or, under its own name, of the index (an array; do not change it)."""
+        if name not in self._columns and name not in (self._index_name, f"{self._path}_names", f"{self._path}_feature_id"):
+            self._require(name)
+        return self._values(name if name in self._columns else self._index_name)
+
+    def _require(self, column: str) -> None:
+        if column not in self._columns:
+            raise FeatureNameError(
+                f"{self._path} of {self._location} has no column {column!r}; it has: {', '.join(self._columns) or 'none'}"
+            )
+
+    def _values(self, column: str) -> Any:
+        found = self._kept.get(column)
+        if found is None:
+            found = read_element(self._location, f"{self._path}/{column}")
+            if len(found) != self._length:
+                raise CorruptStoreError(
+                    f"{self._location}: {self._path}/{column} has {len(found)} entries, expected {self._length}"
+                )
+            self._kept[column] = found
+        return found
+
+
+def open_root(location: StoreLocation) -> Any:
+    """The store's zarr group, through the root document only."""
+    import zarr
+
+    return zarr.open_group(location.zarr_store, mode="r", use_consolidated=True)
+
+
+def read_element(location: StoreLocation, path: str) -> Any:
+    """One AnnData element (a column, an array) as numpy or pandas values.
+
+    Raises
+    ------
+    CorruptStoreError
+        A chunk does not match its checksum or does not decode, or the parts of the element contradict each other.
+    """
+    try:
+        return decode_element(open_root(location)[path])
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, IndexError) as error:
+        raise CorruptStoreError(f"{location}: {path} cannot be read: {error}") from error
+
+
+def decode_element(element: Any) -> Any:
+    import pandas as pd
+
+    kind = element.attrs.get("encoding-type", "array")
+    if kind == "array":
+        return np.asarray(element[...])
+    if kind == "string-array":
+        return _strings(element)
+    if kind == "categorical":
+        codes = np.asarray(element["codes"][...])
+        return pd.Categorical.from_codes(
+            codes, categories=decode_element(element["categories"]), ordered=bool(element.attrs.get("ordered", False))
+        )
+    if kind in ("nullable-integer", "nullable-boolean", "nullable-string-array"):
+        values, mask = decode_element(element["values"]), np.asarray(element["mask"][...], bool)
+        if kind == "nullable-integer":
+            return pd.arrays.IntegerArray(values, mask)
+        if kind == "nullable-boolean":
+            return pd.arrays.BooleanArray(np.asarray(values, bool), mask)
+        values[mask] = pd.NA
+        return pd.array(values, dtype="string")
+    from anndata.io import read_elem
+
+    return read_elem(element)
+
+
+def _strings(element: Any) -> npt.NDArray[np.object_]:
+    return np.asarray(element[...]).astype(object)

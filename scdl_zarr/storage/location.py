@@ -1,0 +1,124 @@
+"""Where a store is: a small picklable description that opens itself wherever it arrives.
+
+A path (or ``file://`` URL) is read with plain system calls; an opened ``zarr.abc.store.Store`` is read through zarr.  What
+travels to worker processes is a :class:`StoreLocation`, never a handle.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from scdl_zarr.errors import CorruptStoreError, NotAStoreError, OptionError, StoreAccessError, StoreNotFoundError
+from scdl_zarr.errors import UncommittedStoreError
+from scdl_zarr.storage.schema import BUILD_FOLDER, StoreMetadata, parse_store
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+
+__all__ = ["StoreLocation", "local_path", "locate", "read_metadata"]
+
+ROOT_KEY = "zarr.json"
+LARGEST_ROOT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class StoreLocation:
+    """A store's place: a local folder, or an opened Zarr store object."""
+
+    path: Path | None = None
+    store: Any = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.path is not None else str(self.store)
+
+    @cached_property
+    def zarr_store(self) -> Store:
+        """The store as zarr-python opens it, read-only."""
+        if self.path is None:
+            return self.store  # type: ignore[no-any-return]
+        from zarr.storage import LocalStore
+
+        return LocalStore(self.path, read_only=True)
+
+    def __reduce__(self) -> tuple[type[StoreLocation], tuple[Path | None, Any]]:
+        return type(self), (self.path, self.store)
+
+    def read(self, key: str) -> bytes | None:
+        """The whole object under `key`, or None if there is none."""
+        if self.path is None:
+            return _read_object(self.store, key)
+        try:
+            with open(self.path / key, "rb") as file:
+                if os.fstat(file.fileno()).st_size > LARGEST_ROOT_BYTES:
+                    raise CorruptStoreError(f"{self.path / key} is larger than any metadata document")
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except IsADirectoryError:
+            raise NotAStoreError(f"{self.path / key} is a folder, expected a Zarr v3 document") from None
+        except PermissionError as error:
+            raise StoreAccessError(f"{self.path / key} cannot be read: {error.strerror}") from None
+
+
+def _read_object(store: Store, key: str) -> bytes | None:
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    found = sync(store.get(key, prototype=default_buffer_prototype()))
+    return None if found is None else found.to_bytes()
+
+
+def local_path(where: str | os.PathLike[str]) -> Path:
+    """The absolute local path of a path or ``file://`` URL; other URL schemes are an :class:`OptionError`."""
+    text = os.fspath(where)
+    parts = urlsplit(text)
+    if "://" in text:
+        if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
+            raise OptionError(f"{text!r}: {parts.scheme}:// locations are not supported by this version; give a local path")
+        text = unquote(parts.path)
+    if "\0" in text or not text:
+        raise OptionError(f"{text!r} is not a path")
+    return Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def locate(where: str | os.PathLike[str] | StoreLocation | Any) -> StoreLocation:
+    """A location from a path, a ``file://`` URL, an opened Zarr store or a location."""
+    if isinstance(where, StoreLocation):
+        return where
+    if isinstance(where, (str, os.PathLike)):
+        return StoreLocation(path=local_path(where))
+    root = getattr(where, "root", None)
+    if type(where).__name__ == "LocalStore" and isinstance(root, Path):
+        return StoreLocation(path=Path(os.path.abspath(root)))
+    if callable(getattr(where, "get", None)) and hasattr(where, "supports_listing"):
+        return StoreLocation(store=where)
+    raise OptionError(f"cannot open {where!r}: expected a path, a file:// URL or a zarr Store")
+
+
+def read_metadata(location: StoreLocation) -> StoreMetadata:
+    """Read and check the root document: the one read that opening a store costs.
+
+    Raises
+    ------
+    StoreNotFoundError, NotAStoreError, UncommittedStoreError, FormatVersionError, CorruptStoreError
+    """
+    document = location.read(ROOT_KEY)
+    if document is not None:
+        return parse_store(document, str(location))
+    path = location.path
+    if path is None:
+        raise StoreNotFoundError(f"{location} holds no zarr.json")
+    if (path / BUILD_FOLDER).is_dir():
+        raise UncommittedStoreError(
+            f"{path} is a conversion that did not finish. Run the same conversion again to go on from where it stopped "
+            f"(scdl-zarr convert SOURCE {path}), or delete the folder."
+        )
+    if not path.exists():
+        raise StoreNotFoundError(f"no store at {path}")
+    kind = "a file" if path.is_file() else "a folder without zarr.json"
+    raise NotAStoreError(f"{path} is {kind}, expected a Zarr v3 store (scdl-zarr convert makes one from an H5AD file)")

@@ -1,0 +1,99 @@
+"""A file mapped read-only, without a descriptor kept open.
+
+Python's ``mmap`` duplicates the descriptor of every file it maps, so a store of a thousand shards would need a thousand
+descriptors.  Where libc is at hand the file is mapped through it and closed again; elsewhere ``mmap`` serves.  A mapping keeps
+the file's bytes alive even when the file is unlinked or replaced; it does not survive the file being *truncated* in place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import weakref
+from typing import Any
+
+__all__ = ["MappedFile"]
+
+_PROT_READ = 1
+_MAP_SHARED = 1
+_MADV_RANDOM = 1
+
+
+class MappedFile:
+    """The bytes of one file at a fixed address, until the object is dropped.
+
+    Attributes
+    ----------
+    address : int
+        Where the first byte is mapped (0 for an empty file).
+    size : int
+        The file's size in bytes when it was mapped.
+    inode : int
+        Which file was mapped, to tell a truncated file from a replaced one.
+    """
+
+    __slots__ = ("__weakref__", "_keep", "address", "inode", "size")
+
+    def __init__(self, path: str) -> None:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        try:
+            status = os.fstat(descriptor)
+            self.size = status.st_size
+            self.inode = status.st_ino
+            self._keep: Any = None
+            self.address = self._map(descriptor) if self.size else 0
+        finally:
+            os.close(descriptor)
+
+    def _map(self, descriptor: int) -> int:
+        if _LIBC is not None:
+            address = _LIBC.mmap(None, self.size, _PROT_READ, _MAP_SHARED, descriptor, 0)
+            if address in (None, ctypes.c_void_p(-1).value):
+                code = ctypes.get_errno()
+                raise OSError(code, f"cannot map a file of {self.size} bytes: {os.strerror(code)}")
+            _LIBC.madvise(address, self.size, _MADV_RANDOM)
+            weakref.finalize(self, _LIBC.munmap, address, self.size).atexit = False
+            return int(address)
+        self._keep = mmap.mmap(descriptor, self.size, access=mmap.ACCESS_READ)
+        import numpy as np
+
+        return int(np.frombuffer(self._keep, np.uint8).ctypes.data)
+
+    def truncated(self, path: str) -> bool:
+        """Whether `path` is still the mapped file and has become shorter than the mapping."""
+        try:
+            status = os.stat(path)
+        except OSError:
+            return False  # unlinked or unreachable: the mapping keeps the bytes
+        return status.st_ino == self.inode and status.st_size < self.size
+
+    def bytes(self, start: int, stop: int) -> bytes:
+        """A copy of bytes [start, stop)."""
+        assert 0 <= start <= stop <= self.size
+        return ctypes.string_at(self.address + start, stop - start)
+
+
+def _load_libc() -> ctypes.CDLL | None:
+    if not (sys.platform.startswith("linux") or sys.platform == "darwin"):
+        return None
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int64,
+        ]
+        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    except (OSError, AttributeError):
+        return None
+    return libc
+
+
+_LIBC = _load_libc() if ctypes.sizeof(ctypes.c_void_p) == 8 else None
