@@ -81,7 +81,9 @@ class EncodedElements:
         missing = np.asarray(pd.isna(texts))
         wrong = [text for text in texts[~missing] if not isinstance(text, str)]
         if wrong:
-            raise SourceError(f"{path} holds {wrong[0]!r} ({type(wrong[0]).__name__}); numbers, text and categories can be stored")
+            raise SourceError(
+                f"{path} holds {wrong[0]!r} ({type(wrong[0]).__name__}); numbers, text and categories can be stored"
+            )
         if missing.any():
             self._groups[path] = group_node("nullable-string-array")
             self._strings(f"{path}/values", np.where(missing, "", texts))

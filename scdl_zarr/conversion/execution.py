@@ -53,7 +53,7 @@ from scdl_zarr.storage.schema import (
     root_document,
 )
 
-__all__ = ["ConversionSummary", "convert_sources"]
+__all__ = ["ConversionSummary", "run_conversion"]
 
 DICT_GROUPS = ("layers", "obsm", "obsp", "varm", "varp", "uns", "uns/scdl", "uns/scdl/unsorted_rows")
 TABLE_FACTOR = 6  # obs and var: as read, joined, as objects, encoded
@@ -88,11 +88,6 @@ class ConversionSummary:
         ]
         lines.append(f"left out: {', '.join(self.left_out)}" if self.left_out else "left out: nothing")
         return "\n".join(lines)
-
-
-def convert_sources(sources: Any, target: str | os.PathLike[str], **options: Any) -> ConversionSummary:
-    """Convert sources into a store at `target`; the options are those of :func:`scdl_zarr.convert`."""
-    return run_conversion(sources, target, ConversionOptions(**options))
 
 
 def run_conversion(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> ConversionSummary:
@@ -159,7 +154,9 @@ def _target_state(root: Path, options: ConversionOptions) -> str | None:
     if (root / BUILD_FOLDER).is_dir():
         return "build"
     if any(root.iterdir()):
-        raise StoreExistsError(f"{root} exists and holds other files; choose another target (overwrite=True replaces stores only)")
+        raise StoreExistsError(
+            f"{root} exists and holds other files; choose another target (overwrite=True replaces stores only)"
+        )
     return None
 
 
@@ -240,9 +237,7 @@ def _projected_size(survey: Survey, options: ConversionOptions) -> int:
 # ---- the tasks
 
 
-def _run(
-    construction: Construction, survey: Survey, options: ConversionOptions, workers: int
-) -> dict[str, list[ShardResult]]:
+def _run(construction: Construction, survey: Survey, options: ConversionOptions, workers: int) -> dict[str, list[ShardResult]]:
     """Write every shard that is not there yet; with dtype="auto", again where a value turns out not to fit."""
     from tqdm.auto import tqdm
 
@@ -259,7 +254,9 @@ def _run(
                 dtypes = [source.header.dtype for source in plan.sources]
                 at = bar.n
                 try:
-                    done = _run_tasks(construction, list(plan.tasks(str(construction.root), survey.vocabulary.maps, options)), workers, bar)
+                    done = _run_tasks(
+                        construction, list(plan.tasks(str(construction.root), survey.vocabulary.maps, options)), workers, bar
+                    )
                     stats = _union(result.stats for result in done)
                 except DtypeTooNarrow as found:
                     done, stats = [], found.stats
@@ -373,7 +370,9 @@ def _add_provenance(elements: EncodedElements, survey: Survey, results: dict[str
         "index_name": texts(packer.index_names),
     }
     directory = {
-        name: texts(values) if name in ("column", "part", "encoding") else np.array(values, bool if name == "ordered" else np.int64)
+        name: texts(values)
+        if name in ("column", "part", "encoding")
+        else np.array(values, bool if name == "ordered" else np.int64)
         for name, values in packer.directory.items()
     }
     for name, columns in (("sources", sources), ("blocks", blocks), ("tables", tables), ("directory", directory)):

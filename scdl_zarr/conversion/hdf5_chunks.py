@@ -32,11 +32,7 @@ def pipeline(dataset: h5py.Dataset) -> tuple[int, ...]:
 
 def unavailable_filters(dataset: h5py.Dataset) -> list[str]:
     """Names of the filters that the installed HDF5 cannot decode."""
-    return [
-        _FILTER_NAMES.get(number, f"filter {number}")
-        for number in pipeline(dataset)
-        if not h5py.h5z.filter_avail(number)
-    ]
+    return [_FILTER_NAMES.get(number, f"filter {number}") for number in pipeline(dataset) if not h5py.h5z.filter_avail(number)]
 
 
 class ElementReader:

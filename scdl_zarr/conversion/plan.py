@@ -235,9 +235,7 @@ class MatrixPlan:
             rising=rising[source.table],
         )
 
-    def _pointer_parts(
-        self, start: int, stop: int, maps: list[npt.NDArray[np.int64]], rising: list[bool]
-    ) -> Iterator[Part]:
+    def _pointer_parts(self, start: int, stop: int, maps: list[npt.NDArray[np.int64]], rising: list[bool]) -> Iterator[Part]:
         """Pointer r of the store is the start of row r; the last one, after all rows, belongs to no source."""
         for s, source in enumerate(self.sources):
             low = max(start - source.row_start, 0)

@@ -208,8 +208,10 @@ def _narrow(
 
 def _surely_exact(source: np.dtype[Any], stats: ValueStats, dtype: np.dtype[Any]) -> bool:
     if dtype.kind == "f":
-        return np.can_cast(source, dtype, "safe") or (dtype == np.float32 and stats.float32_exact) or (
-            stats.integral and max(-stats.low, stats.high) <= 1 << 53 and dtype == np.float64
+        return (
+            np.can_cast(source, dtype, "safe")
+            or (dtype == np.float32 and stats.float32_exact)
+            or (stats.integral and max(-stats.low, stats.high) <= 1 << 53 and dtype == np.float64)
         )
     info = np.iinfo(dtype)
     return stats.integral and info.min <= stats.low and stats.high <= info.max

@@ -90,7 +90,11 @@ class Blocks:
         """Rows whose gene ids were not sorted in their source (they keep their source's order), ascending."""
         runs = np.asarray(read_element(self._location, f"{ROOT}/unsorted_rows/{matrix.replace('layers/', 'layer:')}"))
         n = self._metadata.n_obs
-        if runs.ndim != 2 or runs.shape[1] != 2 or (len(runs) and (runs.min() < 0 or runs.max() > n or (runs[:, 1] < runs[:, 0]).any())):
+        if (
+            runs.ndim != 2
+            or runs.shape[1] != 2
+            or (len(runs) and (runs.min() < 0 or runs.max() > n or (runs[:, 1] < runs[:, 0]).any()))
+        ):
             raise CorruptStoreError(f"{self._location}: the list of unsorted rows of {matrix} is malformed")
         return np.concatenate([np.arange(a, b) for a, b in runs.tolist()] or [np.empty(0, np.int64)]).astype(np.int64)
 

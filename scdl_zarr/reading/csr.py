@@ -147,4 +147,6 @@ def exactness_faults(values: npt.NDArray[Any], cast: npt.NDArray[Any]) -> npt.ND
     low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
     if low >= info.min and high <= info.max:
         return np.empty(0, np.intp)
-    return np.flatnonzero((values < max(info.min, np.iinfo(values.dtype).min)) | (values > min(info.max, np.iinfo(values.dtype).max)))
+    return np.flatnonzero(
+        (values < max(info.min, np.iinfo(values.dtype).min)) | (values > min(info.max, np.iinfo(values.dtype).max))
+    )

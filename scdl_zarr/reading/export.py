@@ -53,9 +53,7 @@ def to_anndata(data: SingleCellZarrDataset, rows: Any, genes: Any) -> anndata.An
         matrices[layer] = matrix if columns is None else matrix[:, columns]
     with warnings.catch_warnings():  # names that repeat in the source repeat here; obs keeps its own index
         warnings.filterwarnings("ignore", message=".*names are not unique.*")
-        result = anndata.AnnData(
-            matrices.pop(None), obs=obs.copy(), var=(var if columns is None else var.iloc[columns]).copy()
-        )
+        result = anndata.AnnData(matrices.pop(None), obs=obs.copy(), var=(var if columns is None else var.iloc[columns]).copy())
         for name, matrix in matrices.items():
             result.layers[name] = matrix
     return result

@@ -37,9 +37,7 @@ class ZarrColumns:
         if self._pointers is None:
             pointers = self._read("indptr", 0, self._layout.n_obs + 1).astype(np.int64)
             if pointers[0] < 0 or pointers[-1] > self._layout.nnz or (np.diff(pointers) < 0).any():
-                raise CorruptStoreError(
-                    f"{self._location}: {self._layout.path}/indptr runs backwards or past the stored values"
-                )
+                raise CorruptStoreError(f"{self._location}: {self._layout.path}/indptr runs backwards or past the stored values")
             self._pointers = pointers
         starts = self._pointers[rows]
         return starts, self._pointers[rows + 1] - starts

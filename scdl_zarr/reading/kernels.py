@@ -93,9 +93,7 @@ def _crc_instruction(name: str, bits: int) -> Any:
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             accumulator, operand = ir.IntType(width), ir.IntType(bits)
-            function = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(accumulator, [accumulator, operand]), name
-            )
+            function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(accumulator, [accumulator, operand]), name)
             start = args[0] if x86_wide else builder.trunc(args[0], accumulator)
             result = builder.call(function, [start, builder.trunc(args[1], operand) if bits < 64 else args[1]])
             return result if x86_wide else builder.zext(result, ir.IntType(64))
@@ -254,9 +252,7 @@ def _gather(
                 while numbers[slot] < number:
                     slot += 1
                 k = c - number * per_shard
-                code = _decode_chunk(
-                    ctx, table[slot, 0], table[slot, 1], table[slot, 2], k, checksum, check, delta, scratch
-                )
+                code = _decode_chunk(ctx, table[slot, 0], table[slot, 1], table[slot, 2], k, checksum, check, delta, scratch)
                 if code != OK:
                     fault[0], fault[1] = number, k
                     return code

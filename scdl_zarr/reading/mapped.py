@@ -69,7 +69,9 @@ class MappedColumns:
     def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any]) -> None:
         """Fill `data` and `indices` (of ``plan.total`` elements), widening to their dtypes."""
         if self._threads > 1 and plan.total >= SPLIT_VALUES:
-            jobs = [(shards, part, out) for part in split_rows(plan, self._threads) for shards, out in self._outputs(data, indices)]
+            jobs = [
+                (shards, part, out) for part in split_rows(plan, self._threads) for shards, out in self._outputs(data, indices)
+            ]
             for _ in self._executor().map(lambda job: self._gather(job[0], plan, job[1], job[2]), jobs):
                 pass  # the first error is raised here
         else:

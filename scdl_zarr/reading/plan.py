@@ -102,9 +102,7 @@ def _as_array(rows: Any) -> npt.NDArray[Any]:
             rows = list(rows)
         array = np.asarray(rows)
     except (TypeError, ValueError):
-        raise OptionError(
-            f"rows is {type(rows).__name__}, expected an int, a slice, integers or a boolean mask"
-        ) from None
+        raise OptionError(f"rows is {type(rows).__name__}, expected an int, a slice, integers or a boolean mask") from None
     if array.dtype.kind == "O" and len(array) and all(isinstance(v, (bool, np.bool_)) for v in array):
         return array.astype(bool)
     return array

@@ -395,9 +395,7 @@ def _describe(nodes: Mapping[str, Any], header: Mapping[str, Any], where: str) -
     return StoreMetadata(n_obs=n_obs, n_vars=n_vars, nodes=nodes, header=header, matrices=matrices)
 
 
-def _matrix(
-    path: str, nodes: Mapping[str, Any], n_obs: int, n_vars: int, fact: Mapping[str, Any], where: str
-) -> MatrixLayout:
+def _matrix(path: str, nodes: Mapping[str, Any], n_obs: int, n_vars: int, fact: Mapping[str, Any], where: str) -> MatrixLayout:
     group = nodes.get(path, {})
     attributes = group.get("attributes") or {}
     if attributes.get("encoding-type") != "csr_matrix" or attributes.get("shape") != [n_obs, n_vars]:
@@ -418,8 +416,7 @@ def _matrix(
         dtype[part] = _dtype(node.get("data_type"), allowed, at)
     if size["data"] != size["indices"] or size["indptr"] != n_obs + 1:
         raise CorruptStoreError(
-            f"{where}: {path} has {size['data']} values, {size['indices']} ids and {size['indptr']} row pointers "
-            f"for {n_obs} rows"
+            f"{where}: {path} has {size['data']} values, {size['indices']} ids and {size['indptr']} row pointers for {n_obs} rows"
         )
     layouts = {part: _array(f"{path}/{part}", nodes[f"{path}/{part}"], size[part], dtype[part]) for part in size}
     return MatrixLayout(

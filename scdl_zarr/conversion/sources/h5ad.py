@@ -156,7 +156,9 @@ class H5adSource:
         if not isinstance(frame, pd.DataFrame):
             raise SourceError(f"{self.spec.path}: {key} is not a dataframe")
         if not frame.columns.is_unique:
-            raise SourceError(f"{self.spec.path}: {key} has repeated columns: {sorted(frame.columns[frame.columns.duplicated()])}")
+            raise SourceError(
+                f"{self.spec.path}: {key} has repeated columns: {sorted(frame.columns[frame.columns.duplicated()])}"
+            )
         return frame
 
 

@@ -1,0 +1,50 @@
+# Everything runs in environments of its own; a machine needs Python (3.11 to 3.13), git and make.
+PYTHON ?= python3
+PYTHON312 ?= python3.12
+VENV := .venv
+VENV312 := .venv312
+DEMO_VENV := .venv-demo
+
+.PHONY: demo test lint test-py312 notebooks benchmark clean full
+
+demo: $(DEMO_VENV)/ready
+	$(DEMO_VENV)/bin/scdl-zarr demo --into .demo
+
+test: $(VENV)/ready
+	$(VENV)/bin/python -m pytest tests
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+notebooks: $(VENV)/ready
+	$(VENV)/bin/python -m notebooks.run notebooks/01_convert_and_explore.ipynb
+
+test-py312: $(VENV312)/ready
+	$(VENV312)/bin/python -m pytest tests
+
+benchmark: $(VENV)/ready
+	$(VENV)/bin/python -m benchmarks
+
+full: lint test test-py312 notebooks benchmark
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,test,notebooks]'
+	touch $@
+
+$(VENV312)/ready: pyproject.toml constraints.txt
+	$(PYTHON312) -m venv $(VENV312)
+	$(VENV312)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,notebooks]'
+	touch $@
+
+$(DEMO_VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(DEMO_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,notebooks]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV312) $(DEMO_VENV) .demo

@@ -1,0 +1,127 @@
+"""What a store is: shape, sizes, codecs, columns.  From metadata and file sizes; no chunk is read."""
+
+from __future__ import annotations
+
+import html
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scdl_zarr.dataset import SingleCellZarrDataset
+    from scdl_zarr.storage.schema import ArrayLayout
+
+__all__ = ["describe", "html_summary", "text_summary"]
+
+
+def describe(data: SingleCellZarrDataset) -> dict[str, Any]:
+    """The facts about a store, as plain values (what ``scdl-zarr info --json`` prints).
+
+    ``bytes_per_stored_value`` is what X's data and indices take on disk per stored value.
+    """
+    metadata = data._metadata
+    layout = metadata.matrices["X"]
+    sizes = _sizes(data.path)
+    x_bytes = sizes.get("X/data", 0) + sizes.get("X/indices", 0)
+    header = metadata.header
+    n_values = data.number_of_values()
+    return {
+        "path": data.path,
+        "format_version": header.get("format_version"),
+        "n_obs": data.n_obs,
+        "n_vars": data.n_vars,
+        "nnz": data.nnz,
+        "sparsity": round(data.sparsity(), 6),
+        "var_blocks": len(data.blocks),
+        "number_of_values": n_values,
+        "profile": header.get("profile"),
+        "width": header.get("width"),
+        "arrays": {
+            part.path: _array(part, sizes.get(part.path)) for part in (layout.data, layout.indices, layout.indptr) if part
+        },
+        "stored_bytes": sum(sizes.values()),
+        "bytes_per_stored_value": round(x_bytes / data.nnz, 4) if data.nnz else None,
+        "layers": data.layers,
+        "obsm": metadata.children("obsm"),
+        "obs_columns": {name: data.obs.encoding(name) for name in data.obs.columns},
+        "var_columns": {name: data.var.encoding(name) for name in data.var.columns},
+        "sources": len(data.sources),
+        "left_out": list(header.get("left_out", [])),
+    }
+
+
+def _array(part: ArrayLayout, stored: int | None) -> dict[str, Any]:
+    codecs = [*(["delta"] if part.delta else []), "bytes"]
+    if part.codec == "blosc":
+        codecs.append(f"blosc({part.cname} {part.clevel}, {part.shuffle})")
+    if part.checksum:
+        codecs.append("crc32c")
+    return {
+        "dtype": part.dtype.name,
+        "values": part.size,
+        "chunk_values": part.chunk,
+        "shard_values": part.shard,
+        "codecs": codecs,
+        "stored_bytes": stored,
+    }
+
+
+def _sizes(root: str) -> dict[str, int]:
+    """Bytes of the files under each array or group, by path in the store."""
+    sizes: dict[str, int] = {}
+    top = Path(root)
+    for folder, _, names in os.walk(top):
+        path = Path(folder).relative_to(top).as_posix()
+        path = path.split("/c/")[0].removesuffix("/c")
+        for name in names:
+            sizes[path] = sizes.get(path, 0) + os.path.getsize(os.path.join(folder, name))
+    return sizes
+
+
+def text_summary(facts: dict[str, Any]) -> str:
+    """The facts as a few lines for a terminal."""
+    per_value = facts["bytes_per_stored_value"]
+    lines = [
+        f"{facts['path']} (format {facts['format_version']})",
+        f"  {facts['n_obs']:,} cells × {facts['n_vars']:,} genes, {facts['nnz']:,} stored values, "
+        f"sparsity {facts['sparsity']:.2%}, {facts['sources']} source{'s' if facts['sources'] != 1 else ''}, "
+        f"{facts['var_blocks']} var block{'s' if facts['var_blocks'] != 1 else ''}",
+        f"  {_megabytes(facts['stored_bytes'])} on disk"
+        + (f", {per_value:.2f} bytes per stored value" if per_value is not None else "")
+        + f"; profile {facts['profile']}, width {facts['width']}",
+    ]
+    for path, array in facts["arrays"].items():
+        lines.append(
+            f"  {path:<11} {array['dtype']:<8} {_megabytes(array['stored_bytes'] or 0):>12}  "
+            f"chunks of {array['chunk_values']:,}, shards of {array['shard_values']:,}  {' → '.join(array['codecs'])}"
+        )
+    for title, key in (("obs", "obs_columns"), ("var", "var_columns")):
+        lines.append(f"  {title}: " + (", ".join(f"{name} ({kind})" for name, kind in facts[key].items()) or "no columns"))
+    for title in ("layers", "obsm"):
+        if facts[title]:
+            lines.append(f"  {title}: {', '.join(facts[title])}")
+    lines.append(f"  left out by the conversion: {', '.join(facts['left_out']) or 'nothing'}")
+    return "\n".join(lines)
+
+
+def html_summary(facts: dict[str, Any]) -> str:
+    """The facts as a small table for a notebook; every text from the store is escaped."""
+    rows = {
+        "shape": f"{facts['n_obs']:,} cells × {facts['n_vars']:,} genes",
+        "stored values": f"{facts['nnz']:,} (sparsity {facts['sparsity']:.2%})",
+        "on disk": f"{_megabytes(facts['stored_bytes'])}"
+        + (f", {facts['bytes_per_stored_value']:.2f} bytes per stored value" if facts["bytes_per_stored_value"] else ""),
+        "X": ", ".join(f"{path.removeprefix('X/')} {array['dtype']}" for path, array in facts["arrays"].items()),
+        "obs": ", ".join(facts["obs_columns"]) or "no columns",
+        "var": ", ".join(facts["var_columns"]) or "no columns",
+        "left out": ", ".join(facts["left_out"]) or "nothing",
+    }
+    body = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(k)}</th><td style='text-align:left'>{html.escape(v)}</td></tr>"
+        for k, v in rows.items()
+    )
+    return f"<table><caption>{html.escape(facts['path'])}</caption>{body}</table>"
+
+
+def _megabytes(n: int) -> str:
+    return f"{n / 1e6:,.2f} MB" if n < 1e9 else f"{n / 1e9:,.2f} GB"

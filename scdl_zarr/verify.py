@@ -1,0 +1,249 @@
+"""Is a store what it says it is?  Every chunk is read, checked and decoded.
+
+Faults are collected, not raised: the report names each by array, shard, chunk and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scdl_zarr.errors import CorruptStoreError, ScdlZarrError
+from scdl_zarr.reading.blocks import Blocks
+from scdl_zarr.reading.csr import open_columns
+from scdl_zarr.reading.plan import plan_rows
+from scdl_zarr.reading.tables import LazyTable, read_element
+from scdl_zarr.storage.location import StoreLocation, read_metadata
+
+if TYPE_CHECKING:
+    from scdl_zarr.reading.kernels import Kernels
+    from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout, StoreMetadata
+
+__all__ = ["Fault", "VerifyReport", "verify_store"]
+
+CHUNKS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One thing that is wrong, and where."""
+
+    where: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What was checked and what was found.  True in a condition if nothing is wrong."""
+
+    store: str
+    chunks: int
+    values: int
+    elements: int
+    faults: tuple[Fault, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        checked = f"{self.values:,} stored values in {self.chunks:,} chunks, {self.elements} tables and arrays"
+        if self.ok:
+            return f"{self.store}: all right ({checked})"
+        lines = [f"{self.store}: {len(self.faults)} faults ({checked})"]
+        return "\n".join([*lines, *(f"  {fault.where}: {fault.what}" for fault in self.faults)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        return {**asdict(self), "ok": self.ok}
+
+
+def verify_store(location: StoreLocation, threads: int | None = None) -> VerifyReport:
+    """Check a store's structure, and read, checksum and decode every chunk of it.
+
+    Structure: shapes, dtypes and encodings agree; row pointers rise from 0 to the number of stored values; gene ids lie in the
+    matrix; tables are as long as the matrix; blocks cover the rows.
+
+    Raises
+    ------
+    ScdlZarrError
+        The root document cannot be read, so that there is nothing to check (as :func:`scdl_zarr.open` would say).
+
+    Notes
+    -----
+    Reads the whole store once.  Memory: a few chunks per thread, the row pointers of one shard at a time, the tables one column
+    at a time.
+    """
+    metadata = read_metadata(location)
+    faults: list[Fault] = []
+    chunks = values = 0
+    for layout in metadata.matrices.values():
+        n, found = _verify_matrix(location, layout, threads or 2)
+        chunks, values = chunks + n, values + layout.nnz
+        faults += found
+    elements = 0
+    for check in _element_checks(location, metadata):
+        elements += 1
+        faults += check()
+    return VerifyReport(store=str(location), chunks=chunks, values=values, elements=elements, faults=tuple(faults))
+
+
+# ---- matrices
+
+
+def _verify_matrix(location: StoreLocation, layout: MatrixLayout, threads: int) -> tuple[int, list[Fault]]:
+    from scdl_zarr.reading import kernels
+
+    loaded = kernels.load() if location.path is not None and layout.mappable else None
+    if loaded is None:
+        return 0, _verify_generally(location, layout)
+    faults: list[Fault] = []
+    chunks = 0
+    for part in (layout.data, layout.indices, layout.indptr):
+        assert part is not None and location.path is not None
+        jobs = [_ShardCheck(str(location.path), part, layout, loaded, number) for number in range(part.n_shards)]
+        with ThreadPoolExecutor(threads) as pool:
+            for job, found in zip(jobs, pool.map(_ShardCheck.run, jobs), strict=True):
+                chunks += part.chunks_in_shard(job.number)
+                faults += found
+    if not faults:
+        faults += _verify_joins(location, layout)
+    return chunks, faults
+
+
+class _ShardCheck:
+    """Decodes one shard of one array."""
+
+    def __init__(self, root: str, part: ArrayLayout, matrix: MatrixLayout, kernels: Kernels, number: int) -> None:
+        self._root, self._part, self._matrix, self._kernels, self.number = root, part, matrix, kernels, number
+
+    def run(self) -> list[Fault]:
+        from pathlib import Path
+
+        from scdl_zarr.reading.mapped import CHECKS, chunk_fault
+        from scdl_zarr.storage.shards import MappedShard
+
+        part = self._part
+        path = str(Path(self._root, part.shard_key(self.number)))
+        try:
+            shard = MappedShard(path, part)
+        except (ScdlZarrError, OSError) as error:
+            return [Fault(where=part.path, what=str(error))]
+        decoder, found = self._kernels.decoder(), []
+        stop = part.chunks_in_shard(self.number)
+        absent = np.flatnonzero((shard.index(part)[:stop] == 2**64 - 1).all(axis=1))
+        if len(absent):
+            found.append(Fault(where=part.path, what=f"{path}: chunk {absent[0]} and {len(absent) - 1} more are missing"))
+        for first in range(0, stop, CHUNKS_AT_ONCE):
+            for k in range(first, min(first + CHUNKS_AT_ONCE, stop)):
+                out, fault = decoder.scratch(part.dtype, part.chunk), np.array([self.number, k], np.int64)
+                code = self._kernels.decode(
+                    decoder.context,
+                    shard.address,
+                    shard.data_end,
+                    shard.verified_address,
+                    k,
+                    k + 1,
+                    part.codec == "blosc",
+                    part.checksum,
+                    CHECKS["always"],
+                    part.delta,
+                    out,
+                    fault,
+                )
+                if code:
+                    found.append(Fault(where=part.path, what=str(chunk_fault(code, fault, part, shard))))
+                else:
+                    found += self._content(out, k, path)
+        return found
+
+    def _content(self, out: Any, k: int, path: str) -> Iterator[Fault] | list[Fault]:
+        start = self.number * self._part.shard + k * self._part.chunk
+        own = out[: min(self._part.chunk, self._part.size - start)]
+        where = f"{path}: chunk {k} (values {start} to {start + len(own) - 1})"
+        if self._part is self._matrix.indices and (own.min() < 0 or own.max() >= self._matrix.n_vars):
+            return [Fault(where=self._part.path, what=f"{where} holds a gene id outside the {self._matrix.n_vars} genes")]
+        if self._part is self._matrix.indptr:
+            wrong = own[0] < 0 or own[-1] > self._matrix.nnz or (np.diff(own) < 0).any()
+            ends = (start == 0 and own[0] != 0) or (start + len(own) == self._part.size and own[-1] != self._matrix.nnz)
+            if wrong or ends:
+                return [Fault(where=self._part.path, what=f"{where} does not rise from 0 to {self._matrix.nnz}")]
+        return []
+
+
+def _verify_joins(location: StoreLocation, layout: MatrixLayout) -> list[Fault]:
+    """Row pointers also rise from one chunk to the next."""
+    part = layout.indptr
+    assert part is not None
+    rows = np.arange(part.chunk, layout.n_obs, part.chunk, dtype=np.int64)
+    borders = np.concatenate([rows - 1, rows])
+    try:
+        open_columns(location, layout, threads=1, check="never").bounds(borders[borders < layout.n_obs])
+    except CorruptStoreError as error:
+        return [Fault(where=part.path, what=str(error))]
+    return []
+
+
+def _verify_generally(location: StoreLocation, layout: MatrixLayout, block: int = 1 << 14) -> list[Fault]:
+    columns = open_columns(location, layout, threads=1, check="always")
+    try:
+        for start in range(0, layout.n_obs, block):
+            rows = np.arange(start, min(start + block, layout.n_obs), dtype=np.int64)
+            plan = plan_rows(*columns.bounds(rows))
+            columns.gather(plan, np.empty(plan.total, layout.data_dtype), np.empty(plan.total, np.int64))
+    except CorruptStoreError as error:
+        return [Fault(where=layout.path, what=str(error))]
+    return []
+
+
+# ---- tables and arrays
+
+
+def _element_checks(location: StoreLocation, metadata: StoreMetadata) -> Iterator[Callable[[], list[Fault]]]:
+    """One check per table column and array that is not a part of a matrix."""
+    for name, length in (("obs", metadata.n_obs), ("var", metadata.n_vars)):
+        yield _guarded(name, lambda name=name, length=length: _read_table(location, metadata, name, length))
+    yield _guarded("uns/scdl", lambda: _read_blocks(location, metadata))
+    taken = {part for path in metadata.matrices for part in (path, f"{path}/data", f"{path}/indices", f"{path}/indptr")}
+    for path, node in metadata.nodes.items():
+        if path not in taken and not path.startswith(("obs/", "var/")) and node.get("node_type") == "array":
+            yield _guarded(path, lambda path=path: read_element(location, path))
+    for name in metadata.children("obsm"):
+        shape = metadata.nodes[f"obsm/{name}"].get("shape") or [None]
+        if metadata.nodes[f"obsm/{name}"].get("node_type") == "array" and shape[0] != metadata.n_obs:
+            yield lambda name=name, shape=shape: [Fault(where=f"obsm/{name}", what=f"{shape[0]} rows for {metadata.n_obs} cells")]
+
+
+def _guarded(where: str, read: Callable[[], object]) -> Callable[[], list[Fault]]:
+    def check() -> list[Fault]:
+        try:
+            read()
+        except ScdlZarrError as error:
+            return [Fault(where=where, what=str(error))]
+        return []
+
+    return check
+
+
+def _read_table(location: StoreLocation, metadata: StoreMetadata, name: str, length: int) -> None:
+    table = LazyTable(location, name, metadata.nodes, length)
+    for column in (*table.columns, f"{name}_names"):
+        table.lookup(column)
+
+
+def _read_blocks(location: StoreLocation, metadata: StoreMetadata) -> None:
+    blocks = Blocks(location, metadata)
+    for block in range(len(blocks)):
+        blocks.var(block), blocks.gene_ids(block)
+    for path in metadata.matrices:
+        blocks.unsorted_rows(path)
+    sources = blocks.sources()
+    if int(sources["n_obs"].sum()) != metadata.n_obs or int(sources["nnz"].sum()) != metadata.matrices["X"].nnz:
+        raise CorruptStoreError(f"{location}: the sources' rows and values do not add up to those of X")

@@ -1,0 +1,46 @@
+"""Shared fixtures: the bundled real file as a store, and small H5AD files made to measure."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+from pathlib import Path
+
+import anndata as ad
+import hypothesis
+import pytest
+
+import scdl_zarr
+from scdl_zarr.demo import bundled_h5ad
+
+faulthandler.enable()
+
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.register_profile("full", deadline=None, max_examples=600)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session")
+def real_h5ad() -> Path:
+    """The bundled file: 559 cells × 32,786 genes."""
+    return bundled_h5ad()
+
+
+@pytest.fixture(scope="session")
+def real_anndata(real_h5ad: Path) -> ad.AnnData:
+    """The bundled file as anndata reads it.  Do not change it."""
+    return ad.read_h5ad(real_h5ad)
+
+
+@pytest.fixture(scope="session")
+def real_store(real_h5ad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled file as a store.  Do not change it."""
+    target = tmp_path_factory.mktemp("real") / "immune.zarr"
+    scdl_zarr.convert(real_h5ad, target, progress=False)
+    return target
+
+
+@pytest.fixture
+def real_data(real_store: Path) -> scdl_zarr.SingleCellZarrDataset:
+    """The bundled file's store, opened afresh."""
+    return scdl_zarr.open(real_store)
