@@ -74,7 +74,7 @@ def _train(data: SingleCellZarrDataset) -> None:
     torch.nn.init.normal_(weights, std=0.01)
     optimizer = torch.optim.Adam([weights], lr=1e-3)
     loader: DataLoader[torch.Tensor] = DataLoader(
-        data,  # type: ignore[arg-type]
+        data,
         batch_size=BATCH_ROWS,
         shuffle=True,
         collate_fn=collate_sparse_matrix_batch,
@@ -88,7 +88,7 @@ def _train(data: SingleCellZarrDataset) -> None:
             target = torch.log1p(counts / counts.sum(1, keepdim=True).clamp(min=1) * 1e4)
             loss = ((target @ weights @ weights.T - target) ** 2).mean()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             cells += len(batch)
             losses.append(loss.item())

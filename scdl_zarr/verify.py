@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout, StoreMetadata
 
 __all__ = ["Fault", "VerifyReport", "verify_store"]
-
-CHUNKS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +125,6 @@ class _ShardCheck:
         self._root, self._part, self._matrix, self._kernels, self.number = root, part, matrix, kernels, number
 
     def run(self) -> list[Fault]:
-        from pathlib import Path
-
         from scdl_zarr.reading.mapped import CHECKS, chunk_fault
         from scdl_zarr.storage.shards import MappedShard
 
@@ -141,30 +139,29 @@ class _ShardCheck:
         absent = np.flatnonzero((shard.index(part)[:stop] == 2**64 - 1).all(axis=1))
         if len(absent):
             found.append(Fault(where=part.path, what=f"{path}: chunk {absent[0]} and {len(absent) - 1} more are missing"))
-        for first in range(0, stop, CHUNKS_AT_ONCE):
-            for k in range(first, min(first + CHUNKS_AT_ONCE, stop)):
-                out, fault = decoder.scratch(part.dtype, part.chunk), np.array([self.number, k], np.int64)
-                code = self._kernels.decode(
-                    decoder.context,
-                    shard.address,
-                    shard.data_end,
-                    shard.verified_address,
-                    k,
-                    k + 1,
-                    part.codec == "blosc",
-                    part.checksum,
-                    CHECKS["always"],
-                    part.delta,
-                    out,
-                    fault,
-                )
-                if code:
-                    found.append(Fault(where=part.path, what=str(chunk_fault(code, fault, part, shard))))
-                else:
-                    found += self._content(out, k, path)
+        for k in range(stop):
+            out, fault = decoder.scratch(part.dtype, part.chunk), np.array([self.number, k], np.int64)
+            code = self._kernels.decode(
+                decoder.context,
+                shard.address,
+                shard.data_end,
+                shard.verified_address,
+                k,
+                k + 1,
+                part.codec == "blosc",
+                part.checksum,
+                CHECKS["always"],
+                part.delta,
+                out,
+                fault,
+            )
+            if code:
+                found.append(Fault(where=part.path, what=str(chunk_fault(code, fault, part, shard))))
+            else:
+                found += self._content(out, k, path)
         return found
 
-    def _content(self, out: Any, k: int, path: str) -> Iterator[Fault] | list[Fault]:
+    def _content(self, out: Any, k: int, path: str) -> list[Fault]:
         start = self.number * self._part.shard + k * self._part.chunk
         own = out[: min(self._part.chunk, self._part.size - start)]
         where = f"{path}: chunk {k} (values {start} to {start + len(own) - 1})"
@@ -209,16 +206,13 @@ def _verify_generally(location: StoreLocation, layout: MatrixLayout, block: int 
 def _element_checks(location: StoreLocation, metadata: StoreMetadata) -> Iterator[Callable[[], list[Fault]]]:
     """One check per table column and array that is not a part of a matrix."""
     for name, length in (("obs", metadata.n_obs), ("var", metadata.n_vars)):
-        yield _guarded(name, lambda name=name, length=length: _read_table(location, metadata, name, length))
-    yield _guarded("uns/scdl", lambda: _read_blocks(location, metadata))
+        yield _guarded(name, partial(_read_table, location, metadata, name, length))
+    yield _guarded("uns/scdl", partial(_read_blocks, location, metadata))
     taken = {part for path in metadata.matrices for part in (path, f"{path}/data", f"{path}/indices", f"{path}/indptr")}
     for path, node in metadata.nodes.items():
         if path not in taken and not path.startswith(("obs/", "var/")) and node.get("node_type") == "array":
-            yield _guarded(path, lambda path=path: read_element(location, path))
-    for name in metadata.children("obsm"):
-        shape = metadata.nodes[f"obsm/{name}"].get("shape") or [None]
-        if metadata.nodes[f"obsm/{name}"].get("node_type") == "array" and shape[0] != metadata.n_obs:
-            yield lambda name=name, shape=shape: [Fault(where=f"obsm/{name}", what=f"{shape[0]} rows for {metadata.n_obs} cells")]
+            yield _guarded(path, partial(read_element, location, path))
+    yield _guarded("obsm", partial(_check_obsm, location, metadata))
 
 
 def _guarded(where: str, read: Callable[[], object]) -> Callable[[], list[Fault]]:
@@ -236,6 +230,13 @@ def _read_table(location: StoreLocation, metadata: StoreMetadata, name: str, len
     table = LazyTable(location, name, metadata.nodes, length)
     for column in (*table.columns, f"{name}_names"):
         table.lookup(column)
+
+
+def _check_obsm(location: StoreLocation, metadata: StoreMetadata) -> None:
+    for name in metadata.children("obsm"):
+        node = metadata.nodes[f"obsm/{name}"]
+        if node.get("node_type") == "array" and (node.get("shape") or [None])[0] != metadata.n_obs:
+            raise CorruptStoreError(f"{location}: obsm/{name} has shape {node.get('shape')} for {metadata.n_obs} cells")
 
 
 def _read_blocks(location: StoreLocation, metadata: StoreMetadata) -> None:

@@ -97,9 +97,7 @@ def text_summary(facts: dict[str, Any]) -> str:
         )
     for title, key in (("obs", "obs_columns"), ("var", "var_columns")):
         lines.append(f"  {title}: " + (", ".join(f"{name} ({kind})" for name, kind in facts[key].items()) or "no columns"))
-    for title in ("layers", "obsm"):
-        if facts[title]:
-            lines.append(f"  {title}: {', '.join(facts[title])}")
+    lines += [f"  {title}: {', '.join(facts[title])}" for title in ("layers", "obsm") if facts[title]]
     lines.append(f"  left out by the conversion: {', '.join(facts['left_out']) or 'nothing'}")
     return "\n".join(lines)
 

@@ -67,7 +67,7 @@ class Construction:
         with _explained(self.root):
             self._fresh = not self.root.exists() or not any(self.root.iterdir())
             self._build.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self._build / "lock", "a+b")  # noqa: SIM115
+            self._lock = open(self._build / "lock", "a+b")
         _take_lock(self._lock, self.root)
         try:
             self._go_on_or_start()
@@ -123,8 +123,9 @@ class Construction:
             return None
         try:
             stats = ValueStats(**record.pop("stats"))
-            pairs = {name: tuple((int(a), int(b)) for a, b in record.pop(name)) for name in ("checksums", "unsorted")}
-            return ShardResult(**record, **pairs, stats=stats)
+            for name in ("checksums", "unsorted"):
+                record[name] = tuple((int(a), int(b)) for a, b in record[name])
+            return ShardResult(**record, stats=stats)
         except (TypeError, ValueError, KeyError):
             return None
 

@@ -61,12 +61,12 @@ class EncodedElements:
             self.add_column(f"{path}/categories", values.categories.array)
         elif isinstance(values, (pd.arrays.IntegerArray, pd.arrays.BooleanArray)):
             kind = "boolean" if isinstance(values, pd.arrays.BooleanArray) else "integer"
-            dtype = values.dtype.numpy_dtype
+            dtype = _numpy_dtype(values)
             self._groups[path] = group_node(f"nullable-{kind}")
             self._array(f"{path}/values", values.to_numpy(dtype=dtype, na_value=dtype.type(0)))
             self._array(f"{path}/mask", np.asarray(values.isna()))
         elif isinstance(values, pd.arrays.FloatingArray):
-            self._array(path, values.to_numpy(dtype=values.dtype.numpy_dtype, na_value=np.nan))
+            self._array(path, values.to_numpy(dtype=_numpy_dtype(values), na_value=np.nan))
         else:
             self._plain_column(path, values)
 
@@ -133,3 +133,9 @@ class EncodedElements:
     def objects(self) -> dict[str, bytes]:
         """The chunks: object key to bytes."""
         return {key: value.to_bytes() for key, value in self._objects.items() if not key.endswith("zarr.json")}
+
+
+def _numpy_dtype(values: Any) -> np.dtype[Any]:
+    """NumPy's dtype behind one of pandas' nullable arrays."""
+    dtype: np.dtype[Any] = np.dtype(values.dtype.numpy_dtype)
+    return dtype

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from scdl_zarr.conversion.assembly import commit_store, recorded_plan
 from scdl_zarr.conversion.construction import (
     PLAN_VERSION,
     Construction,
@@ -27,13 +28,11 @@ from scdl_zarr.conversion.construction import (
     run_task,
     swap_folders,
 )
-from scdl_zarr.conversion.elements import EncodedElements
-from scdl_zarr.conversion.frames import join_frames
-from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan, ShardTask, parse_bytes, projected_bytes
-from scdl_zarr.conversion.shards import DtypeTooNarrow, ShardResult
+from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, parse_bytes, projected_bytes
+from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
 from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
-from scdl_zarr.conversion.values import ValueStats, choose_dtype
+from scdl_zarr.conversion.values import choose_dtype, union_stats
 from scdl_zarr.errors import (
     CorruptStoreError,
     FormatVersionError,
@@ -46,16 +45,11 @@ from scdl_zarr.errors import (
 from scdl_zarr.storage.location import local_path
 from scdl_zarr.storage.schema import (
     BUILD_FOLDER,
-    FORMAT_VERSION,
-    group_node,
-    matrix_nodes,
     profile_named,
-    root_document,
 )
 
 __all__ = ["ConversionSummary", "run_conversion"]
 
-DICT_GROUPS = ("layers", "obsm", "obsp", "varm", "varp", "uns", "uns/scdl", "uns/scdl/unsorted_rows")
 TABLE_FACTOR = 6  # obs and var: as read, joined, as objects, encoded
 
 
@@ -126,7 +120,7 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     with Construction(place, plan, resume=options.resume) as construction:
         try:
             results = _run(construction, survey, options, workers)
-            _commit(construction, survey, options, results, plan)
+            commit_store(construction, survey, options, results, plan)
         except (SourceError, InexactValueError, OptionError):
             construction.discard()  # these can never finish: leave nothing behind
             raise
@@ -165,7 +159,7 @@ def _same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> Conversi
     import json
 
     found = committed_plan(root)
-    wanted = json.loads(json.dumps(_recorded(plan)))
+    wanted = json.loads(json.dumps(recorded_plan(plan)))
     if found != wanted:
         difference = describe_difference(found or {}, wanted) if found else "it was not made by a conversion"
         raise StoreExistsError(
@@ -189,12 +183,6 @@ def _plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
         content["matrix"] = content["matrix"][0]
     sources = [{"name": spec.name, "size": spec.size, "mtime_ns": spec.mtime_ns} for spec in survey.specs]
     return {"plan_version": PLAN_VERSION, "options": content, "sources": sources, "digest": digest_of(survey.digests)}
-
-
-def _recorded(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of the plan that the finished store keeps: nothing of when and where."""
-    names = [{"name": source["name"], "size": source["size"]} for source in plan["sources"]]
-    return {"options": plan["options"], "sources_digest": plan["digest"], "n_sources": len(names)}
 
 
 def _workers(survey: Survey, options: ConversionOptions) -> int:
@@ -222,7 +210,7 @@ def table_bytes(survey: Survey) -> int:
     """What obs, var and obsm take while they are joined and encoded."""
     frames = [*survey.obs, survey.vocabulary.frame()]
     held = sum(int(frame.memory_usage(index=True, deep=True).sum()) for frame in frames)
-    return TABLE_FACTOR * held + 3 * sum(value.nbytes for values in survey.obsm.values() for value in values)
+    return TABLE_FACTOR * held + 3 * sum(int(value.nbytes) for values in survey.obsm.values() for value in values)
 
 
 def _projected_size(survey: Survey, options: ConversionOptions) -> int:
@@ -257,8 +245,8 @@ def _run(construction: Construction, survey: Survey, options: ConversionOptions,
                     done = _run_tasks(
                         construction, list(plan.tasks(str(construction.root), survey.vocabulary.maps, options)), workers, bar
                     )
-                    stats = _union(result.stats for result in done)
-                except DtypeTooNarrow as found:
+                    stats = union_stats(result.stats for result in done)
+                except DtypeTooNarrowError as found:
                     done, stats = [], found.stats
                 wanted = choose_dtype(stats, dtypes, survey.width) if options.dtype == "auto" else plan.layout.data_dtype
                 if done and wanted == plan.layout.data_dtype:
@@ -271,13 +259,6 @@ def _run(construction: Construction, survey: Survey, options: ConversionOptions,
     return results
 
 
-def _union(stats: Iterable[ValueStats]) -> ValueStats:
-    whole = ValueStats()
-    for one in stats:
-        whole |= one
-    return whole
-
-
 def _run_tasks(construction: Construction, tasks: list[ShardTask], workers: int, bar: Any) -> list[ShardResult]:
     """The results of all tasks, in their order; those that were done by an earlier run are taken from their marks."""
     import dask
@@ -287,127 +268,20 @@ def _run_tasks(construction: Construction, tasks: list[ShardTask], workers: int,
     todo = [task for task in tasks if results[task.name] is None]
     bar.update(sum(result.values for result in results.values() if result is not None))
 
-    def finished(key: Any, result: Any, *_: Any) -> None:
+    def finished(_key: Any, result: Any, *_: Any) -> None:
         if isinstance(result, ShardResult):
             bar.update(result.values)
 
     jobs = [dask.delayed(run_task, pure=False)(dask.delayed(task, traverse=False)) for task in todo]
     # a pool of our own: leaving it waits for tasks that still run after another one failed
-    with ThreadPoolExecutor(workers, thread_name_prefix="scdl-zarr-convert") as pool, explained_errors(construction.root):
-        with Callback(posttask=finished):
-            done = dask.compute(*jobs, scheduler="threads", pool=pool, num_workers=workers)
+    with (
+        ThreadPoolExecutor(workers, thread_name_prefix="scdl-zarr-convert") as pool,
+        explained_errors(construction.root),
+        Callback(posttask=finished),
+    ):
+        done = dask.compute(*jobs, scheduler="threads", pool=pool, num_workers=workers)
     results.update({task.name: result for task, result in zip(todo, done, strict=True)})
     return [result for task in tasks if (result := results[task.name]) is not None]
-
-
-# ---- the commit
-
-
-def _commit(
-    construction: Construction,
-    survey: Survey,
-    options: ConversionOptions,
-    results: dict[str, list[ShardResult]],
-    plan: Mapping[str, Any],
-) -> None:
-    elements = EncodedElements()
-    elements.add_frame("obs", join_frames(survey.obs))
-    elements.add_frame("var", survey.vocabulary.frame())
-    for name, values in survey.obsm.items():
-        elements.add_array(f"obsm/{name}", np.concatenate(values))
-    _add_provenance(elements, survey, results)
-    nodes = {name: group_node("dict") for name in DICT_GROUPS} | elements.nodes()
-    for path in survey.plans:
-        nodes |= matrix_nodes(survey.plans[path].layout)
-    construction.commit(root_document(nodes, _header(survey, options, results, plan)), nodes, elements.objects())
-
-
-def _header(
-    survey: Survey, options: ConversionOptions, results: dict[str, list[ShardResult]], plan: Mapping[str, Any]
-) -> dict[str, Any]:
-    from scdl_zarr import __version__
-
-    main = survey.plans["X"].layout
-    return {
-        "format_version": FORMAT_VERSION,
-        "writer": f"scdl-zarr {__version__}",
-        "n_obs": main.n_obs,
-        "n_vars": main.n_vars,
-        "nnz": main.nnz,
-        "profile": options.profile,
-        "width": survey.width,
-        "matrices": {
-            path: {"float32_exact": _union(result.stats for result in results[path]).float32_exact} for path in survey.plans
-        },
-        "left_out": survey.left_out,
-        "conversion": _recorded(plan),
-    }
-
-
-def _add_provenance(elements: EncodedElements, survey: Survey, results: dict[str, list[ShardResult]]) -> None:
-    """``uns/scdl``: sources, blocks, var tables and unsorted rows, in a fixed number of arrays."""
-    import pandas as pd
-
-    plan, packer = survey.plans["X"], survey.vocabulary.packer
-    sums = [0] * len(survey.specs)
-    for result in results["X"]:
-        for source, value in result.checksums:
-            sums[source] = (sums[source] + value) % 2**64
-    texts = lambda values: np.array(list(values), dtype=object)  # noqa: E731
-    sources = {
-        "name": texts(spec.name for spec in survey.specs),
-        "matrix": texts(matrix_name(key) for key in survey.keys),
-        "n_obs": np.array([source.header.n_obs for source in plan.sources], np.int64),
-        "nnz": np.array([source.header.nnz for source in plan.sources], np.int64),
-        "checksum": np.array(sums, np.uint64),
-        "size_bytes": np.array([spec.size for spec in survey.specs], np.int64),
-    }
-    blocks = _blocks(plan, survey.tables)
-    starts = np.concatenate([[0], np.cumsum([len(ids) for ids in survey.vocabulary.maps])])[:-1].astype(np.int64)
-    tables = {
-        "n_vars": np.array(packer.lengths, np.int64),
-        "map_start": starts,
-        "index_name": texts(packer.index_names),
-    }
-    directory = {
-        name: texts(values)
-        if name in ("column", "part", "encoding")
-        else np.array(values, bool if name == "ordered" else np.int64)
-        for name, values in packer.directory.items()
-    }
-    for name, columns in (("sources", sources), ("blocks", blocks), ("tables", tables), ("directory", directory)):
-        elements.add_frame(f"uns/scdl/{name}", pd.DataFrame(columns))
-    elements.add_array("uns/scdl/maps", np.concatenate(survey.vocabulary.maps).astype(np.int32))
-    elements.add_array("uns/scdl/pool", packer.pool())
-    for path in survey.plans:
-        runs = merge_runs(run for result in results[path] for run in result.unsorted)
-        elements.add_array(f"uns/scdl/unsorted_rows/{path.replace('layers/', 'layer:')}", np.array(runs, np.int64).reshape(-1, 2))
-
-
-def _blocks(plan: MatrixPlan, tables: list[int]) -> dict[str, Any]:
-    """Neighbouring sources with one var table are one block; sources without rows are in none."""
-    rows: list[list[int]] = []
-    for source, table in zip(plan.sources, tables, strict=True):
-        start, stop = source.row_start, source.row_start + source.header.n_obs
-        if start == stop:
-            continue
-        if rows and rows[-1][2] == table:
-            rows[-1][1] = stop
-        else:
-            rows.append([start, stop, table])
-    table_of = np.array(rows, np.int64).reshape(-1, 3)
-    return {"row_start": table_of[:, 0], "row_stop": table_of[:, 1], "table": table_of[:, 2]}
-
-
-def merge_runs(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Half-open runs, sorted, with neighbours joined."""
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(runs):
-        if merged and merged[-1][1] >= start:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
-        else:
-            merged.append((start, stop))
-    return merged
 
 
 def _summary(root: Path, survey: Survey, seconds: float, *, written: bool = True) -> ConversionSummary:

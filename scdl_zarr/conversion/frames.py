@@ -21,7 +21,8 @@ def join_columns(parts: list[pd.Series[Any]]) -> pd.Series[Any]:
     from pandas.api.types import union_categoricals
 
     if len(parts) == 1:
-        return parts[0]
+        only: pd.Series[Any] = parts[0]
+        return only
     index = parts[0].index.append([part.index for part in parts[1:]])
     if all(isinstance(part.dtype, pd.CategoricalDtype) for part in parts):
         kinds = {part.cat.categories.dtype for part in parts}
@@ -33,7 +34,7 @@ def join_columns(parts: list[pd.Series[Any]]) -> pd.Series[Any]:
             loose = [part.cat.as_unordered().array for part in parts]
             return pd.Series(union_categoricals(loose), index=index)
     plain = [part.astype(part.cat.categories.dtype) if isinstance(part.dtype, pd.CategoricalDtype) else part for part in parts]
-    joined = pd.concat(plain)
+    joined: pd.Series[Any] = pd.concat(plain)
     if joined.dtype == object and not all(isinstance(v, str) for v in joined.dropna()):
         joined = joined.map(str, na_action="ignore")
     return joined

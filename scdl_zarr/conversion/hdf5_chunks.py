@@ -8,6 +8,7 @@ layout or filter goes through h5py, with the same result.
 from __future__ import annotations
 
 import os
+import zlib
 from typing import Any
 
 import h5py
@@ -66,7 +67,7 @@ class ElementReader:
     @property
     def chunk_bytes(self) -> int:
         """Bytes of one decoded chunk (0 for a contiguous dataset)."""
-        return self._chunk * self.dtype.itemsize
+        return int(self._chunk * self.dtype.itemsize)
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Elements [start, stop), as a new array.
@@ -84,7 +85,7 @@ class ElementReader:
             if self._raw:
                 return self._read_chunks(start, stop)
             return np.asarray(self._dataset[start:stop]).astype(self.dtype, copy=False)
-        except (OSError, RuntimeError, isal_zlib.error) as error:
+        except (OSError, RuntimeError, zlib.error) as error:  # isal raises zlib's error
             raise SourceError(f"{self._where}: elements {start} to {stop - 1} cannot be read: {error}") from error
 
     def close(self) -> None:
@@ -97,7 +98,7 @@ class ElementReader:
             self._descriptor = os.open(self._path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         size = self._dataset.dtype.itemsize
         values = np.empty(stop - start, self._dataset.dtype)
-        view, at = memoryview(values).cast("B"), offset + start * size
+        view, at = memoryview(values.view(np.uint8).data), offset + start * size
         done = 0
         while done < len(view):
             got = os.preadv(self._descriptor, [view[done:]], at + done)

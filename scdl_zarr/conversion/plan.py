@@ -87,7 +87,7 @@ class ConversionOptions:
 
 def _asked_dtype(dtype: Any) -> str:
     try:
-        name = np.dtype(dtype).name
+        name = str(np.dtype(dtype).name)
     except TypeError:
         name = str(dtype)
     if name not in VALUE_DTYPES:

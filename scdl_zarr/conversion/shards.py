@@ -23,19 +23,18 @@ from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.values import (
     ValueStats,
     checksum,
-    choose_dtype,
-    inexact_positions,
     map_rows,
     sort_rows,
     value_stats,
 )
 from scdl_zarr.errors import InexactValueError, SourceError
+from scdl_zarr.reading.exactness import inexact_positions
 from scdl_zarr.storage.schema import ArrayLayout
 
-__all__ = ["DtypeTooNarrow", "ShardResult", "write_shard"]
+__all__ = ["DtypeTooNarrowError", "ShardResult", "write_shard"]
 
 
-class DtypeTooNarrow(Exception):
+class DtypeTooNarrowError(Exception):
     """The dtype that `dtype="auto"` started with does not hold a value; the conversion goes on with a wider one."""
 
     def __init__(self, matrix: str, stats: ValueStats) -> None:
@@ -69,7 +68,7 @@ def write_shard(task: ShardTask) -> ShardResult:
         A gene id outside the source's genes, row pointers that changed, bytes that do not decode.
     InexactValueError
         A value does not survive the dtype that was asked for; the message names source, row and value.
-    DtypeTooNarrow
+    DtypeTooNarrowError
         A value does not survive the dtype chosen automatically.
     """
     return _write_pointers(task) if task.kind == "indptr" else _write_values(task)
@@ -192,7 +191,7 @@ def _narrow(
     if not _surely_exact(values.dtype, stats, dtype):
         bad = inexact_positions(values, dtype, task.tolerance)
         if len(bad) and not task.exact_dtype:
-            raise DtypeTooNarrow(task.matrix, stats)
+            raise DtypeTooNarrowError(task.matrix, stats)
         if len(bad):
             at = int(piece.pointers[0]) + inside.start + int(bad[0])
             row = int(np.searchsorted(piece.pointers, at, side="right")) - 1

@@ -99,7 +99,7 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
     if width == "auto":
         nnz = max(plan.layout.nnz for plan in plans.values())
         width = "narrow" if nnz >= NARROW_FROM or profile_named(options.profile).narrow else "plain"
-    plans = {path: _with_layout(plan, options, width, len(vocabulary), specs) for path, plan in plans.items()}
+    plans = {path: _with_layout(plan, options, width, len(vocabulary)) for path, plan in plans.items()}
     return Survey(
         specs=specs,
         keys=keys,
@@ -295,7 +295,7 @@ def _layout(
     )
 
 
-def _with_layout(plan: MatrixPlan, options: ConversionOptions, width: str, n_vars: int, specs: list[SourceSpec]) -> MatrixPlan:
+def _with_layout(plan: MatrixPlan, options: ConversionOptions, width: str, n_vars: int) -> MatrixPlan:
     headers = [source.header for source in plan.sources]
     dtype = np.dtype(options.dtype) if options.dtype != "auto" else _likely_dtype(plan, width)
     layout = _layout(plan.layout.path, headers, plan.layout.nnz, n_vars, options, width, dtype)

@@ -6,6 +6,7 @@ all pieces, so it does not depend on the order in which they were seen.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ValueStats", "checksum", "choose_dtype", "inexact_positions", "map_rows", "sort_rows", "value_stats"]
+__all__ = ["ValueStats", "checksum", "choose_dtype", "map_rows", "sort_rows", "union_stats", "value_stats"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +70,8 @@ def choose_dtype(stats: ValueStats, source_dtypes: list[np.dtype[Any]], width: s
     floats: float32, or float64 if a source has it (or has integers that float32 rounds).
     """
     if stats.integral:
-        if width == "plain":
-            ladder = ("i4", "i8", "u8")
-        else:
-            ladder = ("u2", "u4", "u8") if stats.low >= 0 else ("i2", "i4", "i8")
+        narrow = ("u2", "u4", "u8") if stats.low >= 0 else ("i2", "i4", "i8")
+        ladder = ("i4", "i8", "u8") if width == "plain" else narrow
         for name in ladder:
             info = np.iinfo(name)
             if info.min <= stats.low and stats.high <= info.max:
@@ -81,29 +80,12 @@ def choose_dtype(stats: ValueStats, source_dtypes: list[np.dtype[Any]], width: s
     return np.dtype(np.float32 if small else np.float64)
 
 
-def inexact_positions(values: npt.NDArray[Any], dtype: np.dtype[Any], tolerance: float = 0.0) -> npt.NDArray[np.intp]:
-    """Where `values` would change by more than `tolerance` in `dtype` (with tolerance 0.0: at all, -0.0 and NaN included)."""
-    with np.errstate(all="ignore"):
-        if dtype.kind == "f":
-            cast = values.astype(dtype)
-            if values.dtype.kind == "f":
-                # NaN stays NaN and an infinity stays one; what became infinite, or moved, did not survive
-                wide = cast.astype(np.float64)
-                same = (wide == values) | (np.isnan(wide) & np.isnan(values))
-                near = np.abs(wide - values) <= tolerance
-                return np.flatnonzero(~(same | near))
-            return np.flatnonzero([abs(int(c) - int(v)) > tolerance for c, v in zip(cast.tolist(), values.tolist(), strict=True)])
-        info = np.iinfo(dtype)
-        if values.dtype.kind == "f":
-            whole = np.rint(values)
-            fits = (whole >= float(info.min)) & (whole < float(info.max) + 1.0) & (np.abs(whole - values) <= tolerance)
-            if tolerance == 0.0:
-                fits &= ~((values == 0) & np.signbit(values))
-            return np.flatnonzero(~fits)
-        if values.dtype.kind == "b":
-            return np.empty(0, np.intp)
-        own = np.iinfo(values.dtype)
-        return np.flatnonzero((values < max(info.min, own.min)) | (values > min(info.max, own.max)))
+def union_stats(stats: Iterable[ValueStats]) -> ValueStats:
+    """The stats of everything together."""
+    whole = ValueStats()
+    for one in stats:
+        whole |= one
+    return whole
 
 
 @nb.njit(nogil=True, cache=True)
@@ -120,7 +102,7 @@ def _float_stats(values: Any) -> tuple[float, float, bool, bool]:
 
 
 @nb.njit(nogil=True, cache=True)
-def _checksum(bits: npt.NDArray[np.uint64], ids: Any) -> int:
+def _checksum(bits: npt.NDArray[np.uint64], ids: Any) -> Any:
     total = np.uint64(0)
     for j in range(len(bits)):
         total += (bits[j] + np.uint64(1)) * (np.uint64(2) * np.uint64(ids[j]) + np.uint64(1))
@@ -137,7 +119,7 @@ def checksum(values: npt.NDArray[Any], ids: npt.NDArray[Any]) -> int:
     bits = wide.view(np.uint64)
     if values.dtype.kind in "iu" and values.dtype.itemsize == 8:
         with np.errstate(invalid="ignore"):
-            inexact = (np.abs(wide) >= 2.0**53) & ((np.abs(wide) >= 2.0**63) | (wide.astype(values.dtype) != values))
+            inexact: Any = (np.abs(wide) >= 2.0**53) & ((np.abs(wide) >= 2.0**63) | (wide.astype(values.dtype) != values))
         bits = np.where(inexact, values.view(np.uint64), bits)
     return int(_checksum(bits, ids))
 

@@ -95,4 +95,4 @@ def _first_value(parts: list[pd.Series[Any]], length: int) -> pd.Series[Any]:
     """One column over the vocabulary: where sources disagree, the first that has the gene."""
     joined = join_columns(parts)
     first = joined[~joined.index.duplicated()]
-    return nullable(first).reindex(range(length)) if len(first) < length else first.loc[range(length)]
+    return nullable(first).reindex(range(length)) if len(first) < length else first.loc[list(range(length))]

@@ -29,7 +29,7 @@ def row_tensor(values: Any, ids: Any) -> torch.Tensor:
     torch = import_torch()
     pair = np.empty((2, len(values)), values.dtype)
     pair[0], pair[1] = values, ids
-    return torch.from_numpy(pair)  # type: ignore[no-any-return]
+    return torch.from_numpy(pair)
 
 
 class RowList(list):  # type: ignore[type-arg]
@@ -94,13 +94,11 @@ def collate_sparse_matrix_batch(batch: Sequence[torch.Tensor]) -> torch.Tensor:
             raise OptionError("collate_sparse_matrix_batch takes tensors of shape (2, n): values, then gene ids")
     pointers = torch.zeros(len(rows) + 1, dtype=torch.int64)
     if not rows:
-        return torch.sparse_csr_tensor(  # type: ignore[no-any-return]
+        return torch.sparse_csr_tensor(
             pointers, torch.empty(0, dtype=torch.int32), torch.empty(0), size=(0, 0), check_invariants=False
         )
     pointers[1:] = torch.cumsum(torch.tensor([row.shape[1] for row in rows]), dim=0)
     joined = torch.cat(rows, dim=1)
     ids = joined[1].to(torch.int32)
     width = int(ids.max()) + 1 if len(ids) else 0
-    return torch.sparse_csr_tensor(  # type: ignore[no-any-return]
-        pointers, ids, joined[0], size=(len(rows), width), check_invariants=False
-    )
+    return torch.sparse_csr_tensor(pointers, ids, joined[0], size=(len(rows), width), check_invariants=False)

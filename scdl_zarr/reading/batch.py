@@ -124,8 +124,8 @@ class RowBatch:
         """
         torch = import_torch()
         if dense:
-            return torch.from_numpy(self.to_dense()).to(device)  # type: ignore[no-any-return]
-        return torch.sparse_csr_tensor(  # type: ignore[no-any-return]
+            return torch.from_numpy(self.to_dense()).to(device)
+        return torch.sparse_csr_tensor(
             torch.from_numpy(self.indptr),
             torch.from_numpy(self.indices),
             torch.from_numpy(self.data),

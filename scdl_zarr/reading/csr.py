@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from scdl_zarr.errors import InexactValueError, OptionError
 from scdl_zarr.reading.batch import RowBatch
+from scdl_zarr.reading.exactness import inexact_positions
 from scdl_zarr.reading.plan import Int64Array, RowPlan, plan_rows
 from scdl_zarr.storage.location import StoreLocation
 from scdl_zarr.storage.schema import MatrixLayout
@@ -60,7 +61,7 @@ class CsrReader:
 
     def __init__(self, location: StoreLocation, layout: MatrixLayout, *, threads: int, check: str) -> None:
         self.layout = layout
-        self._open = lambda: open_columns(location, layout, threads=threads, check=check)
+        self._location, self._threads, self._check = location, threads, check
         self._columns: Columns | None = None
         self._dtype = value_dtype(layout)
         self._id_dtype = np.dtype(np.int32 if layout.n_vars <= 1 << 31 else np.int64)
@@ -68,7 +69,7 @@ class CsrReader:
     @property
     def columns(self) -> Columns:
         if self._columns is None:
-            self._columns = self._open()
+            self._columns = open_columns(self._location, self.layout, threads=self._threads, check=self._check)
         return self._columns
 
     def read(self, rows: Int64Array, dtype: npt.DTypeLike | None = None, out: Buffers | None = None) -> RowBatch:
@@ -76,7 +77,7 @@ class CsrReader:
         plan = plan_rows(*self.columns.bounds(rows))
         wanted = self._dtype if dtype is None else checked_dtype(dtype)
         native = wanted if _widens(self.layout.data_dtype, self._dtype, wanted) else self._dtype
-        data, indices = self._buffers(plan.total, native, wanted, out)
+        data, indices = self._buffers(plan.total, wanted, out)
         target = data if data.dtype == native else np.empty(plan.total, native)
         self.columns.gather(plan, target, indices)
         if target is not data:
@@ -87,7 +88,7 @@ class CsrReader:
         """How many values each row stores."""
         return self.columns.bounds(rows)[1]
 
-    def _buffers(self, total: int, native: np.dtype[Any], wanted: np.dtype[Any], out: Buffers | None) -> Buffers:
+    def _buffers(self, total: int, wanted: np.dtype[Any], out: Buffers | None) -> Buffers:
         if out is None:
             return np.empty(total, wanted), np.empty(total, self._id_dtype)
         data, indices = out
@@ -130,23 +131,6 @@ def cast_exactly(values: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
         np.copyto(out, values, casting="unsafe")
     if out.dtype.kind == "f":
         return
-    bad = exactness_faults(values, out)
+    bad = inexact_positions(values, out.dtype)
     if len(bad):
         raise InexactValueError(f"value {values[bad[0]]!r} does not fit dtype {out.dtype}; ask for a wider one")
-
-
-def exactness_faults(values: npt.NDArray[Any], cast: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
-    """Positions where an integer `cast` of `values` is not the same number (NaN, inf, fractions, -0.0, out of range)."""
-    info = np.iinfo(cast.dtype)
-    if values.dtype.kind == "f":
-        # 2**63 and 2**64 are floats, the largest integers below them are not: compare with the half-open bound
-        inside = (values >= float(info.min)) & (values < float(info.max) + 1.0)
-        inside &= np.trunc(values) == values
-        inside &= ~((values == 0) & np.signbit(values))
-        return np.flatnonzero(~inside)
-    low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
-    if low >= info.min and high <= info.max:
-        return np.empty(0, np.intp)
-    return np.flatnonzero(
-        (values < max(info.min, np.iinfo(values.dtype).min)) | (values > min(info.max, np.iinfo(values.dtype).max))
-    )

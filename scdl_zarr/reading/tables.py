@@ -73,7 +73,8 @@ class LazyTable:
         import pandas as pd
 
         name = None if self._index_name in ("_index", "index") else self._index_name
-        return pd.Index(self._values(self._index_name), name=name)
+        names: pd.Index = pd.Index(self._values(self._index_name), name=name)
+        return names
 
     def encoding(self, column: str) -> str:
         """How a column is stored: ``"array (float32)"``, ``"categorical"``, ``"string-array"``, ..."""

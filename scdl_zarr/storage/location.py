@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from scdl_zarr.errors import CorruptStoreError, NotAStoreError, OptionError, StoreAccessError, StoreNotFoundError
-from scdl_zarr.errors import UncommittedStoreError
+from scdl_zarr.errors import (
+    CorruptStoreError,
+    NotAStoreError,
+    OptionError,
+    StoreAccessError,
+    StoreNotFoundError,
+    UncommittedStoreError,
+)
 from scdl_zarr.storage.schema import BUILD_FOLDER, StoreMetadata, parse_store
 
 if TYPE_CHECKING:

@@ -93,7 +93,8 @@ def _column_parts(series: pd.Series[Any]) -> list[tuple[str, str, bool, int, byt
         return [("codes", "<i4", ordered, n, codes), ("categories", dtype, ordered, n_labels, raw)]
     missing = np.asarray(series.isna())
     if isinstance(values, (pd.arrays.IntegerArray, pd.arrays.BooleanArray, pd.arrays.FloatingArray)):
-        filled = values.to_numpy(dtype=values.dtype.numpy_dtype, na_value=values.dtype.numpy_dtype.type(0))
+        own: np.dtype[Any] = getattr(values.dtype, "numpy_dtype")  # noqa: B009
+        filled = values.to_numpy(dtype=own, na_value=own.type(0))
         little = filled.astype(filled.dtype.newbyteorder("<"))
         return [("values", little.dtype.str, False, n, little.tobytes()), ("mask", "|b1", False, n, missing.tobytes())]
     plain = series.to_numpy()

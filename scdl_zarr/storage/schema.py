@@ -260,6 +260,8 @@ def matrix_layouts(
 ) -> MatrixLayout:
     """The layout of a CSR matrix that a conversion is about to write."""
     wide = nnz >= NARROW_FROM
+    ids: np.dtype[Any]
+    pointer: np.dtype[Any]
     if width == "narrow":
         ids = np.dtype("u2" if n_vars <= 1 << 16 else "u4")
         pointer = np.dtype("i8")
@@ -312,13 +314,14 @@ def matrix_nodes(layout: MatrixLayout) -> dict[str, dict[str, Any]]:
 
 def root_document(nodes: Mapping[str, Mapping[str, Any]], header: Mapping[str, Any]) -> bytes:
     """The root ``zarr.json``: writing it is the commit."""
-    consolidated = {}
+    consolidated: dict[str, Any] = {}
     for path in sorted(nodes):
         node = dict(nodes[path])
         if node["node_type"] == "group":  # what zarr-python writes and expects for nested groups
             node["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": {}}
         consolidated[path] = node
-    root = group_node("anndata", **{ATTRIBUTE: dict(header)})
+    root = group_node("anndata")
+    root["attributes"][ATTRIBUTE] = dict(header)
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": consolidated}
     return node_document(root)
 
@@ -476,10 +479,10 @@ def _array(path: str, node: Mapping[str, Any], size: int, dtype: np.dtype[Any]) 
     if not known:
         return None
     delta = _take(chain, "numcodecs.delta")
-    if delta is not None and delta.get("dtype") != dtype.str or delta is not None and delta.get("astype", dtype.str) != dtype.str:
+    if delta is not None and {delta.get("dtype"), delta.get("astype", dtype.str)} != {dtype.str}:
         return None
     order = _take(chain, "bytes")
-    if order is None or order.get("endian") != "little":
+    if order is None or order.get("endian", "little") != "little":  # left out for single bytes
         return None
     blosc = _take(chain, "blosc")
     checksum = _take(chain, "crc32c") is not None

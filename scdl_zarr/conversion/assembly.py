@@ -1,0 +1,138 @@
+"""What the commit writes beside the shards: tables, provenance and the root document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from scdl_zarr.conversion.construction import Construction
+from scdl_zarr.conversion.elements import EncodedElements
+from scdl_zarr.conversion.frames import join_frames
+from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan
+from scdl_zarr.conversion.shards import ShardResult
+from scdl_zarr.conversion.sources.h5ad import matrix_name
+from scdl_zarr.conversion.survey import Survey
+from scdl_zarr.conversion.values import union_stats
+from scdl_zarr.storage.schema import FORMAT_VERSION, group_node, matrix_nodes, root_document
+
+__all__ = ["commit_store", "merge_runs", "recorded_plan"]
+
+DICT_GROUPS = ("layers", "obsm", "obsp", "varm", "varp", "uns", "uns/scdl", "uns/scdl/unsorted_rows")
+
+
+def commit_store(
+    construction: Construction,
+    survey: Survey,
+    options: ConversionOptions,
+    results: dict[str, list[ShardResult]],
+    plan: Mapping[str, Any],
+) -> None:
+    elements = EncodedElements()
+    elements.add_frame("obs", join_frames(survey.obs))
+    elements.add_frame("var", survey.vocabulary.frame())
+    for name, values in survey.obsm.items():
+        elements.add_array(f"obsm/{name}", np.concatenate(values))
+    _add_provenance(elements, survey, results)
+    nodes = {name: group_node("dict") for name in DICT_GROUPS} | elements.nodes()
+    for path in survey.plans:
+        nodes |= matrix_nodes(survey.plans[path].layout)
+    construction.commit(root_document(nodes, _header(survey, options, results, plan)), nodes, elements.objects())
+
+
+def recorded_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the plan that the finished store keeps: nothing of when and where."""
+    names = [{"name": source["name"], "size": source["size"]} for source in plan["sources"]]
+    return {"options": plan["options"], "sources_digest": plan["digest"], "n_sources": len(names)}
+
+
+def _header(
+    survey: Survey, options: ConversionOptions, results: dict[str, list[ShardResult]], plan: Mapping[str, Any]
+) -> dict[str, Any]:
+    from scdl_zarr import __version__
+
+    main = survey.plans["X"].layout
+    return {
+        "format_version": FORMAT_VERSION,
+        "writer": f"scdl-zarr {__version__}",
+        "n_obs": main.n_obs,
+        "n_vars": main.n_vars,
+        "nnz": main.nnz,
+        "profile": options.profile,
+        "width": survey.width,
+        "matrices": {
+            path: {"float32_exact": union_stats(result.stats for result in results[path]).float32_exact} for path in survey.plans
+        },
+        "left_out": survey.left_out,
+        "conversion": recorded_plan(plan),
+    }
+
+
+def _add_provenance(elements: EncodedElements, survey: Survey, results: dict[str, list[ShardResult]]) -> None:
+    """``uns/scdl``: sources, blocks, var tables and unsorted rows, in a fixed number of arrays."""
+    import pandas as pd
+
+    plan, packer = survey.plans["X"], survey.vocabulary.packer
+    sums = [0] * len(survey.specs)
+    for result in results["X"]:
+        for source, value in result.checksums:
+            sums[source] = (sums[source] + value) % 2**64
+    sources = {
+        "name": _texts(spec.name for spec in survey.specs),
+        "matrix": _texts(matrix_name(key) for key in survey.keys),
+        "n_obs": np.array([source.header.n_obs for source in plan.sources], np.int64),
+        "nnz": np.array([source.header.nnz for source in plan.sources], np.int64),
+        "checksum": np.array(sums, np.uint64),
+        "size_bytes": np.array([spec.size for spec in survey.specs], np.int64),
+    }
+    blocks = _blocks(plan, survey.tables)
+    starts = np.concatenate([[0], np.cumsum([len(ids) for ids in survey.vocabulary.maps])])[:-1].astype(np.int64)
+    tables = {
+        "n_vars": np.array(packer.lengths, np.int64),
+        "map_start": starts,
+        "index_name": _texts(packer.index_names),
+    }
+    directory = {
+        name: _texts(values)
+        if name in ("column", "part", "encoding")
+        else np.array(values, bool if name == "ordered" else np.int64)
+        for name, values in packer.directory.items()
+    }
+    for name, columns in (("sources", sources), ("blocks", blocks), ("tables", tables), ("directory", directory)):
+        elements.add_frame(f"uns/scdl/{name}", pd.DataFrame(columns))
+    elements.add_array("uns/scdl/maps", np.concatenate(survey.vocabulary.maps).astype(np.int32))
+    elements.add_array("uns/scdl/pool", packer.pool())
+    for path in survey.plans:
+        runs = merge_runs(run for result in results[path] for run in result.unsorted)
+        elements.add_array(f"uns/scdl/unsorted_rows/{path.replace('layers/', 'layer:')}", np.array(runs, np.int64).reshape(-1, 2))
+
+
+def _texts(values: Iterable[str]) -> np.ndarray[Any, np.dtype[np.object_]]:
+    return np.array(list(values), dtype=object)
+
+
+def _blocks(plan: MatrixPlan, tables: list[int]) -> dict[str, Any]:
+    """Neighbouring sources with one var table are one block; sources without rows are in none."""
+    rows: list[list[int]] = []
+    for source, table in zip(plan.sources, tables, strict=True):
+        start, stop = source.row_start, source.row_start + source.header.n_obs
+        if start == stop:
+            continue
+        if rows and rows[-1][2] == table:
+            rows[-1][1] = stop
+        else:
+            rows.append([start, stop, table])
+    table_of = np.array(rows, np.int64).reshape(-1, 3)
+    return {"row_start": table_of[:, 0], "row_stop": table_of[:, 1], "table": table_of[:, 2]}
+
+
+def merge_runs(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Half-open runs, sorted, with neighbours joined."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(runs):
+        if merged and merged[-1][1] >= start:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return merged
