@@ -251,6 +251,8 @@ def _gather(
                 number = c // per_shard
                 while numbers[slot] < number:
                     slot += 1
+                while numbers[slot] > number:  # a row that reaches into the next shard, asked for twice
+                    slot -= 1
                 k = c - number * per_shard
                 code = _decode_chunk(ctx, table[slot, 0], table[slot, 1], table[slot, 2], k, checksum, check, delta, scratch)
                 if code != OK:

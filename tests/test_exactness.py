@@ -1,0 +1,429 @@
+"""What goes in comes out: every row of a converted file equals anndata's own reading, values, ids, order and all.
+
+The battery runs over every way of reading (mapped and general path, each check, one thread and several) and every profile and
+width; hypothesis draws the matrices.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import numpy.typing as npt
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import scdl_zarr
+from scdl_zarr.conversion.values import checksum
+from scdl_zarr.dataset import SingleCellZarrDataset
+from scdl_zarr.reading.general import ZarrColumns
+from scdl_zarr.storage.schema import PROFILES
+from tests.toys import csr, encoded_rows, write_h5ad
+
+
+def through(data: SingleCellZarrDataset, path: str) -> SingleCellZarrDataset:
+    """The dataset, made to read through one path."""
+    if path == "general":
+        for matrix in ("X", *(f"layers/{name}" for name in data.layers)):
+            reader = data._reader(None if matrix == "X" else matrix.removeprefix("layers/"))
+            reader._columns = ZarrColumns(data._location, reader.layout)
+    return data
+
+
+def same_numbers(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
+    """Equal as numbers: NaN equals NaN, and -0.0 is not 0.0."""
+    assert len(found) == len(expected)
+    wide_found, wide = found.astype(np.longdouble), expected.astype(np.longdouble)
+    assert np.array_equal(wide_found, wide, equal_nan=True)
+    assert np.array_equal(np.signbit(wide_found[wide == 0]), np.signbit(wide[wide == 0]))
+
+
+def assert_rows_equal(data: SingleCellZarrDataset, matrix: sp.csr_matrix, rows: npt.NDArray[np.int64]) -> None:
+    """The rows read as one batch equal the matrix's rows, entry by entry, in their order."""
+    batch = data.read_rows(rows)
+    assert batch.shape == (len(rows), matrix.shape[1])
+    assert batch.rows.tolist() == rows.tolist()
+    for k, row in enumerate(rows.tolist()):
+        start, stop = matrix.indptr[row], matrix.indptr[row + 1]
+        values, ids = batch[k]
+        assert ids.tolist() == matrix.indices[start:stop].tolist()
+        same_numbers(values, matrix.data[start:stop])
+
+
+# ---- real files
+
+
+@pytest.mark.parametrize("path", ["mapped", "general"])
+@pytest.mark.parametrize("profile", list(PROFILES))
+def test_every_row_of_the_real_file(
+    path: str, profile: Any, real_h5ad: Path, real_anndata: ad.AnnData, tmp_path: Path
+) -> None:
+    data = through(scdl_zarr.convert(real_h5ad, tmp_path / "s.zarr", profile=profile, progress=False), path)
+    assert_rows_equal(data, real_anndata.X, np.random.default_rng(0).permutation(len(data)))
+    assert data.var_names.equals(real_anndata.var_names)
+    assert data.obs_names.equals(real_anndata.obs_names)
+    assert data.obs["n_genes"].tolist() == real_anndata.obs["n_genes"].tolist()
+
+
+def test_raw_comes_with_its_own_genes(tmp_path: Path) -> None:
+    full = encoded_rows(6, 9, 5)
+    adata = ad.AnnData(full.copy())
+    adata.var_names = [f"g{k}" for k in range(9)]
+    adata.raw = adata
+    small = adata[:, [4, 1]].copy()
+    small.write_h5ad(tmp_path / "raw.h5ad")
+    data = scdl_zarr.convert(tmp_path / "raw.h5ad", tmp_path / "s.zarr", progress=False)
+    assert data.n_vars == 9
+    assert data.var_names.tolist() == [f"g{k}" for k in range(9)]
+    assert_rows_equal(data, full, np.arange(6))
+    of_x = scdl_zarr.convert(tmp_path / "raw.h5ad", tmp_path / "x.zarr", matrix="X", progress=False)
+    assert of_x.var_names.tolist() == ["g4", "g1"]
+    assert np.array_equal(of_x.read_rows(slice(None)).to_dense(), full[:, [4, 1]].toarray())
+
+
+def test_a_layer_as_the_matrix_and_beside_it(tmp_path: Path) -> None:
+    counts = encoded_rows(5, 7, 3)
+    adata = ad.AnnData(counts.astype(np.float32) * 0.5, layers={"counts": counts})
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    data = scdl_zarr.convert(tmp_path / "a.h5ad", tmp_path / "s.zarr", matrix="counts", progress=False)
+    assert_rows_equal(data, counts, np.arange(5))
+    assert "X" in data.metadata["left_out"]
+    both = scdl_zarr.convert(tmp_path / "a.h5ad", tmp_path / "b.zarr", matrix="X", layers=["counts"], progress=False)
+    assert np.array_equal(both.read_rows([3, 1], layer="counts").to_dense(), counts[[3, 1]].toarray())
+    assert both.read_rows([3]).data.dtype == np.float32
+    assert both.layers == ["counts"]
+
+
+def test_files_of_anndata_0_6_with_compound_tables(tmp_path: Path) -> None:
+    matrix = csr([([1.5, 2.5], [0, 2]), ([], []), ([3.5], [1])], 3)
+    obs = np.array([(b"c0", 1, 0.5), (b"c1", 0, 1.5), (b"c2", -1, 2.5)], [("index", "S8"), ("kind", "i1"), ("score", "f4")])
+    with h5py.File(tmp_path / "old.h5ad", "w") as file:
+        file["obs"] = obs
+        file["var"] = np.array([(b"v0",), (b"v1",), (b"v2",)], [("index", "S8")])
+        file["raw.var"] = np.array([(b"r0",), (b"r1",), (b"r2",)], [("index", "S8")])
+        file["uns/kind_categories"] = np.array([b"T", b"B"], dtype="S1")
+        file["X"] = np.zeros((3, 3), "f4")
+        group = file.create_group("raw.X")
+        group.attrs["h5sparse_format"], group.attrs["h5sparse_shape"] = "csr", (3, 3)
+        for name in ("data", "indices", "indptr"):
+            group[name] = getattr(matrix, name)
+    data = scdl_zarr.convert(tmp_path / "old.h5ad", tmp_path / "s.zarr", progress=False)
+    assert_rows_equal(data, matrix, np.arange(3))
+    assert data.var_names.tolist() == ["r0", "r1", "r2"]
+    assert data.obs_names.tolist() == ["c0", "c1", "c2"]
+    kinds = data.obs["kind"]
+    assert kinds.astype(object).tolist()[:2] == ["B", "T"]
+    assert kinds.isna().tolist() == [False, False, True]
+    assert data.obs["score"].dtype == np.float32
+
+
+# ---- layouts of HDF5
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        {},
+        {"chunks": (7,)},
+        {"chunks": (7,), "compression": "gzip"},
+        {"chunks": (7,), "compression": "gzip", "shuffle": True},
+        {"chunks": (7,), "shuffle": True},
+        {"chunks": (7,), "compression": "lzf"},
+        {"chunks": (7,), "compression": "gzip", "fletcher32": True},
+        {"chunks": (4096,), "maxshape": (None,), "compression": "gzip"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_every_way_hdf5_stores_a_dataset(storage: dict[str, Any], order: str, tmp_path: Path) -> None:
+    matrix = encoded_rows(23, 31, 6)
+    source = write_h5ad(tmp_path / "a.h5ad", matrix)
+    with h5py.File(source, "r+") as file:
+        for name, code in (("data", "f4"), ("indices", "i8"), ("indptr", "i8")):
+            del file["X"][name]
+            file["X"].create_dataset(name, data=getattr(matrix, name).astype(order + code), **storage)
+    data = scdl_zarr.convert(source, tmp_path / "s.zarr", chunk_values=8, shard_values=32, progress=False)
+    assert_rows_equal(data, matrix, np.arange(23))
+
+
+def test_chunks_that_were_never_written_are_zeros(tmp_path: Path) -> None:
+    source = write_h5ad(tmp_path / "a.h5ad", csr([([1.0] * 6, list(range(6)))], 6))
+    with h5py.File(source, "r+") as file:
+        del file["X/data"]
+        file["X"].create_dataset("data", (6,), "f4", chunks=(2,), compression="gzip")[2:4] = [5, 6]
+    data = scdl_zarr.convert(source, tmp_path / "s.zarr", progress=False)
+    assert data.read_rows(0).data.tolist() == [0, 0, 5, 6, 0, 0]
+
+
+# ---- drawn matrices
+
+VALUES = {
+    "u1": hnp.arrays(np.uint8, 60, elements=st.integers(0, 255)),
+    "u2": hnp.arrays(np.uint16, 60, elements=st.integers(0, 65_535)),
+    "u4": hnp.arrays(np.uint32, 60, elements=st.integers(0, 2**32 - 1)),
+    "u8": hnp.arrays(np.uint64, 60, elements=st.integers(0, 2**64 - 1)),
+    "i1": hnp.arrays(np.int8, 60, elements=st.integers(-128, 127)),
+    "i2": hnp.arrays(np.int16, 60, elements=st.integers(-(2**15), 2**15 - 1)),
+    "i4": hnp.arrays(np.int32, 60, elements=st.integers(-(2**31), 2**31 - 1)),
+    "i8": hnp.arrays(np.int64, 60, elements=st.integers(-(2**63), 2**63 - 1)),
+    "b1": hnp.arrays(np.bool_, 60),
+    "f2": hnp.arrays(np.float16, 60, elements=st.floats(width=16)),
+    "f4": hnp.arrays(np.float32, 60, elements=st.floats(width=32)),
+    "f8": hnp.arrays(np.float64, 60, elements=st.floats()),
+    "counts": hnp.arrays(np.float32, 60, elements=st.integers(0, 500).map(float)),
+    "large counts": hnp.arrays(np.float64, 60, elements=st.integers(0, 2**53).map(float)),
+}
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
+    """Values, ids, row pointers and the number of genes: empty rows, unsorted and repeated ids, zeros stored."""
+    values = draw(VALUES[draw(st.sampled_from(sorted(VALUES)))])
+    n_vars = draw(st.sampled_from([1, 2, 13, 300, 65_536, 65_537, 70_000]))
+    cuts = draw(st.lists(st.integers(0, len(values)), max_size=12))
+    nnz = draw(st.sampled_from([0, 1, 7, len(values)]))
+    indptr = np.array([0, *sorted(min(cut, nnz) for cut in cuts), nnz], np.int64)
+    ids = draw(hnp.arrays(np.int64, nnz, elements=st.integers(0, n_vars - 1)))
+    if draw(st.booleans()):
+        for a, b in zip(indptr[:-1], indptr[1:], strict=True):
+            ids[a:b] = np.sort(ids[a:b])
+    return values[:nnz], ids, indptr, n_vars
+
+
+def write_parts(
+    path: Path, values: npt.NDArray[Any], ids: npt.NDArray[np.int64], indptr: npt.NDArray[np.int64], n_vars: int
+) -> Path:
+    """An H5AD file with exactly these parts (SciPy would refuse some of their dtypes)."""
+    source = write_h5ad(path, sp.csr_matrix((len(indptr) - 1, n_vars), dtype=np.float32))
+    with h5py.File(source, "r+") as file:
+        for name, part in (("data", values), ("indices", ids.astype(np.int32)), ("indptr", indptr.astype(np.int32))):
+            del file["X"][name]
+            file["X"].create_dataset(name, data=part, chunks=(min(max(len(part), 1), 9),), maxshape=(None,), compression="gzip")
+    return path
+
+
+@settings(max_examples=120)
+@given(
+    parts=matrices(),
+    profile=st.sampled_from(list(PROFILES)),
+    width=st.sampled_from(["plain", "narrow"]),
+    sizes=st.sampled_from([(1, 8), (2, 16), (8, 16), (16, 16), (2048, 1 << 24)]),
+    path=st.sampled_from(["mapped", "mapped", "general"]),
+    check=st.sampled_from(["first", "always", "never"]),
+    threads=st.sampled_from([1, 3]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_anything_comes_back_exactly(
+    parts: Any, profile: Any, width: Any, sizes: tuple[int, int], path: str, check: Any, threads: int, seed: int
+) -> None:
+    values, ids, indptr, n_vars = parts
+    n_obs = len(indptr) - 1
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_parts(Path(folder) / "a.h5ad", values, ids, indptr, n_vars)
+        target = Path(folder) / "s.zarr"
+        scdl_zarr.convert(
+            source, target, profile=profile, width=width, chunk_values=sizes[0], shard_values=sizes[1], progress=False
+        )
+        data = through(scdl_zarr.open(target, threads=threads, check=check), path)
+        rng = np.random.default_rng(seed)
+        rows = rng.integers(0, n_obs, rng.integers(0, 2 * n_obs + 1))
+        batch = data.read_rows(rows)
+        for k, row in enumerate(rows.tolist()):
+            found, genes = batch[k]
+            assert genes.tolist() == ids[indptr[row] : indptr[row + 1]].tolist()
+            same_numbers(found, values[indptr[row] : indptr[row + 1]])
+        assert data.sources["checksum"].tolist() == [checksum(values, ids)]
+        unsorted = [r for r in range(n_obs) if (np.diff(ids[indptr[r] : indptr[r + 1]]) < 0).any()]
+        assert data.blocks.unsorted_rows().tolist() == unsorted
+        report = data.verify()
+        assert report.ok, str(report)
+
+
+@settings(max_examples=60)
+@given(parts=matrices())
+def test_the_dtype_is_exact_and_that_of_the_rules(parts: Any) -> None:
+    values, ids, indptr, n_vars = parts
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_parts(Path(folder) / "a.h5ad", values, ids, indptr, n_vars)
+        data = scdl_zarr.convert(source, Path(folder) / "s.zarr", progress=False)
+        stored = data._metadata.matrices["X"].data_dtype
+        numbers = values.astype(np.longdouble)
+        fits = np.isfinite(numbers) & (numbers == np.trunc(numbers)) & ~((numbers == 0) & np.signbit(numbers))
+        if fits.all() and (numbers >= -(2**31)).all() and (numbers < 2**31).all():
+            assert stored == np.int32
+        elif values.dtype == np.float16:
+            assert stored == np.float32
+        elif values.dtype.kind == "f" and not fits.all():
+            assert stored == values.dtype
+        assert data.dtypes["col_ptr.npy"] == data.dtypes["row_ptr.npy"] == "int32"
+
+
+# ---- how rows are asked for
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> tuple[SingleCellZarrDataset, sp.csr_matrix]:
+    """A store of 50 rows with tiny chunks, so that every row crosses borders."""
+    folder = tmp_path_factory.mktemp("encoded")
+    matrix = encoded_rows(50, 40, 11)
+    source = write_h5ad(folder / "a.h5ad", matrix)
+    return scdl_zarr.convert(source, folder / "s.zarr", chunk_values=4, shard_values=64, progress=False), matrix
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        7,
+        -1,
+        np.int8(-3),
+        np.array(4),
+        slice(None),
+        slice(40, 3, -7),
+        slice(-5, None),
+        slice(10, 10),
+        [],
+        [3],
+        [9, 9, -50, 49, 0],
+        (1, 2),
+        range(5, 0, -2),
+        np.array([3, 1, 2], np.uint16),
+        np.arange(50) % 3 == 0,
+        [True, False] * 25,
+        np.zeros(50, bool),
+    ],
+    ids=repr,
+)
+def test_rows_may_be_asked_for_in_every_way(rows: Any, encoded: tuple[SingleCellZarrDataset, sp.csr_matrix]) -> None:
+    data, matrix = encoded
+    wanted = np.atleast_1d(np.arange(50)[list(rows) if isinstance(rows, (tuple, range)) else rows]).astype(np.int64)
+    assert_rows_equal(data, matrix, wanted)
+    assert data.read_rows(rows).rows.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        (50, IndexError),
+        (-51, IndexError),
+        ([0, 50], IndexError),
+        (np.array([2**63], np.uint64), IndexError),
+        (2**70, ValueError),
+        ([0.5], ValueError),
+        ("3", ValueError),
+        (None, ValueError),
+        (np.zeros((2, 2), int), ValueError),
+        ([True, False], ValueError),
+        (slice(0, 5, 0), ValueError),
+    ],
+    ids=repr,
+)
+def test_rows_that_are_none(rows: Any, error: type[Exception], encoded: tuple[SingleCellZarrDataset, sp.csr_matrix]) -> None:
+    with pytest.raises(error) as caught:
+        encoded[0].read_rows(rows)
+    assert isinstance(caught.value, scdl_zarr.errors.ScdlZarrError)
+
+
+@settings(max_examples=60)
+@given(rows=st.lists(st.integers(-50, 49), max_size=80), threads=st.integers(1, 4))
+def test_random_rows_equal_scipy_indexing(
+    rows: list[int], threads: int, encoded: tuple[SingleCellZarrDataset, sp.csr_matrix]
+) -> None:
+    data, matrix = encoded
+    batch = scdl_zarr.open(data.path, threads=threads).read_rows(rows)
+    numbers = np.array(rows, np.int64)
+    assert np.array_equal(batch.to_dense(), matrix[numbers].toarray())
+    assert np.array_equal(batch.to_scipy().toarray(), matrix[numbers].toarray())
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", "i4", "i8", "u2", "u8", "f2"])
+def test_values_in_another_dtype(dtype: str, encoded: tuple[SingleCellZarrDataset, sp.csr_matrix]) -> None:
+    data, matrix = encoded
+    batch = data.read_rows([5, 1], dtype=dtype)
+    assert batch.data.dtype == np.dtype(dtype)
+    assert np.array_equal(batch.data, matrix[[5, 1]].data.astype(dtype))
+
+
+def test_an_integer_dtype_that_values_do_not_fit_is_an_error(encoded: tuple[SingleCellZarrDataset, sp.csr_matrix]) -> None:
+    with pytest.raises(scdl_zarr.errors.InexactValueError, match="does not fit dtype int8"):
+        encoded[0].read_rows([40], dtype="i1")
+    with pytest.raises(scdl_zarr.errors.OptionError, match="complex"):
+        encoded[0].read_rows([0], dtype="c8")
+
+
+def test_a_row_that_crosses_shards_may_be_asked_for_twice(tmp_path: Path) -> None:
+    matrix = encoded_rows(3, 40, 12)
+    source = write_h5ad(tmp_path / "a.h5ad", matrix)
+    data = scdl_zarr.convert(source, tmp_path / "s.zarr", chunk_values=2, shard_values=4, progress=False)
+    assert_rows_equal(data, matrix, np.array([1, 1, 2, 0, 1, 2, 2]))
+
+
+def test_large_batches_are_split_over_threads_with_the_same_result(real_store: Path, real_anndata: ad.AnnData) -> None:
+    rows = np.random.default_rng(3).integers(0, 559, 2000)  # 3.7 M values: over the threshold of splitting
+    found = scdl_zarr.open(real_store, threads=4).read_rows(rows)
+    expected = real_anndata.X[rows]
+    assert np.array_equal(found.data, expected.data)
+    assert np.array_equal(found.indices, expected.indices)
+    assert np.array_equal(found.indptr, expected.indptr)
+
+
+def test_the_caller_may_own_the_buffers(encoded: tuple[SingleCellZarrDataset, sp.csr_matrix]) -> None:
+    data, matrix = encoded
+    buffers = np.empty(100, np.float32), np.empty(100, np.int32)
+    batch = data.read_rows([4, 2], out=buffers)
+    assert np.shares_memory(batch.data, buffers[0])
+    assert np.shares_memory(batch.indices, buffers[1])
+    assert np.array_equal(batch.to_dense(), matrix[[4, 2]].toarray())
+    with pytest.raises(scdl_zarr.errors.OptionError, match="has 100 entries, these rows store 110 values"):
+        data.read_rows(range(10), out=buffers)
+    with pytest.raises(scdl_zarr.errors.OptionError, match="float32"):
+        data.read_rows([1], out=(np.empty(100), buffers[1]))
+
+
+def test_arrays_handed_out_are_not_the_store(encoded: tuple[SingleCellZarrDataset, sp.csr_matrix]) -> None:
+    data, matrix = encoded
+    batch = data.read_rows([7])
+    batch.data[:] = -1
+    batch.indices[:] = 0
+    data.obs_names.to_numpy()
+    (values, ids), _, _ = data.get_row(7)
+    values[:] = -1
+    ids[:] = 0
+    assert_rows_equal(data, matrix, np.array([7]))
+
+
+def test_float32_only_where_it_holds_every_value(tmp_path: Path) -> None:
+    for name, values, expected in (
+        ("counts", np.array([1, 2**24], np.int64), np.float32),
+        ("above", np.array([1, 2**24 + 1], np.int64), np.float64),
+        ("long", np.array([1, 2**40 + 1], np.int64), np.int64),
+        ("huge", np.array([1, 2**63 + 1], np.uint64), np.uint64),
+        ("half", np.array([0.5, 1.5], np.float64), np.float32),
+        ("double", np.array([0.1, 1.5], np.float64), np.float64),
+    ):
+        source = write_parts(tmp_path / f"{name}.h5ad", values, np.array([0, 1]), np.array([0, 2]), 3)
+        data = scdl_zarr.convert(source, tmp_path / f"{name}.zarr", progress=False)
+        batch = data.read_rows(0)
+        assert batch.data.dtype == expected, name
+        assert batch.data.tolist() == values.tolist()
+
+
+def test_to_anndata_takes_rows_and_genes(encoded: tuple[SingleCellZarrDataset, sp.csr_matrix]) -> None:
+    data, matrix = encoded
+    adata = data.to_anndata(rows=[8, 3], genes=["gene5", "gene0"])
+    assert adata.X.dtype == np.float32
+    assert np.array_equal(adata.X.toarray(), matrix[[8, 3]][:, [5, 0]].toarray())
+    assert adata.obs_names.tolist() == ["a_8", "a_3"]
+    assert adata.var_names.tolist() == ["gene5", "gene0"]
+    assert adata.X.indices.dtype == adata.X.indptr.dtype
+    whole = data.to_anndata()
+    assert np.array_equal(whole.X.toarray(), matrix.toarray())
+    assert np.array_equal(data.to_anndata(genes=np.arange(40) < 2).X.toarray(), matrix[:, :2].toarray())
+    with pytest.raises(KeyError, match="gene 'nix' is not there"):
+        data.to_anndata(genes=["nix"])
