@@ -7,7 +7,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import click
 import typer
 
 from scdl_zarr import __version__
@@ -94,25 +93,29 @@ def convert(
     if len(paths) < 2:
         raise typer.BadParameter("give at least one source and then the target", param_hint="SOURCE... TARGET")
     *sources, target = paths
-    run(
-        sources,
-        target,
-        matrix=matrix,
-        layers=layer or (),
-        obsm=obsm or (),
-        var_key=var_key,
-        dtype=dtype,
-        dtype_tolerance=dtype_tolerance,
-        profile=profile.value,
-        width=width.value,
-        chunk_values=chunk_values,
-        shard_values=shard_values,
-        memory_budget=memory_budget,
-        workers=workers,
-        overwrite=overwrite,
-        resume=not restart,
-        progress=not quiet,
-    )
+    try:
+        run(
+            sources,
+            target,
+            matrix=matrix,
+            layers=layer or (),
+            obsm=obsm or (),
+            var_key=var_key,
+            dtype=dtype,
+            dtype_tolerance=dtype_tolerance,
+            profile=profile.value,
+            width=width.value,
+            chunk_values=chunk_values,
+            shard_values=shard_values,
+            memory_budget=memory_budget,
+            workers=workers,
+            overwrite=overwrite,
+            resume=not restart,
+            progress=not quiet,
+        )
+    except KeyboardInterrupt:
+        typer.echo("scdl-zarr: stopped; run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
 
 
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
@@ -157,17 +160,8 @@ def demo(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; a known error is one line on stderr and exit code 1."""
     try:
-        code = app(args=arguments, standalone_mode=False)
+        app(args=arguments)
     except ScdlZarrError as error:
-        _stop(f"{error}", 1)
-    except (click.Abort, KeyboardInterrupt):
-        _stop("stopped; run the same command again to go on", 130)
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    raise SystemExit(code if isinstance(code, int) else 0)
-
-
-def _stop(message: str, code: int) -> NoReturn:
-    typer.echo(f"scdl-zarr: {message}", err=True)
-    raise SystemExit(code) from None
+        typer.echo(f"scdl-zarr: {error}", err=True)
+        raise SystemExit(1) from None
+    raise SystemExit(0)

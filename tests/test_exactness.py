@@ -62,9 +62,7 @@ def assert_rows_equal(data: SingleCellZarrDataset, matrix: sp.csr_matrix, rows: 
 
 @pytest.mark.parametrize("path", ["mapped", "general"])
 @pytest.mark.parametrize("profile", list(PROFILES))
-def test_every_row_of_the_real_file(
-    path: str, profile: Any, real_h5ad: Path, real_anndata: ad.AnnData, tmp_path: Path
-) -> None:
+def test_every_row_of_the_real_file(path: str, profile: Any, real_h5ad: Path, real_anndata: ad.AnnData, tmp_path: Path) -> None:
     data = through(scdl_zarr.convert(real_h5ad, tmp_path / "s.zarr", profile=profile, progress=False), path)
     assert_rows_equal(data, real_anndata.X, np.random.default_rng(0).permutation(len(data)))
     assert data.var_names.equals(real_anndata.var_names)

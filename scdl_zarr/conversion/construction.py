@@ -36,7 +36,18 @@ from scdl_zarr.errors import (
 )
 from scdl_zarr.storage.schema import BUILD_FOLDER, node_document
 
-__all__ = ["PLAN_VERSION", "Construction", "check_room", "prepare_target", "run_task", "swap_folders"]
+__all__ = [
+    "Construction",
+    "PLAN_VERSION",
+    "check_room",
+    "committed_plan",
+    "describe_difference",
+    "explained_errors",
+    "finish_documents",
+    "prepare_target",
+    "run_task",
+    "swap_folders",
+]
 
 PLAN_VERSION = 1
 
@@ -64,7 +75,7 @@ class Construction:
         self._fresh = False
 
     def __enter__(self) -> Construction:
-        with _explained(self.root):
+        with explained_errors(self.root):
             self._fresh = not self.root.exists() or not any(self.root.iterdir())
             self._build.mkdir(parents=True, exist_ok=True)
             self._lock = open(self._build / "lock", "a+b")
@@ -98,7 +109,7 @@ class Construction:
             self.save_dtypes({})
 
     def _clear(self) -> None:
-        with _explained(self.root):
+        with explained_errors(self.root):
             for path in self.root.iterdir():
                 if path != self._build:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -111,7 +122,7 @@ class Construction:
         return dict((_read_json(self._build / "plan.json") or {}).get("dtypes", {}))
 
     def save_dtypes(self, dtypes: Mapping[str, str]) -> None:
-        with _explained(self.root):
+        with explained_errors(self.root):
             replace_file(self._build / "plan.json", json.dumps({**self._plan, "dtypes": dict(dtypes)}).encode())
 
     def finished(self, task: ShardTask) -> ShardResult | None:
@@ -133,7 +144,7 @@ class Construction:
 
     def commit(self, root_document: bytes, nodes: Mapping[str, Mapping[str, Any]], objects: Mapping[str, bytes]) -> None:
         """Write what is small, then the root document (the commit), then the documents of the parts."""
-        with _explained(self.root):
+        with explained_errors(self.root):
             for key in sorted(objects):
                 replace_file(self.root / key, objects[key])
             for folder in sorted((p for p in self.root.rglob("*") if p.is_dir()), reverse=True):
@@ -215,7 +226,7 @@ def check_room(target: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def _explained(root: Path) -> Iterator[None]:
+def explained_errors(root: Path) -> Iterator[None]:
     """Operating system errors in the package's own words."""
     import errno
 
@@ -231,9 +242,6 @@ def _explained(root: Path) -> Iterator[None]:
         if error.errno == errno.EROFS:
             raise StoreAccessError(f"{root} cannot be written: read-only media") from error
         raise
-
-
-explained_errors = _explained
 
 
 def _take_lock(file: Any, root: Path) -> None:

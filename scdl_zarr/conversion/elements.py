@@ -85,7 +85,9 @@ class EncodedElements:
                 f"{path} holds {wrong[0]!r} ({type(wrong[0]).__name__}); numbers, text and categories can be stored"
             )
         if missing.any():
-            self._groups[path] = group_node("nullable-string-array")
+            # pandas has two kinds of missing text; newer anndata tells them apart by this attribute, older ones do not look
+            nan = isinstance(getattr(values, "dtype", None), pd.StringDtype) and values.dtype.na_value is np.nan
+            self._groups[path] = group_node("nullable-string-array", **{"na-value": "NaN" if nan else "NA"})
             self._strings(f"{path}/values", np.where(missing, "", texts))
             self._array(f"{path}/mask", missing)
         else:

@@ -20,6 +20,7 @@ def join_columns(parts: list[pd.Series[Any]]) -> pd.Series[Any]:
     import pandas as pd
     from pandas.api.types import union_categoricals
 
+    parts = [part for part in parts if len(part)] or parts[:1]  # an empty source has no say in the dtype
     if len(parts) == 1:
         only: pd.Series[Any] = parts[0]
         return only

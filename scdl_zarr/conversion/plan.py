@@ -20,7 +20,7 @@ from scdl_zarr.storage.schema import SHARD_VALUES, ArrayLayout, MatrixLayout, pr
 __all__ = ["ConversionOptions", "MatrixPlan", "Part", "ShardTask", "SourceMatrix", "parse_bytes", "projected_bytes"]
 
 PIECE_VALUES = 1 << 19  # elements a task holds decoded at a time (more where one row or one HDF5 chunk is longer)
-BASE_BYTES = 230_000_000  # interpreter, NumPy, pandas, zarr, anndata, numba and HDF5: measured, with room
+BASE_BYTES = 280_000_000  # interpreter, NumPy, pandas, zarr, anndata, numba and HDF5: measured, with room
 VALUE_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float32", "float64")
 
 

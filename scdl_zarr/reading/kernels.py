@@ -31,7 +31,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["FAULTS", "Decoder", "Kernels", "load"]
+__all__ = ["Decoder", "FAULTS", "Kernels", "load"]
 
 OK, BAD_ENTRY, BAD_CHECKSUM, BAD_HEADER, BAD_CHUNK, BAD_ID, BAD_BOUNDS = range(7)
 

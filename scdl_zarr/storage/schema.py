@@ -17,15 +17,17 @@ import numpy as np
 from scdl_zarr.errors import CorruptStoreError, FormatVersionError, NotAStoreError, OptionError
 
 __all__ = [
+    "ArrayLayout",
     "BUILD_FOLDER",
     "FORMAT_VERSION",
-    "PROFILES",
-    "ArrayLayout",
     "MatrixLayout",
+    "PROFILES",
     "Profile",
     "StoreMetadata",
     "group_node",
+    "matrix_layouts",
     "matrix_nodes",
+    "node_document",
     "parse_store",
     "profile_named",
     "root_document",
