@@ -1,0 +1,1 @@
+"""Benchmarks are code: they run at toy size inside the tests."""

@@ -7,6 +7,7 @@ width; hypothesis draws the matrices.
 from __future__ import annotations
 
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def matrices(draw: st.DrawFn) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], 
     indptr = np.array([0, *sorted(min(cut, nnz) for cut in cuts), nnz], np.int64)
     ids = draw(hnp.arrays(np.int64, nnz, elements=st.integers(0, n_vars - 1)))
     if draw(st.booleans()):
-        for a, b in zip(indptr[:-1], indptr[1:], strict=True):
+        for a, b in pairwise(indptr.tolist()):
             ids[a:b] = np.sort(ids[a:b])
     return values[:nnz], ids, indptr, n_vars
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class FakeMatrix:
     def indptr(self, start: int, stop: int) -> Any:
         return self.pointers[start:stop]
 
-    def elements(self, start: int, stop: int) -> Any:
+    def elements(self, start: int, stop: int) -> Any:  # noqa: ARG002
         raise AssertionError("a plan reads no values")
 
 
@@ -110,7 +111,7 @@ def test_runs_merge_to_the_same_rows(runs: list[tuple[int, int]]) -> None:
     given_runs = [(a, a + n) for a, n in runs]
     merged = merge_runs(given_runs)
     assert {r for a, b in merged for r in range(a, b)} == {r for a, b in given_runs for r in range(a, b)}
-    assert all(a[1] < b[0] for a, b in zip(merged, merged[1:], strict=False))
+    assert all(a[1] < b[0] for a, b in pairwise(merged))
 
 
 @given(parts=st.lists(st.lists(st.floats(width=32), max_size=5), min_size=1, max_size=5), data=st.data())

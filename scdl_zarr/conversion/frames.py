@@ -75,4 +75,4 @@ def nullable(series: pd.Series[Any]) -> pd.Series[Any]:
     if not isinstance(dtype, np.dtype) or dtype.kind not in "iub":
         return series
     name = "boolean" if dtype.kind == "b" else f"{'U' if dtype.kind == 'u' else ''}Int{8 * dtype.itemsize}"
-    return series.astype(name)  # type: ignore[no-any-return, call-overload]
+    return series.astype(name)

@@ -1,0 +1,315 @@
+"""Stopped at any moment, a conversion leaves a store that opens whole or one that does not open; run again, it finishes.
+
+A child process is killed (SIGKILL) at moments spread over a whole conversion, by the clock and at chosen ``fsync`` calls; errors are
+injected at every small file of the commit; two converters meet at one target.  What is compared is bytes: of every file, with
+those of a conversion that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import scdl_zarr
+from scdl_zarr import errors
+from scdl_zarr.conversion import construction
+from scdl_zarr.storage.schema import BUILD_FOLDER
+from tests.toys import encoded_rows, write_h5ad
+
+SIZES: dict[str, Any] = {"shard_values": 1 << 15, "chunk_values": 1 << 10}  # the bundled file makes 32 shards of these
+OTHER_PROFILE = "compact"
+
+CHILD = """
+import itertools, os, signal, sys
+import scdl_zarr
+from scdl_zarr.conversion import execution
+
+source, target, at, overwrite = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "overwrite"
+calls, sync = itertools.count(1), os.fsync
+
+def dying_sync(descriptor):
+    if next(calls) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(descriptor)
+
+os.fsync = dying_sync
+print("ready", flush=True)
+scdl_zarr.convert(source, target, workers=2, overwrite=overwrite, progress=False, shard_values=1 << 15, chunk_values=1 << 10)
+print(next(calls) - 1, flush=True)
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def child(source: Path, target: Path, *, dies_at_sync: int = 0, overwrite: bool = False) -> subprocess.Popen[bytes]:
+    """A process that converts, started and about to begin."""
+    arguments = [str(source), str(target), str(dies_at_sync), "overwrite" if overwrite else "new"]
+    process = subprocess.Popen([sys.executable, "-W", "error", "-c", CHILD, *arguments], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def ending(process: subprocess.Popen[bytes]) -> str:
+    """Wait for a child: "killed", or what it printed last."""
+    out, _ = process.communicate(timeout=60)
+    if process.returncode == -9:
+        return "killed"
+    assert process.returncode == 0
+    return out.decode().strip()
+
+
+class Undisturbed:
+    """A conversion in a process of its own: its bytes, how long it took, how many ``fsync`` calls it made."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        self.path = folder / "undisturbed.zarr"
+        process = child(source, self.path)
+        began = time.perf_counter()
+        self.syncs = int(ending(process))
+        self.seconds = time.perf_counter() - began
+        self.contents = contents(self.path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(real_h5ad: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(real_h5ad, tmp_path_factory.mktemp("undisturbed"))
+
+
+def opens(target: Path, undisturbed: Undisturbed) -> bool:
+    """Whether a killed conversion's target opens; if it does, then whole."""
+    try:
+        data = scdl_zarr.open(target)
+    except (errors.UncommittedStoreError, errors.StoreNotFoundError):
+        return False
+    found = contents(target)
+    late = {name for name in undisturbed.contents if name.endswith("/zarr.json")}  # written after the commit, for other readers
+    assert {name: found[name] for name in undisturbed.contents if name not in late} == {
+        name: whole for name, whole in undisturbed.contents.items() if name not in late
+    }
+    assert data.verify()
+    return True
+
+
+def finished_shards(target: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of every shard that is marked as done."""
+    found = {}
+    for mark in (target / BUILD_FOLDER / "done").glob("*.json"):
+        matrix, kind, number = json.loads(mark.read_bytes())["name"].split("-")
+        for part in ("data", "indices") if kind == "values" else ("indptr",):
+            shard = target / matrix / part / "c" / str(int(number))
+            found[str(shard)] = (shard.stat().st_ino, shard.stat().st_mtime_ns)
+    return found
+
+
+def go_on(source: Path, target: Path, undisturbed: Undisturbed) -> int:
+    """Finish a killed conversion: every file as if nothing had happened, finished shards not touched.  How many those were."""
+    committed = opens(target, undisturbed)
+    finished = finished_shards(target)
+    scdl_zarr.convert(source, target, progress=False, **SIZES)
+    assert contents(target) == undisturbed.contents
+    for shard, known in finished.items():
+        assert (os.stat(shard).st_ino, os.stat(shard).st_mtime_ns) == known
+    assert scdl_zarr.open(target).n_obs == 559
+    assert not committed or len(finished) == 65
+    return len(finished)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_at_a_random_moment(real_h5ad: Path, undisturbed: Undisturbed, tmp_path: Path, seed: int) -> None:
+    target = tmp_path / "killed.zarr"
+    process = child(real_h5ad, target)
+    time.sleep(undisturbed.seconds * (seed + np.random.default_rng(seed).random()) / 5)
+    process.kill()
+    ending(process)
+    go_on(real_h5ad, target, undisturbed)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_a_random_fsync(real_h5ad: Path, undisturbed: Undisturbed, tmp_path: Path, seed: int) -> None:
+    """An ``fsync`` is where a file lies whole under its temporary name, or has just got its own."""
+    target = tmp_path / "killed.zarr"
+    at = 1 + int(undisturbed.syncs * (seed + np.random.default_rng(seed).random()) / 6)
+    assert ending(child(real_h5ad, target, dies_at_sync=at)) == "killed"
+    finished = go_on(real_h5ad, target, undisturbed)
+    assert finished > 0 or seed == 0
+    assert finished < 65 or seed > 1
+
+
+def test_killed_while_replacing_a_store(real_h5ad: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    target = tmp_path / "killed.zarr"
+    scdl_zarr.convert(real_h5ad, target, profile=OTHER_PROFILE, progress=False)
+    old = contents(target)
+    for share in (3, 2):
+        at = undisturbed.syncs // share
+        assert ending(child(real_h5ad, target, dies_at_sync=at, overwrite=True)) == "killed"
+        assert contents(target) == old
+        assert scdl_zarr.open(target).metadata["profile"] == OTHER_PROFILE
+    scdl_zarr.convert(real_h5ad, target, overwrite=True, progress=False, **SIZES)
+    assert contents(target) == undisturbed.contents
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+def test_another_plan_for_an_unfinished_target_is_refused(real_h5ad: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    target = tmp_path / "killed.zarr"
+    assert ending(child(real_h5ad, target, dies_at_sync=undisturbed.syncs // 3)) == "killed"
+    before = contents(target)
+    with pytest.raises(errors.StoreExistsError, match=r"options\.profile is 'fast' there and 'compact' here") as caught:
+        scdl_zarr.convert(real_h5ad, target, profile=OTHER_PROFILE, progress=False, **SIZES)
+    assert str(target) in str(caught.value)
+    with pytest.raises(errors.StoreExistsError, match=r"options\.shard_values is 32768 there and 16777216 here"):
+        scdl_zarr.convert(real_h5ad, target, progress=False)
+    assert {**contents(target), f"{BUILD_FOLDER}/lock": b""} == {**before, f"{BUILD_FOLDER}/lock": b""}
+    restarted = scdl_zarr.convert(real_h5ad, target, profile=OTHER_PROFILE, resume=False, progress=False, **SIZES)
+    assert restarted.metadata["profile"] == OTHER_PROFILE
+    assert not list(target.rglob("*.part"))
+    assert restarted.verify()
+
+
+def test_a_source_that_was_replaced_is_another_plan(real_h5ad: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    source, target = tmp_path / real_h5ad.name, tmp_path / "killed.zarr"
+    shutil.copy(real_h5ad, source)
+    assert ending(child(source, target, dies_at_sync=undisturbed.syncs // 3)) == "killed"
+    os.utime(source, ns=(0, 1))
+    with pytest.raises(errors.StoreExistsError, match="sources is .*mtime_ns"):
+        scdl_zarr.convert(source, target, progress=False, **SIZES)
+
+
+# ---- errors in the commit
+
+
+class FailingReplace:
+    """``replace_file`` that fails at its `at`-th call, before it writes anything."""
+
+    def __init__(self, at: int) -> None:
+        self._at, self._replace = at, construction.replace_file
+        self.paths: list[Path] = []
+
+    def __call__(self, path: Path, content: bytes) -> None:
+        self.paths.append(path)
+        if len(self.paths) == self._at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        self._replace(path, content)
+
+
+@contextlib.contextmanager
+def failing_at(at: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FailingReplace]:
+    """``replace_file`` fails at that call.  Nothing is flushed to the disk: that is tested elsewhere, and takes most of the time."""
+    failing = FailingReplace(at)
+    with monkeypatch.context() as patch:
+        patch.setattr("scdl_zarr.conversion.construction.replace_file", failing)
+        patch.setattr("scdl_zarr.conversion.encode.os.fsync", lambda _: None)
+        yield failing
+
+
+def test_an_error_at_every_file_of_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_h5ad(tmp_path / "toy.h5ad", encoded_rows(12, 30, 5))
+    whole = scdl_zarr.convert(source, tmp_path / "whole.zarr", progress=False)
+    expected = contents(Path(whole.path))
+    with failing_at(0, monkeypatch) as counting:
+        scdl_zarr.convert(source, tmp_path / "count.zarr", progress=False)
+    names = [path.relative_to(tmp_path / "count.zarr").as_posix() for path in counting.paths]
+    committed_at = 1 + names.index("zarr.json")
+    assert 20 < committed_at < len(names)
+    opened = []
+    for at in range(1, len(names) + 1):
+        target = tmp_path / "stopped.zarr"
+        with failing_at(at, monkeypatch), pytest.raises(OSError, match="error"):
+            scdl_zarr.convert(source, target, progress=False)
+        with contextlib.suppress(errors.UncommittedStoreError):
+            assert scdl_zarr.open(target).read_rows(slice(None)).data.tolist() == whole.read_rows(slice(None)).data.tolist()
+            opened.append(at)
+        with failing_at(0, monkeypatch):
+            scdl_zarr.convert(source, target, progress=False)
+        assert contents(target) == expected
+        shutil.rmtree(target)
+    assert opened == list(range(committed_at + 1, len(names) + 1))
+
+
+def test_an_error_at_every_file_of_a_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = write_h5ad(tmp_path / "toy.h5ad", encoded_rows(12, 30, 5)), tmp_path / "replaced.zarr"
+    new = Path(scdl_zarr.convert(source, tmp_path / "new.zarr", profile=OTHER_PROFILE, progress=False).path)
+    scdl_zarr.convert(source, target, progress=False)
+    old = contents(target)
+    for at in range(1, 1000):  # each goes on from where the one before was stopped, until none stops it
+        try:
+            with failing_at(at, monkeypatch):
+                scdl_zarr.convert(source, target, profile=OTHER_PROFILE, overwrite=True, progress=False)
+            break
+        except OSError as error:
+            assert error.errno == errno.EIO
+            assert contents(target) == old
+    assert at > 50
+    assert contents(target) == contents(new)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.zarr", "replaced.zarr", "toy.h5ad"]
+
+
+# ---- the same bytes, whoever wrote them
+
+
+def test_the_same_bytes_with_one_worker_and_with_four(real_h5ad: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    for workers in (1, 4):
+        scdl_zarr.convert(real_h5ad, tmp_path / f"{workers}.zarr", workers=workers, progress=False, **SIZES)
+        assert contents(tmp_path / f"{workers}.zarr") == undisturbed.contents
+
+
+def test_the_same_bytes_from_a_copy_elsewhere(real_h5ad: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    folder = tmp_path / "another folder" / "below"
+    folder.mkdir(parents=True)
+    copy = shutil.copyfile(real_h5ad, folder / real_h5ad.name)  # not its times
+    os.utime(copy, ns=(1, 1))
+    scdl_zarr.convert(copy, folder / "another name.zarr", progress=False, **SIZES)
+    assert contents(folder / "another name.zarr") == undisturbed.contents
+    assert not [name for name, whole in undisturbed.contents.items() if str(real_h5ad.parent).encode() in whole]
+
+
+# ---- two converters, one target
+
+
+def test_a_second_converter_is_refused(tmp_path: Path) -> None:
+    source, target = write_h5ad(tmp_path / "toy.h5ad", encoded_rows(12, 30, 5)), tmp_path / "busy.zarr"
+    (target / BUILD_FOLDER).mkdir(parents=True)
+    with open(target / BUILD_FOLDER / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("4711")
+        lock.flush()
+        before = contents(target)
+        with pytest.raises(errors.StoreBusyError, match=r"another process \(id 4711\)") as caught:
+            scdl_zarr.convert(source, target, progress=False)
+        assert str(target) in str(caught.value)
+        assert contents(target) == before
+    assert len(scdl_zarr.convert(source, target, progress=False)) == 12  # the lock went with its holder
+
+
+def test_a_converter_that_another_overtook_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both saw an empty target; the other one finishes while this one is about to take the lock."""
+    source, target = write_h5ad(tmp_path / "toy.h5ad", encoded_rows(12, 30, 5)), tmp_path / "overtaken.zarr"
+    take_lock, written = construction._take_lock, {}
+
+    def overtaken(file: Any, root: Path) -> None:
+        monkeypatch.setattr(construction, "_take_lock", take_lock)
+        scdl_zarr.convert(source, target, progress=False)
+        written.update({path: path.stat().st_mtime_ns for path in target.rglob("*") if path.is_file()})
+        take_lock(file, root)
+
+    monkeypatch.setattr(construction, "_take_lock", overtaken)
+    with contextlib.suppress(errors.ScdlZarrError):  # refused or opened: the other's store is not touched
+        scdl_zarr.convert(source, target, progress=False)
+    assert written
+    assert {path: path.stat().st_mtime_ns for path in target.rglob("*") if path.is_file()} == written
