@@ -33,7 +33,7 @@ class Blocks:
     >>> demo.blocks.n_vars_per_block()
     [32786]
     >>> demo.blocks.var(0).index[:2].tolist()
-    ['A1BG', 'A1BG-AS1']
+    ['MIR1302-10', 'FAM138A']
     """
 
     def __init__(self, location: StoreLocation, metadata: StoreMetadata) -> None:

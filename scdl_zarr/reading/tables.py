@@ -35,7 +35,7 @@ class LazyTable:
     >>> demo.obs.columns
     ['n_counts', 'n_genes']
     >>> demo.obs["n_genes"].head(2).tolist()
-    [2017, 1919]
+    [2631, 2549]
     >>> demo.obs[5:7].shape
     (2, 2)
     """
