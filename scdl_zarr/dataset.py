@@ -390,7 +390,7 @@ class SingleCellZarrDataset:
     ) -> Features:
         var = obs = None
         if with_var:
-            var = [np.asarray(self.var.lookup(name)) for name in (self.var.columns if var_names is None else var_names)]
+            var = [np.array(self.var.lookup(name)) for name in (self.var.columns if var_names is None else var_names)]
         if with_obs:
             obs = [self.obs.lookup(name)[row] for name in (self.obs.columns if obs_names is None else obs_names)]
         return var, obs

@@ -298,9 +298,11 @@ def test_the_second_source_is_the_one_named(good: Path, tmp_path: Path, target: 
     refused(errors.SourceError, [good, source], target, source, "row 9 of X")
 
 
-def test_an_empty_folder_stays_when_the_source_is_bad(good: Path, tmp_path: Path, target: Path) -> None:
+def test_nothing_is_left_in_a_folder_that_was_empty(good: Path, tmp_path: Path, target: Path) -> None:
     target.mkdir()
-    refused(errors.SourceError, edited(good, tmp_path, put("X/indices", 74, N_VARS)), target, "row 9")
+    with refusal(errors.SourceError, "row 9"):
+        scdl_zarr.convert(edited(good, tmp_path, put("X/indices", 74, N_VARS)), target, progress=False)
+    assert not list(target.rglob("*"))
 
 
 # ---- values that do not fit

@@ -72,11 +72,9 @@ class Construction:
         self._plan = dict(plan)
         self._resume = resume
         self._build = root / BUILD_FOLDER
-        self._fresh = False
 
     def __enter__(self) -> Construction:
         with explained_errors(self.root):
-            self._fresh = not self.root.exists() or not any(self.root.iterdir())
             self._build.mkdir(parents=True, exist_ok=True)
             self._lock = open(self._build / "lock", "a+b")
         _take_lock(self._lock, self.root)
@@ -153,11 +151,7 @@ class Construction:
             finish_documents(self.root, nodes)
 
     def discard(self) -> None:
-        """Remove what was written, and the folder too if this conversion made it."""
-        shutil.rmtree(self._build, ignore_errors=True)
-        self._clear_all()
-
-    def _clear_all(self) -> None:
+        """Remove everything that was written, and the folder."""
         for path in list(self.root.iterdir()):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
         with contextlib.suppress(OSError):
@@ -293,6 +287,6 @@ def committed_plan(root: Path) -> dict[str, Any] | None:
         return None
     header = read_metadata(StoreLocation(path=root)).header
     plan = header.get("conversion")
-    if header and not isinstance(plan, dict):
+    if not isinstance(plan, dict):
         raise CorruptStoreError(f"{root}: the store records no conversion")
-    return dict(plan) if isinstance(plan, dict) else None
+    return dict(plan)

@@ -116,8 +116,8 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     prepare_target(root)
     workers = _workers(survey, options)
     check_room(root, _projected_size(survey, options))
-    place = root.with_name(f".{root.name}.scdl-new") if taken is not None and options.overwrite else root
-    with Construction(place, plan, resume=options.resume) as construction:
+    place = root.with_name(f".{root.name}.scdl-new") if taken == "store" else root
+    with Construction(place, plan, resume=options.resume and not options.overwrite) as construction:
         try:
             results = _run(construction, survey, options, workers)
             commit_store(construction, survey, options, results, plan)
@@ -139,11 +139,13 @@ def _target_state(root: Path, options: ConversionOptions) -> str | None:
     if not root.is_dir():
         raise StoreExistsError(f"{root} exists and is a file; choose another target")
     if (root / "zarr.json").exists():
-        if not options.overwrite:
-            try:
-                committed_plan(root)
-            except (NotAStoreError, FormatVersionError, CorruptStoreError) as error:
-                raise StoreExistsError(f"{root} exists and is not a store that this conversion made: {error}") from error
+        try:
+            committed_plan(root)
+        except NotAStoreError as error:
+            raise StoreExistsError(f"{root} exists and is not a store of ours; choose another target ({error})") from error
+        except (FormatVersionError, CorruptStoreError) as error:
+            if not options.overwrite:
+                raise StoreExistsError(f"{root} exists; overwrite=True (--overwrite) replaces it ({error})") from error
         return "store"
     if (root / BUILD_FOLDER).is_dir():
         return "build"

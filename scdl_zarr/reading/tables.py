@@ -73,7 +73,7 @@ class LazyTable:
         import pandas as pd
 
         name = None if self._index_name in ("_index", "index") else self._index_name
-        names: pd.Index = pd.Index(self._values(self._index_name), name=name)
+        names: pd.Index = pd.Index(self._values(self._index_name), name=name, copy=True)
         return names
 
     def encoding(self, column: str) -> str:

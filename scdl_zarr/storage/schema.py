@@ -236,7 +236,7 @@ class StoreMetadata:
     n_obs: int
     n_vars: int
     nodes: Mapping[str, Mapping[str, Any]]
-    header: Mapping[str, Any]  # the "scdl" attribute; empty for an AnnData store that is not one of ours
+    header: Mapping[str, Any]  # the "scdl" attribute
     matrices: Mapping[str, MatrixLayout] = field(default_factory=dict)
 
     def children(self, path: str) -> list[str]:
@@ -362,14 +362,15 @@ def parse_store(document: bytes, where: str) -> StoreMetadata:
         _check_version(header.get("format_version"), where)
     if attributes.get("encoding-type") != "anndata":
         raise NotAStoreError(f"{where} is a Zarr group but not an AnnData store (encoding-type is not 'anndata')")
+    if not header:
+        raise NotAStoreError(
+            f"{where} is an AnnData store that scdl-zarr did not make (its root has no {ATTRIBUTE!r} attribute); "
+            "convert the H5AD file that it came from"
+        )
     consolidated = root.get("consolidated_metadata") or {}
     nodes = consolidated.get("metadata") if isinstance(consolidated, dict) else None
     if not isinstance(nodes, dict) or not all(isinstance(n, dict) for n in nodes.values()):
-        if header:
-            raise CorruptStoreError(f"{where}: the root zarr.json holds no consolidated metadata")
-        nodes = {}
-    if not header:
-        return StoreMetadata(n_obs=0, n_vars=0, nodes=nodes, header={})
+        raise CorruptStoreError(f"{where}: the root zarr.json holds no consolidated metadata")
     return _describe(nodes, header, where)
 
 

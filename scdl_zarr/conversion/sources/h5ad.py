@@ -111,7 +111,8 @@ class H5adSource:
 
     def others(self) -> list[str]:
         found = [f"{group}/{name}" for group in ("obsm", "varm", "obsp", "varp", "uns") for name in self._group_keys(group)]
-        return sorted(found)
+        labels = {f"uns/{column}_categories" for table in ("obs", "var", "raw.var") for column in self._compound_columns(table)}
+        return sorted(set(found) - labels)
 
     def element(self, path: str) -> Any:
         from anndata.io import read_elem
@@ -135,6 +136,11 @@ class H5adSource:
             except KeyError:
                 continue
         return None
+
+    def _compound_columns(self, table: str) -> tuple[str, ...]:
+        """Columns of a table of anndata 0.6, whose categories lie in uns."""
+        node = self._file.get(table)
+        return tuple(node.dtype.names or ()) if isinstance(node, h5py.Dataset) else ()
 
     def _group_keys(self, name: str) -> list[str]:
         node = self._file.get(name)
