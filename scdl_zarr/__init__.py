@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scdl_zarr import errors
-    from scdl_zarr.dataset import SingleCellZarrDataset, convert
-    from scdl_zarr.dataset import open_store as open
+    from scdl_zarr.api import convert
+    from scdl_zarr.api import open_store as open
+    from scdl_zarr.dataset import SingleCellZarrDataset
     from scdl_zarr.loading.collate import collate_sparse_matrix_batch
     from scdl_zarr.reading.batch import RowBatch
 
@@ -32,8 +33,8 @@ _HOMES = {
     "RowBatch": ("scdl_zarr.reading.batch", "RowBatch"),
     "SingleCellZarrDataset": ("scdl_zarr.dataset", "SingleCellZarrDataset"),
     "collate_sparse_matrix_batch": ("scdl_zarr.loading.collate", "collate_sparse_matrix_batch"),
-    "convert": ("scdl_zarr.dataset", "convert"),
-    "open": ("scdl_zarr.dataset", "open_store"),
+    "convert": ("scdl_zarr.api", "convert"),
+    "open": ("scdl_zarr.api", "open_store"),
 }
 
 

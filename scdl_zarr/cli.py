@@ -88,7 +88,7 @@ def convert(
 
     Example: scdl-zarr convert a.h5ad b.h5ad atlas.zarr --profile compact
     """
-    from scdl_zarr.dataset import convert as run
+    from scdl_zarr.api import convert as run
 
     if len(paths) < 2:
         raise typer.BadParameter("give at least one source and then the target", param_hint="SOURCE... TARGET")
@@ -126,7 +126,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def info(store: StoreArgument, as_json: JsonOption = False) -> None:
     """Say what a store holds: shape, sizes, codecs, dtypes, columns, what was left out."""
     from scdl_zarr.analysis.describe import describe, text_summary
-    from scdl_zarr.dataset import open_store
+    from scdl_zarr.api import open_store
 
     facts = describe(open_store(store))
     typer.echo(json.dumps(facts, indent=2) if as_json else text_summary(facts))
@@ -139,7 +139,7 @@ def verify(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads [default: one per core, at most 8].")] = None,
 ) -> None:
     """Check a store: its structure, and the checksum of every chunk. Exit code 1 if anything is wrong."""
-    from scdl_zarr.dataset import open_store
+    from scdl_zarr.api import open_store
 
     report = open_store(store, threads=threads).verify()
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from scdl_zarr.analysis.describe import describe, text_summary
-from scdl_zarr.dataset import SingleCellZarrDataset, convert
+from scdl_zarr.api import convert
+from scdl_zarr.dataset import SingleCellZarrDataset
 
 __all__ = ["bundled_h5ad", "run_demo"]
 

@@ -22,6 +22,7 @@ FLOORS = {
     "analysis": 4,
     "verify": 4,
     "dataset": 5,
+    "api": 6,
     "__init__": 6,
     "__main__": 6,
     "cli": 6,

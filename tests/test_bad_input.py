@@ -482,7 +482,8 @@ def test_a_target_from_other_sources(good: Path, store: Path, tmp_path: Path) ->
 
 def test_a_target_that_anndata_wrote(good: Path, target: Path) -> None:
     write_with_anndata(good, target)
-    refused(errors.StoreExistsError, good, target, target, "not made by a conversion")
+    for overwrite in (False, True):
+        refused(errors.StoreExistsError, good, target, target, "scdl-zarr did not make", overwrite=overwrite)
 
 
 def test_the_same_store_again_is_opened_and_nothing_is_written(good: Path, store: Path) -> None:

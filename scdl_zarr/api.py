@@ -1,0 +1,157 @@
+"""The two calls that most users start with: convert, and open.  Public as ``scdl_zarr.convert`` and ``scdl_zarr.open``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy.typing as npt
+
+from scdl_zarr.dataset import Check, SingleCellZarrDataset
+
+__all__ = ["convert", "open_store"]
+
+
+def open_store(
+    store: str | os.PathLike[str] | Any, *, threads: int | None = None, check: Check = "first"
+) -> SingleCellZarrDataset:
+    """Open a store for reading.
+
+    Parameters
+    ----------
+    store
+        A path, a ``file://`` URL or an opened ``zarr.abc.store.Store``.
+    threads
+        Threads for large batches (default: the cores this process may use, at most 8).
+    check
+        When a chunk's crc32c is verified: the ``"first"`` time this dataset reads it, ``"always"`` or ``"never"``.
+
+    Raises
+    ------
+    StoreNotFoundError
+        Nothing lies there.
+    NotAStoreError
+        Something else lies there.
+    UncommittedStoreError
+        A conversion that did not finish; the message names the command that goes on with it.
+    FormatVersionError
+        Written in a format this version does not know.
+    CorruptStoreError
+        Its metadata contradicts itself.
+
+    Notes
+    -----
+    Costs one read of the root ``zarr.json``, whatever the number of rows.
+    """
+    return SingleCellZarrDataset(store, threads=threads, check=check)
+
+
+def convert(
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    target: str | os.PathLike[str],
+    *,
+    matrix: str | Mapping[str, str] = "auto",
+    layers: Sequence[str] = (),
+    obsm: Sequence[str] = (),
+    var_key: str | None = None,
+    dtype: npt.DTypeLike | Literal["auto"] = "auto",
+    dtype_tolerance: float = 0.0,
+    width: Literal["auto", "plain", "narrow"] = "auto",
+    profile: Literal["fast", "compact", "archive"] = "fast",
+    chunk_values: int | None = None,
+    shard_values: int | None = None,
+    memory_budget: str | int = "2GB",
+    workers: int | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> SingleCellZarrDataset:
+    """Convert H5AD files into one store, and open it.
+
+    Parameters
+    ----------
+    sources
+        An H5AD file or a list of them, with CSR matrices.  Their rows follow one another; sources with different genes are
+        outer-joined: ids are those of the union, in order of first appearance.
+    target
+        Folder to make.  A finished store of the same sources and options is opened and nothing is written; an unfinished one
+        is finished; anything else there is an error.
+    matrix
+        ``"X"``, ``"raw"``, the name of a layer, or one of these per source (``{source: name}``).  ``"auto"``: raw if every
+        source has it, X if none has.  With raw, genes are those of ``raw.var``.
+    layers, obsm
+        Names to carry along.  Everything else (uns, varm, obsp, ...) is left out and listed in the summary.
+    var_key
+        Column of var to match genes by; by default their names.  A key that repeats within a source is matched by occurrence.
+    dtype
+        Dtype to store values in.  ``"auto"`` takes the narrowest of the width's dtypes that holds every value exactly: integers
+        for counts, float32 or float64 as in the source otherwise.
+    dtype_tolerance
+        Largest difference allowed where `dtype` is given.
+    width
+        ``"plain"``: int32 ids and row pointers, as SciPy has them.  ``"narrow"``: uint16 where that is enough, which every Zarr
+        reader reads and SciPy does not like.  ``"auto"``: plain up to 2**31 stored values.
+    profile
+        ``"fast"`` (lz4), ``"compact"`` (three quarters of the size, a little slower; needs numcodecs' delta, which Python has) or
+        ``"archive"`` (half the size, slow).
+    chunk_values, shard_values
+        Stored values per chunk and per shard file (default 2,048 and 2**24).
+    memory_budget
+        Most memory this process may use; fewer workers run where it is tight.
+    workers
+        Threads (default: one per core).
+    resume
+        Go on with an unfinished conversion of the same plan (False: start it over).
+    overwrite
+        Replace a store that is already there.  The old one stays in place until the new one is complete.
+    progress
+        Show a progress bar, and a summary at the end.
+
+    Raises
+    ------
+    SourceError
+        A source is not HDF5, truncated, has no such matrix, or contradicts itself.
+    InexactValueError
+        A value does not survive the `dtype` asked for; the message names file, row and value.
+    StoreExistsError, StoreAccessError, StoreFullError, StoreBusyError
+        The target is taken, cannot be written, has no room, or is being written by another process.
+    OptionError
+        An option outside what it accepts.
+
+    Notes
+    -----
+    Sources are opened read-only.  The result is committed by one atomic rename: killed at any moment, a conversion leaves a store
+    that opens whole or one that does not open.  The same sources and options give the same bytes.  Memory is bounded by
+    `memory_budget` and does not grow with the number of values; obs and var are held whole.
+
+    Examples
+    --------
+    >>> data = scdl_zarr.convert(demo_h5ad, target, progress=False)
+    >>> data.number_of_rows()
+    559
+    """
+    from scdl_zarr.conversion.execution import run_conversion
+    from scdl_zarr.conversion.plan import ConversionOptions
+
+    options = ConversionOptions(
+        matrix=matrix,
+        layers=tuple(layers) if not isinstance(layers, str) else (layers,),
+        obsm=tuple(obsm) if not isinstance(obsm, str) else (obsm,),
+        var_key=var_key,
+        dtype=dtype,
+        dtype_tolerance=dtype_tolerance,
+        width=width,
+        profile=profile,
+        chunk_values=chunk_values,
+        shard_values=shard_values,
+        memory_budget=memory_budget,
+        workers=workers,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    summary = run_conversion(sources, target, options)
+    if progress:
+        print(summary)
+    return open_store(target)
