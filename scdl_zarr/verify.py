@@ -23,7 +23,8 @@ from scdl_zarr.storage.location import StoreLocation, read_metadata
 
 if TYPE_CHECKING:
     from scdl_zarr.reading.kernels import Kernels
-    from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout, StoreMetadata
+    from scdl_zarr.storage.metadata import StoreMetadata
+    from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout
 
 __all__ = ["Fault", "VerifyReport", "verify_store"]
 

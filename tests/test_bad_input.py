@@ -34,7 +34,8 @@ from scdl_zarr.conversion.construction import Construction, check_room
 from scdl_zarr.conversion.encode import ShardEncoder
 from scdl_zarr.conversion.hdf5_chunks import ElementReader
 from scdl_zarr.storage.location import locate, read_metadata
-from scdl_zarr.storage.schema import BUILD_FOLDER, FORMAT_VERSION, ArrayLayout, parse_store
+from scdl_zarr.storage.metadata import parse_store
+from scdl_zarr.storage.schema import BUILD_FOLDER, FORMAT_VERSION, ArrayLayout
 from tests.toys import csr, encoded_rows, write_h5ad
 
 N_OBS, N_VARS, PER_ROW = 40, 64, 8

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 import scdl_zarr
 from scdl_zarr.conversion.vocabulary import Vocabulary
 from scdl_zarr.errors import OptionError, SourceError
+from scdl_zarr.storage.metadata import parse_store
 from scdl_zarr.storage.packing import DIRECTORY_COLUMNS, TablePacker, unpack_table
-from scdl_zarr.storage.schema import NARROW_FROM, PROFILES, matrix_layouts, matrix_nodes, parse_store, root_document
+from scdl_zarr.storage.schema import NARROW_FROM, PROFILES, matrix_layouts, matrix_nodes, root_document
 from tests.toys import csr, encoded_rows, write_h5ad
 
 FIXTURE = Path(__file__).parent / "stores" / "format_1.0"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from scdl_zarr.storage.location import StoreLocation
-    from scdl_zarr.storage.schema import StoreMetadata
+    from scdl_zarr.storage.metadata import StoreMetadata
 
 __all__ = ["Blocks"]
 

@@ -21,7 +21,8 @@ from scdl_zarr.errors import (
     StoreNotFoundError,
     UncommittedStoreError,
 )
-from scdl_zarr.storage.schema import BUILD_FOLDER, StoreMetadata, parse_store
+from scdl_zarr.storage.metadata import StoreMetadata, parse_store
+from scdl_zarr.storage.schema import BUILD_FOLDER
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
