@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -280,7 +281,7 @@ class SingleCellZarrDataset:
 
     def get_row(
         self,
-        index: int,
+        index: SupportsIndex,
         return_var_features: bool = False,
         var_feature_names: list[str] | None = None,
         return_obs_features: bool = False,
@@ -299,7 +300,7 @@ class SingleCellZarrDataset:
 
     def get_row_padded(
         self,
-        index: int,
+        index: SupportsIndex,
         return_var_features: bool = False,
         var_feature_names: list[str] | None = None,
         return_obs_features: bool = False,
@@ -311,7 +312,7 @@ class SingleCellZarrDataset:
         var, obs = self._features(row, return_var_features, var_feature_names, return_obs_features, obs_feature_names)
         return batch.to_dense()[0], var, obs
 
-    def get_row_column(self, index: int, column: int | None, impute_missing_zeros: bool = True) -> Any:
+    def get_row_column(self, index: SupportsIndex, column: int | None, impute_missing_zeros: bool = True) -> Any:
         """The value of one gene in one row; 0.0 (or None without imputing) if it is not stored.
 
         A gene that is stored twice in the row is summed, as SciPy does.
@@ -327,7 +328,7 @@ class SingleCellZarrDataset:
             return 0.0 if impute_missing_zeros else None
         return found[0] if len(found) == 1 else found.sum(dtype=found.dtype)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index: SupportsIndex) -> torch.Tensor:
         """One row as a torch tensor of shape (2, stored values): values, then gene ids, in the dtype of the values."""
         from scdl_zarr.loading.collate import row_tensor
 
@@ -381,13 +382,17 @@ class SingleCellZarrDataset:
             table = self._tables[name] = LazyTable(self._location, name, self._metadata.nodes, length)
         return table
 
-    def _one_row(self, index: int) -> int:
-        if not isinstance(index, (int, np.integer)) or isinstance(index, bool):
-            raise TypeError(f"a row number is expected, got {index!r}; read_rows() takes slices, lists and masks")
+    def _one_row(self, index: SupportsIndex) -> int:
+        try:
+            if isinstance(index, (bool, np.bool_)):
+                raise TypeError
+            index = operator.index(index)
+        except TypeError:
+            raise TypeError(f"a row number is expected, got {index!r}; read_rows() takes slices, lists and masks") from None
         n = self.n_obs
         if not -n <= index < n:
             raise RowIndexError(f"row {index} is out of range for {n} rows")
-        return int(index) % n
+        return index % n
 
     def _features(
         self, row: int, with_var: bool, var_names: list[str] | None, with_obs: bool, obs_names: list[str] | None

@@ -41,6 +41,11 @@ from tests.toys import csr, encoded_rows, write_h5ad
 N_OBS, N_VARS, PER_ROW = 40, 64, 8
 NNZ = N_OBS * PER_ROW
 SIZES: dict[str, Any] = {"chunk_values": 16, "shard_values": 64}  # 5 shards of 4 chunks
+pytestmark = [
+    # anndata 0.13 asks for pandas' infer_string option, which pandas 3 deprecates
+    pytest.mark.filterwarnings("ignore:The 'future.infer_string' option is deprecated"),
+]
+
 KERNELS = "scdl_zarr.reading.kernels.load"  # what decides between the mapped and the general path
 CHECK_ROOM = "scdl_zarr.conversion.execution.check_room"  # called between the survey of the sources and the first write
 
@@ -140,8 +145,15 @@ def attribute(key: str, name: str, value: Any) -> Edit:
     return lambda file: file[key].attrs.update({name: value})
 
 
-def names(n: int) -> npt.NDArray[Any]:
-    return np.array([f"name{k}" for k in range(n)], dtype=h5py.string_dtype())
+def named(table: str, n: int) -> Edit:
+    """Give a table another number of names (which pandas 3 writes in another encoding than pandas 2)."""
+
+    def edit(file: h5py.File) -> None:
+        del file[f"{table}/_index"]
+        file[f"{table}/_index"] = np.array([f"name{k}" for k in range(n)], dtype=h5py.string_dtype())
+        file[f"{table}/_index"].attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+
+    return edit
 
 
 # ---- sources that cannot be read
@@ -268,9 +280,9 @@ CONTRADICTIONS: dict[str, tuple[Edit, list[str]]] = {
     ),
     "negative gene id": (put("X/indices", 74, -1), ["row 9 of X", "gene id -1", f"{N_VARS} genes"]),
     "gene id too large": (put("X/indices", 79, N_VARS), ["row 9 of X", f"gene id {N_VARS}", f"{N_VARS} genes"]),
-    "obs too short": (swap("obs/_index", names(N_OBS - 1)), [f"{N_OBS} rows", f"obs has {N_OBS - 1}"]),
-    "obs too long": (swap("obs/_index", names(N_OBS + 1)), [f"{N_OBS} rows", f"obs has {N_OBS + 1}"]),
-    "var too short": (swap("var/_index", names(N_VARS - 1)), [f"{N_VARS} genes", f"var has {N_VARS - 1}"]),
+    "obs too short": (named("obs", N_OBS - 1), [f"{N_OBS} rows", f"obs has {N_OBS - 1}"]),
+    "obs too long": (named("obs", N_OBS + 1), [f"{N_OBS} rows", f"obs has {N_OBS + 1}"]),
+    "var too short": (named("var", N_VARS - 1), [f"{N_VARS} genes", f"var has {N_VARS - 1}"]),
     "no obs": (remove("obs"), ["has no obs"]),
     "no var": (remove("var"), ["has no var"]),
     "no indices": (remove("X/indices"), ["X is not a readable CSR matrix", "indices"]),
@@ -804,22 +816,33 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+SHARDS = ["X/data/c/4", "X/indices/c/2", "X/indptr/c/0"]
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("shard", ["X/data/c/4", "X/indices/c/2", "X/indptr/c/0"])
-def test_a_damaged_shard_is_named_on_reading_and_by_verify(store: Path, shard: str, damage: str) -> None:
+@pytest.mark.parametrize("shard", SHARDS)
+def test_a_damaged_shard_is_named_on_reading(store: Path, shard: str, damage: str) -> None:
     path = store / shard
     DAMAGES[damage](path)
     data = scdl_zarr.open(store)  # nothing of it is read yet
     with refusal(errors.CorruptStoreError, path):
         data.read_rows(slice(None))
-    report = data.verify()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_verify_names_every_damaged_shard(store: Path, damage: str) -> None:
+    for shard in SHARDS:
+        DAMAGES[damage](store / shard)
+    report = scdl_zarr.open(store).verify()
     assert not report
-    assert all(str(path) in fault.what for fault in report.faults)
-    assert {fault.where for fault in report.faults} == {shard.split("/c/")[0]}
+    assert {(fault.where, shard) for fault in report.faults for shard in SHARDS if str(store / shard) in fault.what} == {
+        (shard.split("/c/")[0], shard) for shard in SHARDS
+    }
+    assert {fault.where for fault in report.faults} == {"X/data", "X/indices", "X/indptr"}
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut in half", "index flipped", "first chunk flipped"])
-@pytest.mark.parametrize("shard", ["X/data/c/4", "X/indices/c/2", "X/indptr/c/0"])
+@pytest.mark.parametrize("shard", SHARDS)
 def test_the_general_path_notices_the_same_damage(store: Path, shard: str, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     DAMAGES[damage](store / shard)
     monkeypatch.setattr(KERNELS, lambda: None)
@@ -843,13 +866,15 @@ def test_damage_while_a_store_is_open(store: Path, check: Any) -> None:
         data.read_rows(0)
 
 
+TABLES = ["obs/_index", "var/_index", "uns/scdl/maps", "uns/scdl/pool", "uns/scdl/sources/name", "uns/scdl/blocks/table"]
+
+
 @pytest.mark.parametrize("damage", ["deleted", "cut in half", "first chunk flipped", "empty"])
-@pytest.mark.parametrize("path", ["obs/_index", "var/_index", "uns/scdl/maps", "uns/scdl/sources/name", "uns/scdl/blocks/table"])
-def test_verify_notices_damaged_tables(store: Path, path: str, damage: str) -> None:
-    DAMAGES[damage](store / path / "c/0")
-    report = scdl_zarr.open(store).verify()
-    assert not report
-    assert any(path in fault.what or path in fault.where for fault in report.faults)
+def test_verify_names_every_damaged_table(store: Path, damage: str) -> None:
+    for path in TABLES:
+        DAMAGES[damage](store / path / "c/0")
+    faults = scdl_zarr.open(store).verify().faults
+    assert [path for path in TABLES if not any(path in fault.where or path in fault.what for fault in faults)] == []
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut in half", "first chunk flipped"])
@@ -919,10 +944,9 @@ ENTRIES: list[tuple[int, int]] = [
 ]
 
 
-@pytest.mark.parametrize("part", ["data", "indptr"])
 @pytest.mark.parametrize("entry", ENTRIES, ids=repr)
-def test_an_index_entry_that_points_elsewhere(store: Path, part: str, entry: tuple[int, int]) -> None:
-    forged = Forgery(store, part, 0)
+def test_an_index_entry_that_points_elsewhere(store: Path, entry: tuple[int, int]) -> None:
+    forged = Forgery(store, "data", 0)
     forged.index[0] = entry
     forged.save()
     assert_named(store, forged.path, 0, "its index entry points outside the shard")
@@ -1008,13 +1032,12 @@ def setter(position: int, value: int) -> Callable[[npt.NDArray[Any]], object]:
     return lambda values: values.__setitem__(position, value)
 
 
-@pytest.mark.parametrize("gene", [-1, N_VARS, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("gene", [-1, N_VARS, -(2**31)])
 @pytest.mark.parametrize("path", ["mapped", "general"])
 def test_a_gene_id_outside_the_matrix(store: Path, gene: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = rewrite(store, "indices", 2, setter(17, gene))
     if path == "mapped":
         assert_named(store, shard, 1, "a gene id outside the matrix")
-        assert not scdl_zarr.open(store).verify()
     else:
         monkeypatch.setattr(KERNELS, lambda: None)
         with refusal(errors.CorruptStoreError, store, "X/indices", "gene id outside the matrix"):

@@ -651,7 +651,7 @@ def first_read_in_a_child(data: SingleCellZarrDataset) -> None:
 class ReadsInAWorker(SingleCellZarrDataset):
     """A dataset whose items need the table, another dtype, and a read that is split over threads."""
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         number = int(self.obs["number"][index])
         whole = self.read_rows(slice(None), dtype="float64")
         return torch.tensor([number, whole.data[whole.indptr[index]] // 1000])

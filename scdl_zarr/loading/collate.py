@@ -7,7 +7,8 @@ that rows are neither taken apart nor put together again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,42 +33,80 @@ def row_tensor(values: Any, ids: Any) -> torch.Tensor:
     return torch.from_numpy(pair)
 
 
-class RowList(list):  # type: ignore[type-arg]
-    """A list of row tensors that are made when one is first asked for.
+class _Unmade:
+    """Stands in a :class:`RowList` for a row that was not made yet.
 
-    ``batch`` is the :class:`RowBatch` behind it.  It is a real list because ``torch.stack`` accepts nothing else.
+    torch takes the items of a list without asking the list, but hands a call over to any item that has this protocol.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def __torch_function__(cls, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        lists = [value for value in (*args, *named.values()) if isinstance(value, RowList)]
+        if not lists:
+            return NotImplemented
+        for rows in lists:
+            rows.make()
+        return function(*args, **named)
+
+
+_UNMADE = _Unmade()
+
+
+class RowList(list[Any]):
+    """A list of row tensors that are made when one is first asked for, in whatever way.
+
+    It is a real list because ``torch.stack`` accepts nothing else.
+
+    Attributes
+    ----------
+    batch : RowBatch or None
+        The batch behind it; None once the list was changed, which then is a list like any other.
     """
 
     def __init__(self, batch: RowBatch) -> None:
-        super().__init__([None] * len(batch))
-        self.batch = batch
+        super().__init__([_UNMADE] * len(batch))
+        self.batch: RowBatch | None = batch
         self._made = False
 
-    def _make(self) -> None:
-        if not self._made:
-            self._made = True
+    def make(self) -> None:
+        """Make the rows, once."""
+        if not self._made and self.batch is not None:
             super().__setitem__(slice(None), [row_tensor(*row) for row in self.batch])
+            self._made = True
 
-    def __getitem__(self, key: Any) -> Any:
-        self._make()
-        return super().__getitem__(key)
+    def __radd__(self, other: list[Any]) -> list[Any]:
+        return other + list(self)
 
-    def __iter__(self) -> Iterator[Any]:
-        self._make()
-        return super().__iter__()
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return list, (list(self),)
 
-    def __reversed__(self) -> Iterator[Any]:
-        self._make()
-        return super().__reversed__()
 
-    def __add__(self, other: Any) -> Any:
-        return list(self) + other
+def _made_first(name: str, *, changes: bool) -> Any:
+    """A list's own method, after the rows were made; one that changes the list parts it from its batch."""
+    own = getattr(list, name)
 
-    def copy(self) -> list[Any]:
-        return list(iter(self))
+    @functools.wraps(own)
+    def method(self: RowList, *args: Any, **kwargs: Any) -> Any:
+        self.make()
+        if changes:
+            self.batch = None
+        return own(self, *args, **kwargs)
 
-    def __reduce__(self) -> Any:
-        return list, (list(iter(self)),)
+    return method
+
+
+_READING = ("getitem", "iter", "reversed", "contains", "eq", "ne", "lt", "le", "gt", "ge", "add", "mul", "rmul", "repr")
+_CHANGING = ("setitem", "delitem", "iadd", "imul")
+for _name in (*(f"__{word}__" for word in _READING), "copy", "count", "index"):
+    setattr(RowList, _name, _made_first(_name, changes=False))
+for _name in (
+    *(f"__{word}__" for word in _CHANGING),
+    *("append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"),
+):
+    setattr(RowList, _name, _made_first(_name, changes=True))
 
 
 def collate_sparse_matrix_batch(batch: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -85,7 +124,7 @@ def collate_sparse_matrix_batch(batch: Sequence[torch.Tensor]) -> torch.Tensor:
         CSR tensor, row pointers int64, ids int32.  Shape (rows, genes of the store) for rows of a dataset; for a plain list
         the width is the largest id + 1, as in BioNeMo-SCDL, so that it varies from batch to batch.
     """
-    if isinstance(batch, RowList):
+    if isinstance(batch, RowList) and batch.batch is not None:
         return batch.batch.to_torch()
     torch = import_torch()
     rows = list(batch)

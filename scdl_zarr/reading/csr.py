@@ -13,6 +13,7 @@ import numpy.typing as npt
 from scdl_zarr.errors import InexactValueError, OptionError
 from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.exactness import inexact_positions
+from scdl_zarr.reading.first_use import FIRST_USE
 from scdl_zarr.reading.plan import Int64Array, RowPlan, plan_rows
 from scdl_zarr.storage.location import StoreLocation
 from scdl_zarr.storage.schema import MatrixLayout
@@ -63,6 +64,7 @@ class CsrReader:
         self.layout = layout
         self._location, self._threads, self._check = location, threads, check
         self._columns: Columns | None = None
+        self._used: set[Any] = set()  # dtypes that were read before: their kernels are compiled
         self._dtype = value_dtype(layout)
         self._id_dtype = np.dtype(np.int32 if layout.n_vars <= 1 << 31 else np.int64)
 
@@ -74,8 +76,16 @@ class CsrReader:
 
     def read(self, rows: Int64Array, dtype: npt.DTypeLike | None = None, out: Buffers | None = None) -> RowBatch:
         """The rows (numbers already checked) as a batch; see :meth:`SingleCellZarrDataset.read_rows`."""
-        plan = plan_rows(*self.columns.bounds(rows))
         wanted = self._dtype if dtype is None else checked_dtype(dtype)
+        if wanted in self._used:
+            return self._read(rows, wanted, out)
+        with FIRST_USE:
+            batch = self._read(rows, wanted, out)
+        self._used.add(wanted)
+        return batch
+
+    def _read(self, rows: Int64Array, wanted: np.dtype[Any], out: Buffers | None) -> RowBatch:
+        plan = plan_rows(*self.columns.bounds(rows))
         native = wanted if _widens(self.layout.data_dtype, self._dtype, wanted) else self._dtype
         data, indices = self._buffers(plan.total, wanted, out)
         target = data if data.dtype == native else np.empty(plan.total, native)

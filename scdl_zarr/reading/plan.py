@@ -76,9 +76,13 @@ def resolve_rows(rows: Any, n_obs: int) -> Int64Array:
         return np.arange(*_slice_bounds(rows, n_obs), dtype=np.int64)
     if not isinstance(rows, np.ndarray):
         try:
-            return _in_range(np.array([operator.index(rows)], np.int64), n_obs)
-        except (TypeError, OverflowError):
-            rows = _as_array(rows)
+            number = operator.index(rows)
+        except TypeError:
+            rows = _as_array(rows, n_obs)
+        else:
+            if not -n_obs <= number < n_obs:
+                raise RowIndexError(f"row {number} is out of range for {n_obs} rows")
+            return np.array([number % n_obs], np.int64)
     if rows.ndim == 0 and rows.dtype.kind in "iu":
         rows = rows[None]
     if rows.ndim != 1:
@@ -96,15 +100,18 @@ def resolve_rows(rows: Any, n_obs: int) -> Int64Array:
     return _in_range(rows.astype(np.int64), n_obs)
 
 
-def _as_array(rows: Any) -> npt.NDArray[Any]:
+def _as_array(rows: Any, n_obs: int) -> npt.NDArray[Any]:
     try:
         if not hasattr(rows, "__array__"):
             rows = list(rows)
         array = np.asarray(rows)
     except (TypeError, ValueError):
         raise OptionError(f"rows is {type(rows).__name__}, expected an int, a slice, integers or a boolean mask") from None
-    if array.dtype.kind == "O" and len(array) and all(isinstance(v, (bool, np.bool_)) for v in array):
-        return array.astype(bool)
+    if array.dtype.kind == "O" and array.ndim == 1 and len(array):
+        if all(isinstance(v, (bool, np.bool_)) for v in array):
+            return array.astype(bool)
+        if all(isinstance(v, int) for v in array):  # numbers that no 64-bit integer holds
+            raise RowIndexError(f"row {max(array, key=abs)} is out of range for {n_obs} rows")
     return array
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.errors import CorruptStoreError, FeatureNameError, RowIndexError
+from scdl_zarr.reading.first_use import FIRST_USE
 from scdl_zarr.reading.plan import resolve_rows
 
 if TYPE_CHECKING:
@@ -185,7 +186,8 @@ def read_element(location: StoreLocation, path: str) -> Any:
         A chunk does not match its checksum or does not decode, or the parts of the element contradict each other.
     """
     try:
-        return decode_element(open_root(location)[path])
+        with FIRST_USE:
+            return decode_element(open_root(location)[path])
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, IndexError) as error:
         raise CorruptStoreError(f"{location}: {path} cannot be read: {error}") from error
 
