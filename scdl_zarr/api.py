@@ -136,8 +136,8 @@ def convert(
 
     options = ConversionOptions(
         matrix=matrix,
-        layers=tuple(layers) if not isinstance(layers, str) else (layers,),
-        obsm=tuple(obsm) if not isinstance(obsm, str) else (obsm,),
+        layers=layers,
+        obsm=obsm,
         var_key=var_key,
         dtype=dtype,
         dtype_tolerance=dtype_tolerance,

@@ -245,12 +245,12 @@ def test_an_error_at_every_file_of_the_commit(tmp_path: Path, monkeypatch: pytes
     assert opened == list(range(committed_at + 1, len(names) + 1))
 
 
-def test_an_error_at_every_fourth_file_of_a_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_at_every_eighth_file_of_a_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = write_h5ad(tmp_path / "toy.h5ad", encoded_rows(12, 30, 5)), tmp_path / "replaced.zarr"
     new = Path(scdl_zarr.convert(source, tmp_path / "new.zarr", profile=OTHER_PROFILE, progress=False).path)
     scdl_zarr.convert(source, target, progress=False)
     old = contents(target)
-    for at in itertools.count(1, 4):  # until none stops it
+    for at in itertools.count(1, 8):  # until none stops it
         with failing_at(at, monkeypatch) as failing, contextlib.suppress(OSError):
             scdl_zarr.convert(source, target, profile=OTHER_PROFILE, overwrite=True, progress=False)
         if len(failing.paths) < at:

@@ -67,23 +67,41 @@ def _mark_path(root: Path, task: ShardTask) -> Path:
 class Construction:
     """The folder of a store that is being built.  Use as a context manager: it holds the lock."""
 
-    def __init__(self, root: Path, plan: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(self, root: Path, plan: Mapping[str, Any], *, resume: bool, replaces: bool = False) -> None:
         self.root = root
+        self._replaces = replaces  # the folder is a scratch place of our own beside the store that it will replace
         self._plan = dict(plan)
         self._resume = resume
         self._build = root / BUILD_FOLDER
 
     def __enter__(self) -> Construction:
         with explained_errors(self.root):
+            fresh = not self._build.exists()
             self._build.mkdir(parents=True, exist_ok=True)
             self._lock = open(self._build / "lock", "a+b")
         _take_lock(self._lock, self.root)
         try:
+            self._refuse_what_appeared()
             self._go_on_or_start()
+        except (StoreExistsError, StoreBusyError):
+            self._lock.close()
+            if fresh:  # what is here is not ours: leave no trace in it
+                shutil.rmtree(self._build, ignore_errors=True)
+            raise
         except BaseException:
             self._lock.close()
             raise
         return self
+
+    def _refuse_what_appeared(self) -> None:
+        """Between the first look at the target and the lock, somebody else may have put something there."""
+        if (self.root / "zarr.json").exists() and not self._replaces:
+            raise StoreExistsError(f"{self.root} exists: another conversion finished it meanwhile; run again to compare with it")
+        if not _is_open(self._lock, self._build / "lock"):
+            raise StoreBusyError(f"{self.root} was being written by another process a moment ago; run again")
+        others = [path.name for path in self.root.iterdir() if path != self._build]
+        if others and not self._replaces and not (self._build / "plan.json").exists():
+            raise StoreExistsError(f"{self.root} holds other files ({', '.join(sorted(others)[:3])}); choose another target")
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
@@ -105,6 +123,8 @@ class Construction:
         if known is None or not self._resume:
             self._clear()
             self.save_dtypes({})
+        with explained_errors(self.root):
+            remove_partial_files(self.root)
 
     def _clear(self) -> None:
         with explained_errors(self.root):
@@ -159,10 +179,19 @@ class Construction:
 
 
 def finish_documents(root: Path, nodes: Mapping[str, Mapping[str, Any]]) -> None:
-    """The parts' own ``zarr.json``, after the commit; then the build folder goes."""
+    """The parts' own ``zarr.json``, after the commit; then the build folder goes.  Run again if it was interrupted."""
     for path in sorted(nodes):
-        replace_file(root / path / "zarr.json", node_document(nodes[path]))
+        own = {key: value for key, value in nodes[path].items() if key != "consolidated_metadata"}
+        replace_file(root / path / "zarr.json", node_document(own))
+    remove_partial_files(root)
     shutil.rmtree(root / BUILD_FOLDER, ignore_errors=True)
+
+
+def remove_partial_files(root: Path) -> None:
+    """What killed writers left behind.  The caller holds the lock, or the store is committed."""
+    for path in root.rglob("*.part"):
+        if path.is_file() and path.suffixes[-2:-1] and path.suffixes[-2][1:].isdigit():
+            path.unlink(missing_ok=True)
 
 
 def describe_difference(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
@@ -254,6 +283,16 @@ def _take_lock(file: Any, root: Path) -> None:
     file.truncate(0)
     file.write(str(os.getpid()).encode())
     file.flush()
+
+
+def _is_open(file: Any, path: Path) -> bool:
+    """Whether `path` is still the file that is open (and not removed, or made anew)."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    own = os.fstat(file.fileno())
+    return (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
 
 
 def swap_folders(new: Path, target: Path) -> None:

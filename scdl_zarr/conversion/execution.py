@@ -105,6 +105,8 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     if not isinstance(target, (str, os.PathLike)):
         raise OptionError(f"target={target!r}; expected a path")
     root = local_path(target)
+    if root.is_symlink():  # what it points to is made or replaced, the link stays
+        root = Path(os.path.realpath(root))
     specs = find_sources(sources)
     if any(Path(spec.path) == root or root in Path(spec.path).parents for spec in specs):
         raise OptionError(f"{root} holds a source of this conversion; choose another target")
@@ -117,7 +119,8 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     workers = _workers(survey, options)
     check_room(root, _projected_size(survey, options))
     place = root.with_name(f".{root.name}.scdl-new") if taken == "store" else root
-    with Construction(place, plan, resume=options.resume and not options.overwrite) as construction:
+    resume = options.resume and not options.overwrite
+    with Construction(place, plan, resume=resume, replaces=place != root) as construction:
         try:
             results = _run(construction, survey, options, workers)
             commit_store(construction, survey, options, results, plan)

@@ -6,7 +6,7 @@ fills and the source rows that cover it, and is all that reaches a worker.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -29,8 +29,8 @@ class ConversionOptions:
     """Everything a user may choose.  :func:`scdl_zarr.convert` documents each; the defaults live here."""
 
     matrix: Any = "auto"
-    layers: tuple[str, ...] = ()
-    obsm: tuple[str, ...] = ()
+    layers: Sequence[str] = ()
+    obsm: Sequence[str] = ()
     var_key: str | None = None
     dtype: Any = "auto"
     dtype_tolerance: float = 0.0
@@ -50,6 +50,8 @@ class ConversionOptions:
             raise OptionError(f"width={self.width!r}; choose 'auto', 'plain' or 'narrow'")
         for name in ("layers", "obsm"):
             value = getattr(self, name)
+            if not isinstance(value, (str, list, tuple)) or not all(isinstance(v, str) for v in value):
+                raise OptionError(f"{name}={value!r}; expected a name or a list of names")
             chosen = (value,) if isinstance(value, str) else tuple(value)
             if len(set(chosen)) != len(chosen):
                 raise OptionError(f"{name}={value!r} names something twice")
@@ -63,6 +65,10 @@ class ConversionOptions:
                 raise OptionError("dtype_tolerance= loosens an explicit dtype=; with dtype='auto' every value survives exactly")
         else:
             object.__setattr__(self, "dtype", _asked_dtype(self.dtype))
+        for name in ("chunk_values", "shard_values"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise OptionError(f"{name}={value!r}; expected a positive number")
         _check_sizes(self.chunk, self.shard)
         parse_bytes(self.memory_budget)
 
@@ -87,7 +93,7 @@ class ConversionOptions:
 
 def _asked_dtype(dtype: Any) -> str:
     try:
-        name = str(np.dtype(dtype).name)
+        name = "None" if dtype is None else str(np.dtype(dtype).name)  # NumPy takes None for float64
     except TypeError:
         name = str(dtype)
     if name not in VALUE_DTYPES:
@@ -98,8 +104,8 @@ def _asked_dtype(dtype: Any) -> str:
     return name
 
 
-def _check_sizes(chunk: Any, shard: Any) -> None:
-    if not isinstance(chunk, int) or not isinstance(shard, int) or not 1 <= chunk <= 1 << 27:
+def _check_sizes(chunk: int, shard: int) -> None:
+    if not chunk <= 1 << 27:
         raise OptionError(f"chunk_values={chunk!r}, shard_values={shard!r}; expected positive numbers, chunks up to {1 << 27}")
     if shard < chunk or shard % chunk or shard > 1 << 34:
         raise OptionError(f"shard_values={shard} must be a multiple of chunk_values={chunk}, at most {1 << 34}")

@@ -105,8 +105,11 @@ def _write_values(task: ShardTask) -> ShardResult:
                     sums[part.source] = (sums.get(part.source, 0) + checksum(values[inside], ids[inside])) % 2**64
                     mapped = _map(part, piece, ids, values, task, unsorted)
                     values = values[inside]
-                    stats |= value_stats(values)
-                    data_out.add(_narrow(values, data.dtype, stats, task, part, piece, inside))
+                    found = value_stats(values)
+                    stats |= found
+                    if not _surely_exact(values.dtype, found, data.dtype):
+                        _check_values(values, stats, task, part, piece, inside)
+                    data_out.add(_narrow(values, data.dtype))
                     indices_out.add(mapped[inside].astype(indices.dtype, copy=False))
     return ShardResult(
         name=task.name,
@@ -178,39 +181,40 @@ def _map(
     return mapped
 
 
-def _narrow(
-    values: npt.NDArray[Any],
-    dtype: np.dtype[Any],
-    stats: ValueStats,
-    task: ShardTask,
-    part: Part,
-    piece: _Piece,
-    inside: slice,
-) -> npt.NDArray[Any]:
-    """The values in the store's dtype; every one is checked."""
-    if not _surely_exact(values.dtype, stats, dtype):
-        bad = inexact_positions(values, dtype, task.tolerance)
-        if len(bad) and not task.exact_dtype:
-            raise DtypeTooNarrowError(task.matrix, stats)
-        if len(bad):
-            at = int(piece.pointers[0]) + inside.start + int(bad[0])
-            row = int(np.searchsorted(piece.pointers, at, side="right")) - 1
-            raise InexactValueError(
-                f"{part.spec.path}: row {piece.row + row} of {matrix_name(part.key)} holds {values[bad[0]].item()!r}, "
-                f"which does not survive dtype {dtype.name}; ask for a wider dtype, for dtype='auto' (always exact), "
-                f"or allow a difference with dtype_tolerance= (now {task.tolerance})"
-            )
-    if task.tolerance and dtype.kind in "iu" and values.dtype.kind == "f":
+def _surely_exact(source: np.dtype[Any], stats: ValueStats, dtype: np.dtype[Any]) -> bool:
+    """Whether values of that dtype and these stats survive without looking at each (NumPy calls int64 to float64 safe)."""
+    if dtype.kind != "f":
+        info = np.iinfo(dtype)
+        return stats.integral and info.min <= stats.low and stats.high <= info.max
+    if source.kind == "f":
+        return source.itemsize <= dtype.itemsize or stats.float32_exact
+    return max(-stats.low, stats.high) <= 1 << (24 if dtype.itemsize == 4 else 53)
+
+
+def _check_values(values: npt.NDArray[Any], stats: ValueStats, task: ShardTask, part: Part, piece: _Piece, inside: slice) -> None:
+    """Refuse the first value that does not survive the store's dtype."""
+    dtype = task.arrays[0].dtype
+    bad = inexact_positions(values, dtype, task.tolerance)
+    if not len(bad):
+        return
+    if not task.exact_dtype and dtype != np.float64:
+        raise DtypeTooNarrowError(task.matrix, stats)
+    at = int(piece.pointers[0]) + inside.start + int(bad[0])
+    row = int(np.searchsorted(piece.pointers, at, side="right")) - 1
+    if task.exact_dtype:
+        advice = f"ask for a wider dtype, for dtype='auto' (always exact), or use dtype_tolerance= (now {task.tolerance})"
+    else:
+        advice = (
+            "and other values are fractions: no dtype holds both; convert into two stores, or give dtype= and dtype_tolerance="
+        )
+    raise InexactValueError(
+        f"{part.spec.path}: row {piece.row + row} of {matrix_name(part.key)} holds {values[bad[0]].item()!r}, "
+        f"which does not survive dtype {dtype.name}; {advice}"
+    )
+
+
+def _narrow(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The values, which were checked, in the store's dtype (what a tolerance allowed is rounded to the nearest)."""
+    if dtype.kind in "iu" and values.dtype.kind == "f":
         values = np.rint(values)
     return values.astype(dtype, copy=False)
-
-
-def _surely_exact(source: np.dtype[Any], stats: ValueStats, dtype: np.dtype[Any]) -> bool:
-    if dtype.kind == "f":
-        return (
-            np.can_cast(source, dtype, "safe")
-            or (dtype == np.float32 and stats.float32_exact)
-            or (stats.integral and max(-stats.low, stats.high) <= 1 << 53 and dtype == np.float64)
-        )
-    info = np.iinfo(dtype)
-    return stats.integral and info.min <= stats.low and stats.high <= info.max

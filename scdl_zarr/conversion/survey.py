@@ -266,10 +266,10 @@ def scan_pointers(
         whole = np.concatenate([[previous], pointers])
         if start == 0 and pointers[0] != 0:
             raise SourceError(f"{shown} has row pointers that start at {pointers[0]}, expected 0")
-        steps = np.diff(whole)
-        if (steps < 0).any():
-            raise SourceError(f"{shown} has row pointers that run backwards at row {start + int(np.argmax(steps < 0)) - 1}")
-        longest = max(longest, int(steps.max()))
+        falls = whole[1:] < whole[:-1]  # a difference could wrap around
+        if falls.any():
+            raise SourceError(f"{shown} has row pointers that run backwards at row {start + int(np.argmax(falls)) - 1}")
+        longest = max(longest, int(np.diff(whole).max()))
         upto = placed + int(np.searchsorted(flat[order[placed:]], pointers[-1], side="left"))
         chosen = order[placed:upto]
         rows[chosen] = start - 1 + np.searchsorted(whole, flat[chosen], side="right") - 1

@@ -12,6 +12,7 @@ import numpy as np
 from scdl_zarr.errors import CorruptStoreError, RowIndexError
 from scdl_zarr.reading.plan import Int64Array
 from scdl_zarr.reading.tables import LazyTable, read_element
+from scdl_zarr.storage.metadata import node_attributes
 from scdl_zarr.storage.packing import unpack_table
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Blocks:
         tables = self._kept.setdefault("tables", {})
         if name not in tables:
             path = f"{ROOT}/{name}"
-            index = (self._metadata.nodes.get(path, {}).get("attributes") or {}).get("_index")
+            index = node_attributes(self._metadata.nodes, path).get("_index")
             shape = (self._metadata.nodes.get(f"{path}/{index}") or {}).get("shape")
             if not isinstance(shape, list) or len(shape) != 1:
                 raise CorruptStoreError(f"{self._location}: {path} is missing")

@@ -32,6 +32,7 @@ class ZarrColumns:
         self._layout = layout
         self._group: Any = None
         self._pointers: Int64Array | None = None
+        self._there: set[str] = set()  # shards that were seen to exist
 
     def bounds(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         if self._pointers is None:
@@ -65,11 +66,25 @@ class ZarrColumns:
 
     def _read(self, part: str, start: int, stop: int) -> npt.NDArray[Any]:
         try:
+            self._require_shards(part, start, stop)
             return np.asarray(self._array(part)[start:stop])
-        except (ValueError, RuntimeError, OSError, KeyError) as error:
+        except CorruptStoreError:
+            raise
+        except Exception as error:  # zarr and numcodecs have errors of many kinds for bytes that make no sense
             raise CorruptStoreError(
                 f"{self._location}: {self._layout.path}/{part}, values {start} to {stop - 1}, cannot be read: {error}"
             ) from error
+
+    def _require_shards(self, part: str, start: int, stop: int) -> None:
+        """A shard that is gone is damage; zarr would take it for fill values."""
+        array = self._array(part)
+        size = (array.shards or array.chunks)[0]
+        for number in range(start // size, -(-stop // size)):
+            key = f"{array.path}/c/{number}"
+            if key not in self._there:
+                if not self._location.exists(key):
+                    raise CorruptStoreError(f"{self._location}: {key} is missing: the store has lost a shard")
+                self._there.add(key)
 
     def _array(self, part: str) -> Any:
         if self._group is None:

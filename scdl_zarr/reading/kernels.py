@@ -196,9 +196,9 @@ def _decode_chunk(
     if size < 0:
         scratch[:] = 0  # an absent chunk is the fill value
         return OK
-    # blosc 1 header: version, version of the codec, flags, typesize, then nbytes, blocksize, cbytes.  Newer versions are
-    # refused: they may name plug-ins and other chunks.
-    if size < 16 or _load8(start) != 2:
+    # blosc 1 header: version, version of the codec, flags, typesize, then nbytes, blocksize, cbytes.  What only blosc 2 has is
+    # refused (both shuffles at once mean its longer header): it may name plug-ins, or say that there are no data at all.
+    if size < 16 or _load8(start) != 2 or _load8(start + 2) & 0x5 == 0x5 or _load8(start + 2) & 0x8:
         return BAD_HEADER
     if _load32(start + 4) != np.uint32(scratch.nbytes) or np.int64(_load32(start + 12)) != size:
         return BAD_HEADER

@@ -7,15 +7,17 @@ column never imports anndata.
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.errors import CorruptStoreError, FeatureNameError, RowIndexError
+from scdl_zarr.errors import CorruptStoreError, FeatureNameError, RowIndexError, ScdlZarrError
 from scdl_zarr.reading.first_use import FIRST_USE
 from scdl_zarr.reading.plan import resolve_rows
+from scdl_zarr.storage.metadata import node_attributes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,11 +44,11 @@ class LazyTable:
     """
 
     def __init__(self, location: StoreLocation, path: str, nodes: Mapping[str, Mapping[str, Any]], length: int) -> None:
-        attributes = nodes.get(path, {}).get("attributes") or {}
+        attributes = node_attributes(nodes, path)
         columns, index = attributes.get("column-order"), attributes.get("_index")
         if attributes.get("encoding-type") != "dataframe" or not isinstance(columns, list) or not isinstance(index, str):
             raise CorruptStoreError(f"{location}: {path} is not an AnnData dataframe")
-        missing = [name for name in (*columns, index) if f"{path}/{name}" not in nodes]
+        missing = [name for name in (*columns, index) if not isinstance(name, str) or f"{path}/{name}" not in nodes]
         if missing:
             raise CorruptStoreError(f"{location}: {path} lists columns that are not there: {missing}")
         self._location = location
@@ -81,7 +83,7 @@ class LazyTable:
         """How a column is stored: ``"array (float32)"``, ``"categorical"``, ``"string-array"``, ..."""
         self._require(column)
         node = self._nodes[f"{self._path}/{column}"]
-        kind = str((node.get("attributes") or {}).get("encoding-type", "array"))
+        kind = str(node_attributes(self._nodes, f"{self._path}/{column}").get("encoding-type", "array"))
         return f"array ({node.get('data_type')})" if kind == "array" else kind
 
     def __len__(self) -> int:
@@ -187,9 +189,27 @@ def read_element(location: StoreLocation, path: str) -> Any:
     """
     try:
         with FIRST_USE:
-            return decode_element(open_root(location)[path])
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError, IndexError) as error:
+            element = open_root(location)[path]
+            require_objects(location, element)
+            return decode_element(element)
+    except ScdlZarrError:
+        raise
+    except Exception as error:  # zarr, numcodecs, pandas and anndata have errors of many kinds for bytes that make no sense
         raise CorruptStoreError(f"{location}: {path} cannot be read: {error}") from error
+
+
+def require_objects(location: StoreLocation, element: Any) -> None:
+    """Refuse an array of which a chunk is gone: zarr would make up fill values, and the writer left none out."""
+    if not hasattr(element, "chunks"):
+        for _, part in element.members():
+            require_objects(location, part)
+        return
+    pieces = element.shards or element.chunks
+    counts = [range(-(-n // size)) for n, size in zip(element.shape, pieces, strict=True)]
+    for place in itertools.product(*counts):
+        key = "/".join(map(str, (element.path, "c", *place)))
+        if not location.exists(key):
+            raise CorruptStoreError(f"{location}: {key} is missing: the store has lost a part")
 
 
 def decode_element(element: Any) -> Any:

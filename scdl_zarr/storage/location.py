@@ -55,6 +55,14 @@ class StoreLocation:
     def __reduce__(self) -> tuple[type[StoreLocation], tuple[Path | None, Any]]:
         return type(self), (self.path, self.store)
 
+    def exists(self, key: str) -> bool:
+        """Whether there is an object under `key`."""
+        if self.path is not None:
+            return (self.path / key).is_file()
+        from zarr.core.sync import sync
+
+        return bool(sync(self.store.exists(key)))
+
     def read(self, key: str) -> bytes | None:
         """The whole object under `key`, or None if there is none."""
         if self.path is None:

@@ -25,7 +25,7 @@ from scdl_zarr.storage.schema import (
     MatrixLayout,
 )
 
-__all__ = ["StoreMetadata", "parse_store"]
+__all__ = ["StoreMetadata", "node_attributes", "parse_store"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +110,7 @@ def _describe(nodes: Mapping[str, Any], header: Mapping[str, Any], where: str) -
 
 
 def _matrix(path: str, nodes: Mapping[str, Any], n_obs: int, n_vars: int, fact: Mapping[str, Any], where: str) -> MatrixLayout:
-    group = nodes.get(path, {})
-    attributes = group.get("attributes") or {}
+    attributes = node_attributes(nodes, path)
     if attributes.get("encoding-type") != "csr_matrix" or attributes.get("shape") != [n_obs, n_vars]:
         raise CorruptStoreError(
             f"{where}: {path} should be a csr_matrix of shape {[n_obs, n_vars]}, "
@@ -144,6 +143,13 @@ def _matrix(path: str, nodes: Mapping[str, Any], n_obs: int, n_vars: int, fact: 
         data_dtype=dtype["data"],
         float32_exact=fact.get("float32_exact") is True,
     )
+
+
+def node_attributes(nodes: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """The attributes of a group or array; empty where there are none, or nothing that could be."""
+    node = nodes.get(path)
+    attributes = node.get("attributes") if isinstance(node, dict) else None
+    return attributes if isinstance(attributes, dict) else {}
 
 
 def _count(value: object, at: str) -> int:

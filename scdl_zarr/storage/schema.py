@@ -116,10 +116,10 @@ PROFILES: Final[Mapping[str, Profile]] = {
 
 def profile_named(name: str) -> Profile:
     """The profile of that name; an unknown one is an :class:`OptionError` that lists them."""
-    try:
-        return PROFILES[name]
-    except KeyError:
-        raise OptionError(f"profile={name!r} is unknown; choose one of {', '.join(PROFILES)}") from None
+    profile = PROFILES.get(name) if isinstance(name, str) else None
+    if profile is None:
+        raise OptionError(f"profile={name!r} is unknown; choose one of {', '.join(PROFILES)}")
+    return profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

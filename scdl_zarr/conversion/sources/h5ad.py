@@ -6,8 +6,9 @@ are decoded here.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.hdf5_chunks import ElementReader, unavailable_filters
 from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
-from scdl_zarr.errors import SourceError, StoreAccessError, StoreNotFoundError
+from scdl_zarr.errors import ScdlZarrError, SourceError, StoreAccessError, StoreNotFoundError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,6 +57,7 @@ class H5adSource:
                 signature = file.read(len(_HDF5_SIGNATURE))
             if signature != _HDF5_SIGNATURE and not h5py.is_hdf5(path):
                 raise SourceError(f"{path} is not an HDF5 file (it starts with {signature!r}); an H5AD file is expected")
+            self._check_unchanged()
             self._file = h5py.File(path, "r", locking="best-effort")
         except FileNotFoundError:
             raise StoreNotFoundError(f"no source file at {path}") from None
@@ -69,10 +71,21 @@ class H5adSource:
         for reader in self._readers:
             reader.close()
         self._file.close()
+        if kind is None or issubclass(kind, SourceError):
+            self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        status = os.stat(self.spec.path)
+        if (status.st_size, status.st_mtime_ns) != (self.spec.size, self.spec.mtime_ns):
+            raise SourceError(f"{self.spec.path} changed while it was being converted; run again when nothing writes it")
 
     # ---- matrices
 
     def matrices(self) -> dict[str, str]:
+        with reading(self.spec.path, "the file"):
+            return self._matrices()
+
+    def _matrices(self) -> dict[str, str]:
         found = {}
         for key in ("X", *(f"layers/{name}" for name in self._group_keys("layers")), "raw/X"):
             node = self._node(key)
@@ -92,12 +105,8 @@ class H5adSource:
                 f"{self.spec.path}: {shown} is stored {_kind(group)}, this version converts CSR matrices; "
                 f"write it with anndata as scipy.sparse.csr_matrix first"
             )
-        try:
+        with reading(self.spec.path, shown, "is not a readable CSR matrix"):
             matrix = H5adMatrix(self.spec.path, key, group)
-        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, SourceError):
-                raise
-            raise SourceError(f"{self.spec.path}: {shown} is not a readable CSR matrix: {error}") from error
         self._readers += matrix.readers
         return matrix
 
@@ -118,13 +127,11 @@ class H5adSource:
         from anndata.io import read_elem
 
         group, _, name = path.partition("/")
-        node = self._file.get(group)
-        try:
+        with reading(self.spec.path, path):
+            node = self._file.get(group)
             if isinstance(node, h5py.Dataset):  # a compound table, one field an entry
                 return np.asarray(node[name])
             return read_elem(self._file[path])
-        except (KeyError, ValueError, OSError, RuntimeError, TypeError) as error:
-            raise SourceError(f"{self.spec.path}: {path} cannot be read: {error}") from error
 
     # ---- inside
 
@@ -155,10 +162,8 @@ class H5adSource:
         node = self._node(key)
         if node is None:
             raise SourceError(f"{self.spec.path} has no {key}")
-        try:
+        with reading(self.spec.path, key):
             frame = _compound_frame(node, self._file.get("uns")) if isinstance(node, h5py.Dataset) else read_elem(node)
-        except (KeyError, ValueError, OSError, RuntimeError, TypeError) as error:
-            raise SourceError(f"{self.spec.path}: {key} cannot be read: {error}") from error
         if not isinstance(frame, pd.DataFrame):
             raise SourceError(f"{self.spec.path}: {key} is not a dataframe")
         if not frame.columns.is_unique:
@@ -208,13 +213,22 @@ class H5adMatrix:
         )
 
     def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        try:
+        with reading(self._where, f"row pointers {start} to {stop - 1}"):
             return np.asarray(self._indptr[start:stop]).astype(np.int64, copy=False)
-        except (OSError, RuntimeError) as error:
-            raise SourceError(f"{self._where}: row pointers {start} to {stop - 1} cannot be read: {error}") from error
 
     def elements(self, start: int, stop: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         return self._data.read(start, stop), self._indices.read(start, stop)
+
+
+@contextlib.contextmanager
+def reading(where: str, what: str, fault: str = "cannot be read") -> Iterator[None]:
+    """Whatever h5py and anndata raise for bytes that make no sense, as a :class:`SourceError`."""
+    try:
+        yield
+    except ScdlZarrError:
+        raise
+    except Exception as error:
+        raise SourceError(f"{where}: {what} {fault}: {error}") from error
 
 
 def matrix_name(key: str) -> str:
