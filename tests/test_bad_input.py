@@ -192,6 +192,24 @@ def test_a_source_with_damaged_structures(good: Path, tmp_path: Path, target: Pa
     refused(errors.SourceError, source, target, source)
 
 
+@pytest.mark.parametrize("mark", [b"TREE", b"HEAP", b"SNOD"])
+def test_a_source_with_one_damaged_group(good: Path, tmp_path: Path, mark: bytes) -> None:
+    """Whichever group it is (also one that is left out): converted, or refused in the package's own words."""
+    source, whole = tmp_path / "damaged.h5ad", good.read_bytes()
+    at, places, foreign = -1, 0, []
+    while (at := whole.find(mark, at + 1)) >= 0:
+        source.write_bytes(whole[:at] + b"\0\0\0\0" + whole[at + 4 :])
+        places += 1
+        try:
+            scdl_zarr.convert(source, tmp_path / f"{at}.zarr", progress=False)
+        except errors.SourceError:
+            assert not (tmp_path / f"{at}.zarr").exists()
+        except Exception as error:
+            foreign.append((at, repr(error)))
+    assert places > 1
+    assert foreign == []
+
+
 def test_every_byte_of_a_compressed_chunk_matters(tmp_path: Path) -> None:
     values = np.arange(100, dtype=np.float32)
     whole = tmp_path / "whole.h5"

@@ -17,9 +17,19 @@ from scdl_zarr.conversion.survey import Survey
 from scdl_zarr.conversion.values import union_stats
 from scdl_zarr.storage.schema import FORMAT_VERSION, group_node, matrix_nodes, root_document
 
-__all__ = ["commit_store", "merge_runs", "recorded_plan"]
+__all__ = ["commit_store", "encode_tables", "merge_runs", "recorded_plan"]
 
 DICT_GROUPS = ("layers", "obsm", "obsp", "varm", "varp", "uns", "uns/scdl", "uns/scdl/unsorted_rows")
+
+
+def encode_tables(survey: Survey) -> EncodedElements:
+    """obs, var and obsm of the store, encoded; a column that no AnnData store can hold is a SourceError."""
+    elements = EncodedElements()
+    elements.add_frame("obs", join_frames(survey.obs))
+    elements.add_frame("var", survey.vocabulary.frame())
+    for name, values in survey.obsm.items():
+        elements.add_array(f"obsm/{name}", np.concatenate(values))
+    return elements
 
 
 def commit_store(
@@ -27,13 +37,10 @@ def commit_store(
     survey: Survey,
     options: ConversionOptions,
     results: dict[str, list[ShardResult]],
+    elements: EncodedElements,
     plan: Mapping[str, Any],
 ) -> None:
-    elements = EncodedElements()
-    elements.add_frame("obs", join_frames(survey.obs))
-    elements.add_frame("var", survey.vocabulary.frame())
-    for name, values in survey.obsm.items():
-        elements.add_array(f"obsm/{name}", np.concatenate(values))
+    """Commit a store whose shards are all written; `elements` are its tables, from :func:`encode_tables`."""
     _add_provenance(elements, survey, results)
     nodes = {name: group_node("dict") for name in DICT_GROUPS} | elements.nodes()
     for path in survey.plans:

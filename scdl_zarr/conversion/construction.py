@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -42,14 +43,18 @@ __all__ = [
     "check_room",
     "committed_plan",
     "describe_difference",
+    "exclusive",
     "explained_errors",
     "finish_documents",
+    "finish_interrupted",
     "prepare_target",
     "run_task",
     "swap_folders",
 ]
 
 PLAN_VERSION = 1
+# what a conversion makes at its target: nothing else there is ever removed
+OWN_NAMES = {"X", "layers", "obs", "var", "obsm", "obsp", "varm", "varp", "uns", "zarr.json"}
 
 
 def run_task(task: ShardTask) -> ShardResult:
@@ -83,7 +88,7 @@ class Construction:
         try:
             self._refuse_what_appeared()
             self._go_on_or_start()
-        except (StoreExistsError, StoreBusyError):
+        except StoreExistsError:
             self._lock.close()
             if fresh:  # what is here is not ours: leave no trace in it
                 shutil.rmtree(self._build, ignore_errors=True)
@@ -129,7 +134,7 @@ class Construction:
     def _clear(self) -> None:
         with explained_errors(self.root):
             for path in self.root.iterdir():
-                if path != self._build:
+                if path.name in OWN_NAMES:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             shutil.rmtree(self._build / "done", ignore_errors=True)
 
@@ -171,9 +176,9 @@ class Construction:
             finish_documents(self.root, nodes)
 
     def discard(self) -> None:
-        """Remove everything that was written, and the folder."""
-        for path in list(self.root.iterdir()):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+        """Remove everything that was written, and the folder unless somebody else's files are in it."""
+        self._clear()
+        shutil.rmtree(self._build, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.root.rmdir()
 
@@ -183,8 +188,15 @@ def finish_documents(root: Path, nodes: Mapping[str, Mapping[str, Any]]) -> None
     for path in sorted(nodes):
         own = {key: value for key, value in nodes[path].items() if key != "consolidated_metadata"}
         replace_file(root / path / "zarr.json", node_document(own))
-    remove_partial_files(root)
     shutil.rmtree(root / BUILD_FOLDER, ignore_errors=True)
+
+
+def finish_interrupted(root: Path, nodes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Finish the documents of a committed store whose conversion was killed before it could; refused while that one lives."""
+    with explained_errors(root), open(root / BUILD_FOLDER / "lock", "a+b") as file:
+        _take_lock(file, root)
+        remove_partial_files(root)
+        finish_documents(root, nodes)
 
 
 def remove_partial_files(root: Path) -> None:
@@ -251,8 +263,6 @@ def check_room(target: Path, needed: int) -> None:
 @contextlib.contextmanager
 def explained_errors(root: Path) -> Iterator[None]:
     """Operating system errors in the package's own words."""
-    import errno
-
     try:
         yield
     except PermissionError as error:
@@ -275,7 +285,9 @@ def _take_lock(file: Any, root: Path) -> None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return  # a file system without locks: the marks still keep shards whole
         file.seek(0)
         holder = file.read(64).decode("ascii", "replace").strip() or "unknown"
         file.close()
@@ -295,8 +307,23 @@ def _is_open(file: Any, path: Path) -> bool:
     return (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
 
 
+@contextlib.contextmanager
+def exclusive(target: Path) -> Iterator[None]:
+    """Hold the right to replace the store at `target`; a second one is refused.  The lock lies beside it, as folders are swapped."""
+    path = target.with_name(f".{target.name}.scdl-lock")
+    with explained_errors(target), open(path, "a+b") as file:
+        _take_lock(file, target)
+        if not _is_open(file, path):
+            raise StoreBusyError(f"{target} was being replaced by another process a moment ago; run again")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def swap_folders(new: Path, target: Path) -> None:
     """Put `new` in the place of `target` and remove the old one; one atomic exchange where the system has it."""
+    assert (new / "zarr.json").is_file(), "only a committed store replaces another"
     if not _exchange(new, target):
         aside = target.with_name(f".{target.name}.scdl-old")
         shutil.rmtree(aside, ignore_errors=True)

@@ -44,12 +44,14 @@ class EncodedElements:
             if not name or "/" in name or name in (".", "..", INDEX):
                 raise SourceError(f"a column of {path} is named {name!r}, which no AnnData store can hold; rename it")
         index = str(frame.index.name) if frame.index.name is not None else INDEX
-        if index in names or not index or "/" in index or index in (".", ".."):
+        same = index in names and list(frame.index) == list(frame.iloc[:, names.index(index)])
+        if (index in names and not same) or not index or "/" in index or index in (".", ".."):
             index = INDEX
         self._groups[path] = group_node("dataframe", "0.2.0", **{INDEX: index, "column-order": names})
-        self.add_column(f"{path}/{index}", frame.index.to_series().array)
         for position, name in enumerate(names):
             self.add_column(f"{path}/{name}", frame.iloc[:, position].array)
+        if index not in names:  # a column of the index's name and content serves as both, as in AnnData
+            self.add_column(f"{path}/{index}", frame.index.to_series().array)
 
     def add_column(self, path: str, values: Any) -> None:
         """One column; a kind that AnnData cannot hold is a :class:`SourceError`."""

@@ -5,6 +5,8 @@ Each shard is one task.  ``dask`` runs them in threads; a plain ``for`` loop ove
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import time
 from collections.abc import Mapping
@@ -15,24 +17,26 @@ from typing import Any
 
 import numpy as np
 
-from scdl_zarr.conversion.assembly import commit_store, recorded_plan
+from scdl_zarr.conversion.assembly import commit_store, encode_tables, recorded_plan
 from scdl_zarr.conversion.construction import (
     PLAN_VERSION,
     Construction,
     check_room,
     committed_plan,
     describe_difference,
+    exclusive,
     explained_errors,
-    finish_documents,
+    finish_interrupted,
     prepare_target,
     run_task,
     swap_folders,
 )
+from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, parse_bytes, projected_bytes
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
 from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
-from scdl_zarr.conversion.values import choose_dtype, union_stats
+from scdl_zarr.conversion.values import ValueStats, choose_dtype, union_stats
 from scdl_zarr.errors import (
     CorruptStoreError,
     FormatVersionError,
@@ -40,6 +44,7 @@ from scdl_zarr.errors import (
     NotAStoreError,
     OptionError,
     SourceError,
+    StoreBusyError,
     StoreExistsError,
 )
 from scdl_zarr.storage.location import local_path
@@ -118,18 +123,41 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     prepare_target(root)
     workers = _workers(survey, options)
     check_room(root, _projected_size(survey, options))
-    place = root.with_name(f".{root.name}.scdl-new") if taken == "store" else root
-    resume = options.resume and not options.overwrite
-    with Construction(place, plan, resume=resume, replaces=place != root) as construction:
+    tables = encode_tables(survey)  # what cannot be stored is refused here, before anything is written
+    if taken == "store":
+        with exclusive(root):
+            place = root.with_name(f".{root.name}.scdl-new")
+            _build(Construction(place, plan, resume=False, replaces=True), survey, options, workers, tables, plan)
+            swap_folders(place, root)
+    else:
+        resume = options.resume and not options.overwrite
+        _build(Construction(root, plan, resume=resume), survey, options, workers, tables, plan)
+    return _summary(root, survey, time.perf_counter() - began)
+
+
+def _build(
+    construction: Construction,
+    survey: Survey,
+    options: ConversionOptions,
+    workers: int,
+    tables: EncodedElements,
+    plan: Mapping[str, Any],
+) -> None:
+    """Write every shard and commit; what can never finish leaves nothing behind."""
+    with construction:
         try:
             results = _run(construction, survey, options, workers)
-            commit_store(construction, survey, options, results, plan)
-        except (SourceError, InexactValueError, OptionError):
-            construction.discard()  # these can never finish: leave nothing behind
+            commit_store(construction, survey, options, results, tables, plan)
+        except (SourceError, InexactValueError, OptionError) as error:
+            if not _may_pass(error):
+                construction.discard()
             raise
-    if place != root:
-        swap_folders(place, root)
-    return _summary(root, survey, time.perf_counter() - began)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether a source could not be read for a reason that lies in the machine and not in the file."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE}
 
 
 # ---- the target
@@ -174,7 +202,8 @@ def _same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> Conversi
     if (root / BUILD_FOLDER).is_dir():  # the commit was interrupted after the root document
         from scdl_zarr.storage.location import StoreLocation, read_metadata
 
-        finish_documents(root, read_metadata(StoreLocation(path=root)).nodes)
+        with contextlib.suppress(StoreBusyError):  # its own conversion is still at it
+            finish_interrupted(root, read_metadata(StoreLocation(path=root)).nodes)
     return _summary(root, survey, 0.0, written=False)
 
 
@@ -242,6 +271,7 @@ def _run(construction: Construction, survey: Survey, options: ConversionOptions,
     total = sum(plan.layout.nnz for plan in survey.plans.values())
     with tqdm(total=total, unit="value", unit_scale=True, disable=not options.progress, desc="converting") as bar:
         for path in survey.plans:
+            seen = ValueStats()
             while path not in results:
                 plan = survey.plans[path]
                 dtypes = [source.header.dtype for source in plan.sources]
@@ -253,7 +283,10 @@ def _run(construction: Construction, survey: Survey, options: ConversionOptions,
                     stats = union_stats(result.stats for result in done)
                 except DtypeTooNarrowError as found:
                     done, stats = [], found.stats
-                wanted = choose_dtype(stats, dtypes, survey.width) if options.dtype == "auto" else plan.layout.data_dtype
+                seen |= stats
+                wanted = choose_dtype(seen, dtypes, survey.width) if options.dtype == "auto" else plan.layout.data_dtype
+                if not done and wanted == plan.layout.data_dtype:
+                    raise SourceError(f"{path}: no dtype holds every value of these sources exactly; give dtype=")
                 if done and wanted == plan.layout.data_dtype:
                     results[path] = done
                     continue

@@ -15,7 +15,7 @@ __all__ = ["join_columns", "join_frames", "nullable"]
 def join_columns(parts: list[pd.Series[Any]]) -> pd.Series[Any]:
     """Concatenate one column of several sources: categories united in order of appearance, numbers widened.
 
-    Columns of kinds that have no common one (text and numbers) become text.
+    Columns of kinds that have no common one (text and numbers, large integers and fractions) become text.
     """
     import pandas as pd
     from pandas.api.types import union_categoricals
@@ -26,19 +26,38 @@ def join_columns(parts: list[pd.Series[Any]]) -> pd.Series[Any]:
         return only
     index = parts[0].index.append([part.index for part in parts[1:]])
     if all(isinstance(part.dtype, pd.CategoricalDtype) for part in parts):
-        kinds = {part.cat.categories.dtype for part in parts}
-        ordered = [part.cat.ordered for part in parts]
         same = all(part.cat.categories.equals(parts[0].cat.categories) for part in parts)
-        if len(kinds) == 1 and (same or not any(ordered)):
+        if same and all(part.cat.ordered for part in parts):  # an order that all agree on stays
             return pd.Series(union_categoricals([part.array for part in parts]), index=index)
-        if len(kinds) == 1:
-            loose = [part.cat.as_unordered().array for part in parts]
-            return pd.Series(union_categoricals(loose), index=index)
-    plain = [part.astype(part.cat.categories.dtype) if isinstance(part.dtype, pd.CategoricalDtype) else part for part in parts]
+        if len({part.cat.categories.dtype for part in parts}) == 1:
+            return pd.Series(union_categoricals([part.cat.as_unordered().array for part in parts]), index=index)
+    plain = [_without_categories(part) for part in parts]
+    kinds = {getattr(part.dtype, "kind", "O") for part in plain}
+    if "b" in kinds and kinds & set("iu"):
+        plain = [part.astype("Int64" if part.isna().any() else "int64") if part.dtype.kind == "b" else part for part in plain]
     joined: pd.Series[Any] = pd.concat(plain)
+    if getattr(joined.dtype, "kind", "O") == "f" and any(_rounds(part) for part in plain):
+        joined = pd.concat([part.astype(object).map(str, na_action="ignore") for part in plain])
     if joined.dtype == object and not all(isinstance(v, str) for v in joined.dropna()):
         joined = joined.map(str, na_action="ignore")
     return joined
+
+
+def _without_categories(part: pd.Series[Any]) -> pd.Series[Any]:
+    """A categorical column as its labels; integers that may be missing stay integers."""
+    import pandas as pd
+
+    if not isinstance(part.dtype, pd.CategoricalDtype):
+        return part
+    labels = nullable(pd.Series(part.cat.categories.to_numpy()))
+    return pd.Series(labels.array.take(part.cat.codes.to_numpy(), allow_fill=True), index=part.index)
+
+
+def _rounds(part: pd.Series[Any]) -> bool:
+    """Whether float64 would change an integer of the column."""
+    if getattr(part.dtype, "kind", "O") not in "iu":
+        return False
+    return any(abs(value) > 1 << 53 for value in (part.min(), part.max()) if value == value)
 
 
 def join_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:

@@ -95,12 +95,15 @@ def _write_values(task: ShardTask) -> ShardResult:
     stats = ValueStats()
     sums: dict[int, int] = {}
     unsorted: list[tuple[int, int]] = []
+    written = 0
     with ShardEncoder(_path(task, data), data) as data_out, ShardEncoder(_path(task, indices), indices) as indices_out:
         for part in task.parts:
             with open_source(part.spec) as source:
                 matrix = source.matrix(part.key)
                 for piece in _pieces(matrix, part):
                     values, ids = matrix.elements(int(piece.pointers[0]), int(piece.pointers[-1]))
+                    if values.dtype == np.float16:  # compiled code has none; float32 holds all of it
+                        values = values.astype(np.float32)
                     inside = piece.inside(task, part)
                     sums[part.source] = (sums.get(part.source, 0) + checksum(values[inside], ids[inside])) % 2**64
                     mapped = _map(part, piece, ids, values, task, unsorted)
@@ -111,6 +114,9 @@ def _write_values(task: ShardTask) -> ShardResult:
                         _check_values(values, stats, task, part, piece, inside)
                     data_out.add(_narrow(values, data.dtype))
                     indices_out.add(mapped[inside].astype(indices.dtype, copy=False))
+                    written += len(values)
+        if written != task.stop - task.start:
+            raise SourceError(f"{task.name}: the sources gave {written} values, {task.stop - task.start} were planned")
     return ShardResult(
         name=task.name,
         dtype=data.dtype.name,
@@ -204,9 +210,7 @@ def _check_values(values: npt.NDArray[Any], stats: ValueStats, task: ShardTask, 
     if task.exact_dtype:
         advice = f"ask for a wider dtype, for dtype='auto' (always exact), or use dtype_tolerance= (now {task.tolerance})"
     else:
-        advice = (
-            "and other values are fractions: no dtype holds both; convert into two stores, or give dtype= and dtype_tolerance="
-        )
+        advice = "and no dtype holds all values exactly; convert into two stores, or give dtype= and dtype_tolerance="
     raise InexactValueError(
         f"{part.spec.path}: row {piece.row + row} of {matrix_name(part.key)} holds {values[bad[0]].item()!r}, "
         f"which does not survive dtype {dtype.name}; {advice}"

@@ -18,6 +18,7 @@ from scdl_zarr.conversion.sources.h5ad import h5ad_spec, matrix_name
 from scdl_zarr.conversion.values import choose_dtype, value_stats
 from scdl_zarr.conversion.vocabulary import Vocabulary
 from scdl_zarr.errors import OptionError, SourceError
+from scdl_zarr.storage.packing import TablePacker
 from scdl_zarr.storage.schema import NARROW_FROM, matrix_layouts, profile_named
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = ["Survey", "find_sources", "survey_sources"]
 
 POINTER_BLOCK = 1 << 20
 PROBE_VALUES = 1 << 16
+SAMPLE_VALUES = 4096
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,6 +97,12 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
             left_out |= _left_out(source, key, options)
     _check_widths(obsm, specs)
     plans, digests, longest = _plan_matrices(specs, found, tables, vocabulary, options)
+    digests = [
+        digest_of(
+            [digest, vocabulary.packer.digests[table], _frame_digest(frame), *(_bytes_digest(obsm[name][k]) for name in obsm)]
+        )
+        for k, (digest, table, frame) in enumerate(zip(digests, tables, obs, strict=True))
+    ]
     width = options.width
     if width == "auto":
         nnz = max(plan.layout.nnz for plan in plans.values())
@@ -229,13 +237,15 @@ def _plan_matrices(
         for source, digest in zip(sources, digests, strict=True):
             with open_source(source.spec) as opened:
                 wanted = border_elements(source, options.shard)
-                rows, row = scan_pointers(opened.matrix(source.header.key), wanted, source.spec, digest)
+                matrix = opened.matrix(source.header.key)
+                rows, row = scan_pointers(matrix, wanted, source.spec, digest)
+                _sample_values(matrix, digest)
             borders.append(rows)
             longest = max(longest, row)
         layout = _layout(path, headers, nnz, len(vocabulary), options, "plain", np.dtype(np.int32))
         plans[path] = MatrixPlan(layout=layout, sources=sources, cuts=cut_shards(sources, borders, nnz, options.shard))
-    for spec, table, digest in zip(specs, tables, digests, strict=True):
-        digest.update(repr((spec.size, table)).encode())
+    for spec, digest in zip(specs, digests, strict=True):
+        digest.update(repr(spec.size).encode())
     return plans, [digest.hexdigest() for digest in digests], longest
 
 
@@ -311,6 +321,24 @@ def _likely_dtype(plan: MatrixPlan, width: str) -> np.dtype[Any]:
                 values, _ = opened.matrix(source.header.key).elements(0, min(source.header.nnz, PROBE_VALUES))
             return choose_dtype(value_stats(values), dtypes, width)
     return choose_dtype(value_stats(np.empty(0)), dtypes, width)
+
+
+def _sample_values(matrix: MatrixReader, digest: Any) -> None:
+    """Take the first, the last and some values between into the digest: what a source with the same header may differ in."""
+    nnz = matrix.header.nnz
+    for start in sorted({nnz * k // 8 for k in range(8)} | {max(nnz - SAMPLE_VALUES, 0)}):
+        for part in matrix.elements(start, min(start + SAMPLE_VALUES, nnz)):
+            digest.update(part.tobytes())
+
+
+def _frame_digest(frame: pd.DataFrame) -> str:
+    packer = TablePacker()
+    packer.add(frame, "obs")
+    return packer.digests[0]
+
+
+def _bytes_digest(values: npt.NDArray[Any]) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(values).tobytes(), digest_size=16).hexdigest()
 
 
 def digest_of(parts: Iterable[str]) -> str:

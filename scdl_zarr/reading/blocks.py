@@ -118,7 +118,11 @@ class Blocks:
                 raise CorruptStoreError(f"{self._location}: {path} is missing")
             tables[name] = LazyTable(self._location, path, self._metadata.nodes, int(shape[0]))
             if name == "blocks":
-                self._check_blocks()
+                try:
+                    self._check_blocks()
+                except BaseException:
+                    del tables[name]
+                    raise
         return tables[name]  # type: ignore[no-any-return]
 
     def _check_blocks(self) -> None:

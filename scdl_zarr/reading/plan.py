@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.errors import OptionError, RowIndexError
+from scdl_zarr.errors import CorruptStoreError, OptionError, RowIndexError
 
 __all__ = ["Int64Array", "RowPlan", "plan_rows", "resolve_rows", "split_rows"]
+
+LARGEST_BATCH = 1 << 44  # stored values
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -38,6 +40,8 @@ def plan_rows(starts: Int64Array, lengths: Int64Array) -> RowPlan:
     """The plan for element ranges that have been checked against the store."""
     indptr = np.zeros(len(starts) + 1, np.int64)
     np.cumsum(lengths, out=indptr[1:])
+    if indptr.min() < 0 or indptr[-1] > LARGEST_BATCH:  # a length is below 2**62: a wrap-around shows as a negative number
+        raise CorruptStoreError("these rows claim more stored values than any memory holds")
     return RowPlan(starts=starts, lengths=lengths, indptr=indptr, order=np.argsort(starts, kind="stable"))
 
 

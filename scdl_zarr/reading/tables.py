@@ -75,7 +75,7 @@ class LazyTable:
         """The index: gene names of ``var``, cell names of ``obs``."""
         import pandas as pd
 
-        name = None if self._index_name in ("_index", "index") else self._index_name
+        name = None if self._index_name == "_index" else self._index_name
         names: pd.Index = pd.Index(self._values(self._index_name), name=name, copy=True)
         return names
 

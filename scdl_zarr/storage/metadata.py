@@ -101,7 +101,8 @@ def _describe(nodes: Mapping[str, Any], header: Mapping[str, Any], where: str) -
         raise CorruptStoreError(f"{where}: the root attribute lists no matrix X")
     matrices = {}
     for path, fact in facts.items():
-        if path != "X" and not path.startswith("layers/"):
+        name = path.removeprefix("layers/")
+        if path != "X" and (name == path or name in ("", ".", "..") or "/" in name or "\\" in name):
             raise CorruptStoreError(f"{where}: {path!r} is neither X nor a layer")
         matrices[path] = _matrix(path, nodes, n_obs, n_vars, fact if isinstance(fact, dict) else {}, where)
     if header.get("nnz") != matrices["X"].nnz:
@@ -196,7 +197,7 @@ def _array(path: str, node: Mapping[str, Any], size: int, dtype: np.dtype[Any]) 
     if not known:
         return None
     delta = _take(chain, "numcodecs.delta")
-    if delta is not None and {delta.get("dtype"), delta.get("astype", dtype.str)} != {dtype.str}:
+    if delta is not None and not (delta.get("dtype") == delta.get("astype", dtype.str) == dtype.str):
         return None
     order = _take(chain, "bytes")
     if order is None or order.get("endian", "little") != "little":  # left out for single bytes

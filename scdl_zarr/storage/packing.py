@@ -42,6 +42,7 @@ class TablePacker:
         self._size = 0
         self._parts: dict[bytes, tuple[int, int]] = {}
         self._tables: dict[bytes, int] = {}
+        self.digests: list[str] = []  # of each table's content
 
     def add(self, frame: pd.DataFrame, where: str) -> int:
         """The number of a table; a column of a kind that cannot be packed is a :class:`SourceError`."""
@@ -50,7 +51,7 @@ class TablePacker:
             try:
                 parts += [(name, *part) for part in _column_parts(series)]
             except (TypeError, ValueError, UnicodeError) as error:
-                raise SourceError(f"{where}: column {name or 'index'!r} of var cannot be stored: {error}") from error
+                raise SourceError(f"{where}: column {name or 'index'!r} cannot be stored: {error}") from error
         index_name = "" if frame.index.name is None else str(frame.index.name)
         digest = hashlib.sha256(repr((index_name, len(frame))).encode())
         for *described, raw in parts:
@@ -59,6 +60,7 @@ class TablePacker:
         if known is not None:
             return known
         number = self._tables[digest.digest()] = len(self._tables)
+        self.digests.append(digest.hexdigest())
         self.lengths.append(len(frame))
         self.index_names.append(index_name)
         for *described, raw in parts:
@@ -152,7 +154,7 @@ def _part(raw: bytes, dtype: str, count: int, number: int) -> npt.NDArray[Any]:
             values = values.astype(values.dtype.newbyteorder("="))
         else:
             values = _texts(raw, count)
-    except (ValueError, TypeError, UnicodeError) as error:
+    except (ValueError, TypeError, IndexError, UnicodeError) as error:
         raise CorruptStoreError(f"var table {number} does not decode: {error}") from error
     if len(values) != count:
         raise CorruptStoreError(f"var table {number} has a part of {len(values)} entries, expected {count}")

@@ -119,6 +119,10 @@ class H5adSource:
         return self._frame("raw/var" if key == "raw/X" else "var")
 
     def others(self) -> list[str]:
+        with reading(self.spec.path, "the list of its elements"):
+            return self._others()
+
+    def _others(self) -> list[str]:
         found = [f"{group}/{name}" for group in ("obsm", "varm", "obsp", "varp", "uns") for name in self._group_keys(group)]
         labels = {f"uns/{column}_categories" for table in ("obs", "var", "raw.var") for column in self._compound_columns(table)}
         return sorted(set(found) - labels)
@@ -184,6 +188,10 @@ class H5adMatrix:
         for part in (data, indices, indptr):
             if not isinstance(part, h5py.Dataset) or part.ndim != 1:
                 raise SourceError(f"{where} is not a CSR matrix: {part.name} should be one-dimensional")
+            if part.file.filename != group.file.filename or part.is_virtual:
+                raise SourceError(
+                    f"{where}: {part.name} lies in another file ({part.file.filename}); copy it into one file first"
+                )
             missing = unavailable_filters(part)
             if missing:
                 raise SourceError(
