@@ -132,7 +132,7 @@ def test_a_column_that_cannot_be_stored_is_refused_before_writing(tmp_path: Path
         file["obs"].attrs["column-order"] = ["n/x"]
         file["obs/n/x"] = np.arange(3)
         file["obs/n/x"].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    monkeypatch.setattr("scdl_zarr.conversion.execution.run_task", lambda task: pytest.fail("a shard was written"))
+    monkeypatch.setattr("scdl_zarr.conversion.execution.run_task", lambda _: pytest.fail("a shard was written"))
     with pytest.raises(errors.SourceError, match="'n/x'"):
         scdl_zarr.convert(source, tmp_path / "s.zarr", progress=False)
     assert not (tmp_path / "s.zarr").exists()
