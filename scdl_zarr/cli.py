@@ -69,7 +69,7 @@ def convert(
     dtype: Annotated[str, typer.Option(help="Dtype of the values; auto holds every value exactly.")] = "auto",
     dtype_tolerance: Annotated[float, typer.Option(help="Largest difference allowed where --dtype is given.")] = 0.0,
     profile: Annotated[
-        ProfileChoice, typer.Option(help="fast: about 2.0 bytes a stored value; compact: 1.5; archive: 1.1, slow.")
+        ProfileChoice, typer.Option(help="fast: about 2.0 bytes a stored value; compact: 1.6; archive: 1.1, slow.")
     ] = ProfileChoice.fast,
     width: Annotated[
         WidthChoice, typer.Option(help="plain: SciPy's int32; narrow: uint16 where enough. auto: plain below 2^31 values.")
