@@ -309,7 +309,7 @@ def _is_open(file: Any, path: Path) -> bool:
 
 @contextlib.contextmanager
 def exclusive(target: Path) -> Iterator[None]:
-    """Hold the right to replace the store at `target`; a second one is refused.  The lock lies beside it, as folders are swapped."""
+    """Hold the right to replace the store at `target`; a second one is refused.  The lock lies beside it: folders are swapped."""
     path = target.with_name(f".{target.name}.scdl-lock")
     with explained_errors(target), open(path, "a+b") as file:
         _take_lock(file, target)
