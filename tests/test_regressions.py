@@ -13,6 +13,7 @@ import pytest
 
 import scdl_zarr
 from scdl_zarr import errors
+from scdl_zarr.conversion import construction
 from scdl_zarr.conversion.frames import join_columns, join_frames
 from scdl_zarr.reading.plan import plan_rows
 from tests.toys import csr, encoded_rows, write_h5ad
@@ -90,7 +91,7 @@ def test_a_source_changed_in_place_is_another_source(what: str, tmp_path: Path) 
 def test_files_of_others_survive_a_conversion_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_h5ad(tmp_path / "a.h5ad", csr([([1.0, 300.0], [0, 1])], 4))
     target = tmp_path / "s.zarr"
-    run_task = scdl_zarr.conversion.execution.run_task  # type: ignore[attr-defined]
+    run_task = construction.run_task
 
     def leave_a_note(task: Any) -> Any:
         (target / "notes.txt").write_text("mine")
@@ -109,15 +110,19 @@ def test_a_machine_that_fails_for_a_moment_loses_no_shard(tmp_path: Path, monkey
 
     source = write_h5ad(tmp_path / "a.h5ad", encoded_rows(20, 30, 10))
     options: dict[str, Any] = {"chunk_values": 10, "shard_values": 50, "workers": 1, "progress": False}
-    read, failed = ElementReader._read_contiguous, [False]
+    failed = [False]
 
-    def fail_once(self: Any, *arguments: Any) -> Any:
-        if not failed[0] and list((tmp_path / "s.zarr/.scdl-build").glob("done/*")):
-            failed[0] = True
-            raise OSError(errno.EIO, "Input/output error")
-        return read(self, *arguments)
+    def failing_once(read: Any) -> Any:
+        def fail(self: Any, *arguments: Any) -> Any:
+            if not failed[0] and list((tmp_path / "s.zarr/.scdl-build").glob("done/*")):
+                failed[0] = True
+                raise OSError(errno.EIO, "Input/output error")
+            return read(self, *arguments)
 
-    monkeypatch.setattr(ElementReader, "_read_contiguous", fail_once)
+        return fail
+
+    for name in ("_read_contiguous", "_read_chunks"):
+        monkeypatch.setattr(ElementReader, name, failing_once(getattr(ElementReader, name)))
     with pytest.raises(errors.SourceError, match="Input/output error"):
         scdl_zarr.convert(source, tmp_path / "s.zarr", **options)
     done = list((tmp_path / "s.zarr/.scdl-build/done").iterdir())
