@@ -28,6 +28,11 @@ def with_data(path: Path, values: Any) -> Path:
     return source
 
 
+def texts(index: Any) -> Any:
+    """The dataset of names; newer anndata keeps it in a group."""
+    return index["values"] if isinstance(index, h5py.Group) else index
+
+
 @pytest.mark.parametrize(
     ("width", "sources", "expected"),
     [
@@ -56,7 +61,7 @@ def test_float16_with_genes_in_another_order(tmp_path: Path) -> None:
     first = write_h5ad(tmp_path / "a.h5ad", csr([([1.0], [0])], 4), ["b", "a", "d", "c"])
     second = with_data(tmp_path / "b.h5ad", np.array([0.5, 1.5, 2.5, 3.5], np.float16))
     with h5py.File(second, "r+") as file:
-        file["var/_index"][:] = ["a", "b", "c", "d"]
+        texts(file["var/_index"])[:] = ["a", "b", "c", "d"]
     data = scdl_zarr.convert([first, second], tmp_path / "s.zarr", progress=False)
     assert data.read_rows(1).indices.tolist() == [0, 1, 2, 3]
     assert data.read_rows(1).data.tolist() == [1.5, 0.5, 3.5, 2.5]
@@ -82,7 +87,7 @@ def test_a_source_changed_in_place_is_another_source(what: str, tmp_path: Path) 
         if what == "values":
             file["X/data"][7] = 5.0
         else:
-            file["obs/_index"][0] = "x_0"
+            texts(file["obs/_index"])[0] = "x_0"
     assert source.stat().st_size == size
     with pytest.raises(errors.StoreExistsError, match="sources_digest"):
         scdl_zarr.convert(source, tmp_path / "s.zarr", progress=False)
