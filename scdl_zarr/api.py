@@ -14,7 +14,11 @@ __all__ = ["convert", "open_store"]
 
 
 def open_store(
-    store: str | os.PathLike[str] | Any, *, threads: int | None = None, check: Check = "first"
+    store: str | os.PathLike[str] | Any,
+    *,
+    threads: int | None = None,
+    check: Check = "first",
+    chunk_cache_bytes: str | int = "64MB",
 ) -> SingleCellZarrDataset:
     """Open a store for reading.
 
@@ -26,6 +30,8 @@ def open_store(
         Threads for large batches (default: the cores this process may use, at most 8).
     check
         When a chunk's crc32c is verified: the ``"first"`` time this dataset reads it, ``"always"`` or ``"never"``.
+    chunk_cache_bytes
+        Memory for decoded chunks that are read again and again (0: none; never used with ``check="always"``).
 
     Raises
     ------
@@ -44,7 +50,7 @@ def open_store(
     -----
     Costs one read of the root ``zarr.json``, whatever the number of rows.
     """
-    return SingleCellZarrDataset(store, threads=threads, check=check)
+    return SingleCellZarrDataset(store, threads=threads, check=check, chunk_cache_bytes=chunk_cache_bytes)
 
 
 def convert(

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError
 from scdl_zarr.reading.csr import CsrReader
 from scdl_zarr.reading.plan import resolve_rows
+from scdl_zarr.resources import parse_bytes, usable_cores
 from scdl_zarr.storage.location import StoreLocation, locate, read_metadata
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Check", "SingleCellZarrDataset"]
 
 Check = Literal["first", "always", "never"]
+LARGEST_THREADS = 8  # by default
 Features = tuple[list[Any] | None, list[Any] | None]
 
 
@@ -45,6 +47,8 @@ class SingleCellZarrDataset:
         Threads for large batches (default: the cores this process may use, at most 8).
     check
         When a chunk's crc32c is verified: the ``"first"`` time this dataset reads it, ``"always"`` or ``"never"``.
+    chunk_cache_bytes
+        Memory for decoded chunks that are read again and again (0: none), shared by the matrices and threads of this object.
     conversion
         Further keyword arguments of :func:`scdl_zarr.convert`.
 
@@ -70,6 +74,7 @@ class SingleCellZarrDataset:
         *,
         threads: int | None = None,
         check: Check = "first",
+        chunk_cache_bytes: str | int = "64MB",
         **conversion: Any,
     ) -> None:
         if check not in ("first", "always", "never"):
@@ -86,7 +91,8 @@ class SingleCellZarrDataset:
         elif conversion:
             raise OptionError(f"{', '.join(sorted(conversion))}: options of a conversion, which needs h5ad_path")
         self._location = locate(data_path)
-        self._options: dict[str, Any] = {"threads": threads, "check": check}
+        self._options: dict[str, Any] = {"threads": threads, "check": check, "chunk_cache_bytes": chunk_cache_bytes}
+        self._cache_bytes = parse_bytes(chunk_cache_bytes, smallest=0)
         self._metadata = read_metadata(self._location)
         self._readers: dict[str, CsrReader] = {}
         self._tables: dict[str, LazyTable] = {}
@@ -294,9 +300,11 @@ class SingleCellZarrDataset:
         columns by default).
         """
         row = self._one_row(index)
-        batch = self._reader(None).read(np.array([row], np.int64))
+        values = self._reader(None).read_one(row)
+        if not (return_var_features or return_obs_features):
+            return values, None, None
         var, obs = self._features(row, return_var_features, var_feature_names, return_obs_features, obs_feature_names)
-        return (batch.data, batch.indices), var, obs
+        return values, var, obs
 
     def get_row_padded(
         self,
@@ -322,8 +330,8 @@ class SingleCellZarrDataset:
             return None
         if not isinstance(column, (int, np.integer)) or not -self.n_vars <= column < self.n_vars:
             raise RowIndexError(f"gene {column!r} is out of range for {self.n_vars} genes")
-        batch = self._reader(None).read(np.array([row], np.int64))
-        found = batch.data[batch.indices == int(column) % self.n_vars]
+        values, ids = self._reader(None).read_one(row)
+        found = values[ids == int(column) % self.n_vars]
         if not len(found):
             return 0.0 if impute_missing_zeros else None
         return found[0] if len(found) == 1 else found.sum(dtype=found.dtype)
@@ -332,8 +340,7 @@ class SingleCellZarrDataset:
         """One row as a torch tensor of shape (2, stored values): values, then gene ids, in the dtype of the values."""
         from scdl_zarr.loading.collate import row_tensor
 
-        batch = self._reader(None).read(np.array([self._one_row(index)], np.int64))
-        return row_tensor(batch.data, batch.indices)
+        return row_tensor(*self._reader(None).read_one(self._one_row(index)))
 
     def __getitems__(self, indices: Any) -> RowList:
         """Rows for a DataLoader: a list whose items equal ``data[i]`` and that carries the batch they come from."""
@@ -370,8 +377,14 @@ class SingleCellZarrDataset:
             layout = self._metadata.matrices.get(path)
             if layout is None:
                 raise FeatureNameError(f"{self.path} has no layer {layer!r}; it has: {', '.join(self.layers) or 'none'}")
-            threads = self._options["threads"] or default_threads()
-            reader = self._readers[path] = CsrReader(self._location, layout, threads=threads, check=self._options["check"])
+            threads = self._options["threads"] or min(usable_cores(), LARGEST_THREADS)
+            reader = self._readers[path] = CsrReader(
+                self._location,
+                layout,
+                threads=threads,
+                check=self._options["check"],
+                cache_bytes=self._cache_bytes // len(self._metadata.matrices),
+            )
         return reader
 
     def _table(self, name: str, length: int) -> LazyTable:
@@ -407,12 +420,3 @@ class SingleCellZarrDataset:
 
 def _reopen(location: StoreLocation, options: dict[str, Any]) -> SingleCellZarrDataset:
     return SingleCellZarrDataset(location, **options)
-
-
-def default_threads() -> int:
-    """The cores this process may use, at most 8."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        cores = os.cpu_count() or 1
-    return min(cores, 8)

@@ -131,8 +131,9 @@ class _ShardCheck:
         self._root, self._part, self._matrix, self._kernels, self.number = root, part, matrix, kernels, number
 
     def run(self) -> list[Fault]:
-        from scdl_zarr.reading.mapped import CHECKS, chunk_fault
-        from scdl_zarr.storage.shards import MappedShard
+        from scdl_zarr.reading.kernels.state import PART_SIZE
+        from scdl_zarr.reading.mapped import CHECKS, chunk_fault, describe
+        from scdl_zarr.storage.shards import MappedShard, ShardTable
 
         part = self._part
         path = str(Path(self._root, part.shard_key(self.number)))
@@ -140,29 +141,19 @@ class _ShardCheck:
             shard = MappedShard(path, part)
         except (ScdlZarrError, OSError) as error:
             return [Fault(where=part.path, what=str(error))]
-        decoder, found = self._kernels.decoder(), []
+        decoder, found = self._kernels.decoder(part.chunk), []
+        vector = np.zeros(PART_SIZE, np.int64)
+        describe(vector, part, ShardTable("", part), CHECKS["always"])
         stop = part.chunks_in_shard(self.number)
         absent = np.flatnonzero((shard.index(part)[:stop] == 2**64 - 1).all(axis=1))
         if len(absent):
             found.append(Fault(where=part.path, what=f"{path}: chunk {absent[0]} and {len(absent) - 1} more are missing"))
+        out = np.empty(part.chunk, part.dtype)
+        raw = out.view(np.uint8)
         for k in range(stop):
-            out, fault = decoder.scratch(part.dtype, part.chunk), np.array([self.number, k], np.int64)
-            code = self._kernels.decode(
-                decoder.context,
-                shard.address,
-                shard.data_end,
-                shard.verified_address,
-                k,
-                k + 1,
-                part.codec == "blosc",
-                part.checksum,
-                CHECKS["always"],
-                part.delta,
-                out,
-                fault,
-            )
+            code = self._kernels.decode(vector, decoder.vector, shard.address, shard.data_end, shard.verified_address, k, raw)
             if code:
-                found.append(Fault(where=part.path, what=str(chunk_fault(code, fault, part, shard))))
+                found.append(Fault(where=part.path, what=str(chunk_fault(code, np.array([self.number, k]), part, path))))
             else:
                 found += self._content(out, k, path)
         return found

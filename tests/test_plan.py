@@ -19,7 +19,6 @@ from scdl_zarr.conversion.plan import (
     SourceMatrix,
     border_elements,
     cut_shards,
-    parse_bytes,
     projected_bytes,
 )
 from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
@@ -27,6 +26,7 @@ from scdl_zarr.conversion.survey import find_sources, scan_pointers, survey_sour
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, union_stats, value_stats
 from scdl_zarr.errors import OptionError
 from scdl_zarr.reading.plan import plan_rows, split_rows, touched_pieces
+from scdl_zarr.resources import parse_bytes
 
 SPEC = SourceSpec(path="/there/a.h5ad", name="a.h5ad", size=1, mtime_ns=0)
 

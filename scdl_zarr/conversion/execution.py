@@ -32,7 +32,7 @@ from scdl_zarr.conversion.construction import (
     swap_folders,
 )
 from scdl_zarr.conversion.elements import EncodedElements
-from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, parse_bytes, projected_bytes
+from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, projected_bytes
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
 from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
@@ -47,6 +47,7 @@ from scdl_zarr.errors import (
     StoreBusyError,
     StoreExistsError,
 )
+from scdl_zarr.resources import parse_bytes, usable_cores
 from scdl_zarr.storage.location import local_path
 from scdl_zarr.storage.schema import (
     BUILD_FOLDER,
@@ -222,12 +223,8 @@ def _plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
 def _workers(survey: Survey, options: ConversionOptions) -> int:
     """As many as asked for (or cores), but no more than the memory budget holds."""
     budget = parse_bytes(options.memory_budget)
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:
-        cores = os.cpu_count() or 1
     shards = sum(len(plan.cuts) for plan in survey.plans.values())
-    workers = max(1, min(options.workers or cores, shards))
+    workers = max(1, min(options.workers or usable_cores(), shards))
     tables = table_bytes(survey)
     plans = list(survey.plans.values())
     while workers > 1 and projected_bytes(plans, workers, tables, survey.longest_row) > budget:

@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
 from scdl_zarr.errors import OptionError
+from scdl_zarr.resources import parse_bytes
 from scdl_zarr.storage.schema import SHARD_VALUES, ArrayLayout, MatrixLayout, profile_named
 
-__all__ = ["ConversionOptions", "MatrixPlan", "Part", "ShardTask", "SourceMatrix", "parse_bytes", "projected_bytes"]
+__all__ = ["ConversionOptions", "MatrixPlan", "Part", "ShardTask", "SourceMatrix", "projected_bytes"]
 
 PIECE_VALUES = 1 << 19  # elements a task holds decoded at a time (more where one row or one HDF5 chunk is longer)
 BASE_BYTES = 280_000_000  # interpreter, NumPy, pandas, zarr, anndata, numba and HDF5: measured, with room
@@ -109,23 +110,6 @@ def _check_sizes(chunk: int, shard: int) -> None:
         raise OptionError(f"chunk_values={chunk!r}, shard_values={shard!r}; expected positive numbers, chunks up to {1 << 27}")
     if shard < chunk or shard % chunk or shard > 1 << 34:
         raise OptionError(f"shard_values={shard} must be a multiple of chunk_values={chunk}, at most {1 << 34}")
-
-
-def parse_bytes(size: str | int) -> int:
-    """Bytes of a number or of text such as "2GB"."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    text = str(size).strip().upper()
-    digits = text.rstrip("BKMGTI ")
-    unit = text[len(digits) :].strip()
-    try:
-        number = float(digits) * units[unit]
-        if not 0 < number < 2**62:
-            raise ValueError
-    except (ValueError, KeyError):
-        raise OptionError(f"{size!r} is not a size; write a number of bytes or text such as '2GB'") from None
-    return int(number)
 
 
 # ---- matrices and tasks

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,19 +13,26 @@ import numpy.typing as npt
 
 from scdl_zarr.errors import InexactValueError, OptionError
 from scdl_zarr.reading.batch import RowBatch
+from scdl_zarr.reading.buffers import BufferPool
 from scdl_zarr.reading.exactness import inexact_positions
 from scdl_zarr.reading.first_use import FIRST_USE
 from scdl_zarr.reading.plan import Int64Array, RowPlan, plan_rows
 from scdl_zarr.storage.location import StoreLocation
 from scdl_zarr.storage.schema import MatrixLayout
+from scdl_zarr.storage.shards import LARGEST_TABLE
 
 __all__ = ["Columns", "CsrReader", "open_columns", "value_dtype"]
 
 Buffers = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+Row = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 
 
 class Columns(Protocol):
-    """The two questions a CSR matrix answers."""
+    """The questions a CSR matrix answers."""
+
+    @property
+    def row(self) -> Callable[[int, np.dtype[Any], np.dtype[Any]], Row] | None:
+        """``row(row, dtype, id_dtype)``: values and ids of one row.  None where the other two are the shortest way."""
 
     def bounds(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Start and length of every row's element range, checked against the number of stored values."""
@@ -33,17 +41,23 @@ class Columns(Protocol):
         """Fill both buffers with the plan's ranges."""
 
 
-def open_columns(location: StoreLocation, layout: MatrixLayout, *, threads: int, check: str) -> Columns:
+def open_columns(location: StoreLocation, layout: MatrixLayout, *, threads: int, check: str, cache_bytes: int = 0) -> Columns:
     """The fastest path that can read this matrix."""
-    if location.path is not None and layout.mappable:
+    if location.path is not None and _mappable(layout):
         from scdl_zarr.reading import kernels, mapped
 
         loaded = kernels.load()
         if loaded is not None:
-            return mapped.MappedColumns(location.path, layout, loaded, threads, check)
+            return mapped.MappedColumns(location.path, layout, loaded, threads=threads, check=check, cache_bytes=cache_bytes)
     from scdl_zarr.reading.general import ZarrColumns
 
     return ZarrColumns(location, layout)
+
+
+def _mappable(layout: MatrixLayout) -> bool:
+    return layout.mappable and all(
+        part is not None and part.n_shards <= LARGEST_TABLE for part in (layout.data, layout.indices, layout.indptr)
+    )
 
 
 def value_dtype(layout: MatrixLayout) -> np.dtype[Any]:
@@ -60,34 +74,45 @@ class CsrReader:
     Nothing is opened before the first read.  May be shared by threads and used after a fork.
     """
 
-    def __init__(self, location: StoreLocation, layout: MatrixLayout, *, threads: int, check: str) -> None:
+    def __init__(self, location: StoreLocation, layout: MatrixLayout, *, threads: int, check: str, cache_bytes: int = 0) -> None:
         self.layout = layout
-        self._location, self._threads, self._check = location, threads, check
+        self._location = location
+        self._options: dict[str, Any] = {"threads": threads, "check": check, "cache_bytes": cache_bytes}
         self._columns: Columns | None = None
-        self._used: set[Any] = set()  # dtypes that were read before: their kernels are compiled
+        self._read_before = False  # what is compiled or imported at the first read is there
         self._dtype = value_dtype(layout)
         self._id_dtype = np.dtype(np.int32 if layout.n_vars <= 1 << 31 else np.int64)
+        self._buffers = BufferPool()
 
     @property
     def columns(self) -> Columns:
         if self._columns is None:
-            self._columns = open_columns(self._location, self.layout, threads=self._threads, check=self._check)
+            self._columns = open_columns(self._location, self.layout, **self._options)
         return self._columns
 
     def read(self, rows: Int64Array, dtype: npt.DTypeLike | None = None, out: Buffers | None = None) -> RowBatch:
         """The rows (numbers already checked) as a batch; see :meth:`SingleCellZarrDataset.read_rows`."""
         wanted = self._dtype if dtype is None else checked_dtype(dtype)
-        if wanted in self._used:
+        if self._read_before:
             return self._read(rows, wanted, out)
         with FIRST_USE:
             batch = self._read(rows, wanted, out)
-        self._used.add(wanted)
+        self._read_before = True
         return batch
+
+    def read_one(self, row: int) -> Row:
+        """Values and ids of one row (a number already checked), as new arrays."""
+        columns = self._columns
+        if self._read_before and columns is not None and columns.row is not None:
+            return columns.row(row, self._dtype, self._id_dtype)
+        batch = self.read(np.array([row], np.int64))
+        return batch.data, batch.indices
 
     def _read(self, rows: Int64Array, wanted: np.dtype[Any], out: Buffers | None) -> RowBatch:
         plan = plan_rows(*self.columns.bounds(rows))
-        native = wanted if _widens(self.layout.data_dtype, self._dtype, wanted) else self._dtype
-        data, indices = self._buffers(plan.total, wanted, out)
+        # a path fills a buffer of the natural dtype, or of the stored one, at once
+        native = wanted if wanted in (self._dtype, self.layout.data_dtype) else self._dtype
+        data, indices = self._outputs(plan.total, wanted, out)
         target = data if data.dtype == native else np.empty(plan.total, native)
         self.columns.gather(plan, target, indices)
         if target is not data:
@@ -98,9 +123,9 @@ class CsrReader:
         """How many values each row stores."""
         return self.columns.bounds(rows)[1]
 
-    def _buffers(self, total: int, wanted: np.dtype[Any], out: Buffers | None) -> Buffers:
+    def _outputs(self, total: int, wanted: np.dtype[Any], out: Buffers | None) -> Buffers:
         if out is None:
-            return np.empty(total, wanted), np.empty(total, self._id_dtype)
+            return self._buffers.take(total, wanted), self._buffers.take(total, self._id_dtype)
         data, indices = out
         for name, buffer, expected in (("data", data, wanted), ("indices", indices, self._id_dtype)):
             if buffer.ndim != 1 or buffer.dtype != expected or not buffer.flags.c_contiguous or not buffer.flags.writeable:
@@ -122,11 +147,6 @@ def checked_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
     if wanted.kind not in "iuf" or wanted.itemsize > 8 or not wanted.isnative:
         raise OptionError(f"dtype={wanted} cannot hold stored values; ask for a native integer or float of up to 8 bytes")
     return wanted
-
-
-def _widens(stored: np.dtype[Any], natural: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
-    """Whether the kernels may write `wanted` at once: it is the natural dtype, or holds every value of the stored one."""
-    return wanted == natural or (wanted in (np.float64, np.float32, np.int64, stored) and np.can_cast(stored, wanted, "safe"))
 
 
 def cast_exactly(values: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:

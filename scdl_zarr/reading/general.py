@@ -6,6 +6,7 @@ stores, re-encoded stores and platforms without libblosc2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ class ZarrColumns:
 
     The row pointers are read whole at the first call (8 bytes a row) and checked once.
     """
+
+    row: Callable[[int, np.dtype[Any], np.dtype[Any]], tuple[npt.NDArray[Any], npt.NDArray[Any]]] | None = None
 
     def __init__(self, location: StoreLocation, layout: MatrixLayout) -> None:
         self._location = location

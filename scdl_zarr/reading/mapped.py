@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,113 +16,270 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.errors import CorruptStoreError
-from scdl_zarr.reading import kernels as kn
+from scdl_zarr.reading.cache import ChunkCache
+from scdl_zarr.reading.kernels import FAULTS, Kernels
+from scdl_zarr.reading.kernels import state as st
 from scdl_zarr.reading.plan import Int64Array, RowPlan, split_rows, touched_pieces
+from scdl_zarr.storage.mapping import can_probe
 from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout
-from scdl_zarr.storage.shards import MappedShard, MappedShards
+from scdl_zarr.storage.shards import ShardTable, shard_table
 
-__all__ = ["MappedColumns"]
+__all__ = ["CHECKS", "MappedColumns", "chunk_fault"]
 
-CHECKS = {"never": kn.CHECK_NEVER, "first": kn.CHECK_FIRST, "always": kn.CHECK_ALWAYS}
+CHECKS = {"never": st.CHECK_NEVER, "first": st.CHECK_FIRST, "always": st.CHECK_ALWAYS}
 SPLIT_VALUES = 1 << 18  # a batch smaller than this is faster on one thread
+LARGEST_MAPPINGS = 16_384  # per array; a Linux process may hold 65,530 in all
+DATA, INDICES, INDPTR = range(3)
+KINDS = {
+    "u1": st.KIND_UINT8,
+    "u2": st.KIND_UINT16,
+    "u4": st.KIND_UINT32,
+    "u8": st.KIND_UINT64,
+    "i1": st.KIND_INT8,
+    "i2": st.KIND_INT16,
+    "i4": st.KIND_INT32,
+    "i8": st.KIND_INT64,
+    "f4": st.KIND_FLOAT32,
+    "f8": st.KIND_FLOAT64,
+}
+OUTPUTS = {"f4": st.OUT_FLOAT32, "f8": st.OUT_FLOAT64}
+
+
+class Maps:
+    """The tables of a matrix's mapped shards, and the vectors that describe them to the kernels."""
+
+    def __init__(self, layout: MatrixLayout, tables: tuple[ShardTable, ...], check: int) -> None:
+        self.tables = tables
+        self.parts = np.zeros((3, st.PART_SIZE), np.int64)
+        for vector, array, table in zip(self.parts, _arrays(layout), tables, strict=True):
+            describe(vector, array, table, check)
+        self.parts[INDICES, st.PART_LIMIT] = layout.n_vars
+        self.views = tuple(self.parts)
+
+
+def _arrays(layout: MatrixLayout) -> tuple[ArrayLayout, ArrayLayout, ArrayLayout]:
+    assert layout.data is not None and layout.indices is not None and layout.indptr is not None
+    return layout.data, layout.indices, layout.indptr
+
+
+def describe(vector: Int64Array, array: ArrayLayout, table: ShardTable, check: int) -> None:
+    """Fill a PART_ vector."""
+    itemsize, kind = array.dtype.itemsize, array.dtype.kind
+    facts = {
+        st.PART_CHUNK: array.chunk,
+        st.PART_PER_SHARD: array.chunks_per_shard,
+        st.PART_SHARDS: len(table.addresses),
+        st.PART_KIND: KINDS[array.dtype.str[1:]],
+        st.PART_ITEMSIZE: itemsize,
+        st.PART_BLOSC: array.codec == "blosc",
+        st.PART_CHECKSUM: array.checksum,
+        st.PART_CHECK: check,
+        st.PART_DELTA: array.delta,
+        st.PART_INTEGERS: kind in "iu" and itemsize > 1,
+        st.PART_TWO_PLANES: kind == "u" or itemsize > 2,
+        st.PART_LIMIT: -1,
+        st.PART_INDEX_BYTES: array.index_bytes,
+        st.PART_ADDRESSES: table.addresses.ctypes.data,
+        st.PART_ENDS: table.ends.ctypes.data,
+        st.PART_VERIFIED: table.verified.ctypes.data,
+        st.PART_STAMPS: table.stamps.ctypes.data,
+        st.PART_GUARD: can_probe(),
+        st.PART_AHEAD: 1,
+    }
+    for place, value in facts.items():
+        vector[place] = value
+
+
+class Bench:
+    """What one thread works with: for data and indices a decoder and a cache, and room for a row."""
+
+    def __init__(self, kernels: Kernels, layout: MatrixLayout, cache_bytes: int) -> None:
+        arrays = _arrays(layout)[:2]
+        self._owned = [(kernels.decoder(array.chunk), ChunkCache(array, cache_bytes // 2)) for array in arrays]
+        self.decoders = np.stack([decoder.vector for decoder, _ in self._owned])
+        self.caches = np.stack([cache.vector for _, cache in self._owned])
+        self.fault = np.zeros(3, np.int64)
+        self.first = np.zeros(1, np.int64)  # the order and the offset of a single row
+        self.range = np.zeros((2, 1), np.int64)
+        self.data, self.ids = np.empty(0, np.uint8), np.empty(0, np.uint8)
 
 
 class MappedColumns:
-    """``bounds`` and ``gather`` of one CSR matrix in mapped shards; safe to call from several threads and after a fork."""
+    """``bounds``, ``gather`` and ``row`` of one CSR matrix in mapped shards; safe to call from several threads and after a fork.
 
-    def __init__(self, root: Path, layout: MatrixLayout, kernels: kn.Kernels, threads: int, check: str) -> None:
-        assert layout.data is not None and layout.indices is not None and layout.indptr is not None
+    Parameters
+    ----------
+    cache_bytes
+        Budget for decoded chunks, shared by the threads.  Nothing is kept under ``check="always"``.
+    """
+
+    def __init__(
+        self, root: Path, layout: MatrixLayout, kernels: Kernels, *, threads: int, check: str, cache_bytes: int = 0
+    ) -> None:
         self._layout = layout
         self._kernels = kernels
         self._threads = threads
         self._check = CHECKS[check]
-        self._data = MappedShards(root, layout.data)
-        self._indices = MappedShards(root, layout.indices)
-        self._indptr = MappedShards(root, layout.indptr)
-        self._decoders: deque[kn.Decoder] = deque()  # idle ones; append and pop are atomic
+        self._cache_bytes = 0 if check == "always" else cache_bytes // threads
+        self._caches_left = threads
+        self._maps = Maps(layout, tuple(shard_table(root, array) for array in _arrays(layout)), self._check)
+        self._idle: deque[Bench] = deque()  # append and pop are atomic; the last one used, whose cache is warm, goes first
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
+        self._known_kinds: dict[tuple[np.dtype[Any], np.dtype[Any]], Int64Array] = {}
+
+    # ---- what it answers
 
     def bounds(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Start and length of every row's element range."""
-        layout = self._indptr.layout
         starts, lengths = np.empty_like(rows), np.empty_like(rows)
-        numbers = touched_pieces(rows, np.full(len(rows), 2), layout.shard)
-        shards, table = self._table(self._indptr, numbers)
-        fault = np.zeros(2, np.int64)
-        code = self._kernels.bounds(
-            rows,
-            self._layout.nnz,
-            layout.chunk,
-            layout.chunks_per_shard,
-            layout.dtype.itemsize,
-            layout.checksum,
-            self._check,
-            numbers,
-            table,
-            starts,
-            lengths,
-            fault,
-        )
-        if code:
-            raise chunk_fault(code, fault, layout, shards[int(np.searchsorted(numbers, fault[0]))])
-        return starts, lengths
+        maps, fault = self._maps, np.zeros(3, np.int64)
+        layout = _arrays(self._layout)[INDPTR]
+        if not can_probe():
+            maps.tables[INDPTR].check_sizes(touched_pieces(rows, np.full(len(rows), 2), layout.shard))
+        fault[2] = INDPTR
+        while True:
+            code = self._kernels.find_rows(maps.views[INDPTR], rows, self._layout.nnz, starts, lengths, fault)
+            if code == st.OK:
+                return starts, lengths
+            self._map_or_raise(maps, code, fault, lambda _: touched_pieces(rows, np.full(len(rows), 2), layout.shard))
 
     def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any]) -> None:
         """Fill `data` and `indices` (of ``plan.total`` elements), widening to their dtypes."""
+        maps, kinds = self._maps, self._kinds(data.dtype, indices.dtype)
+        outputs = data.view(np.uint8), indices.view(np.uint8)
+        if maps.parts[DATA, st.PART_AHEAD] or maps.parts[INDICES, st.PART_AHEAD]:
+            self._read_ahead(maps, plan)
         if self._threads > 1 and plan.total >= SPLIT_VALUES:
-            jobs = [
-                (shards, part, out) for part in split_rows(plan, self._threads) for shards, out in self._outputs(data, indices)
-            ]
-            for _ in self._executor().map(lambda job: self._gather(job[0], plan, job[1], job[2]), jobs):
+            orders = split_rows(plan, self._threads)
+            for _ in self._executor().map(lambda order: self._gather(maps, plan, order, kinds, outputs), orders):
                 pass  # the first error is raised here
         else:
-            for shards, out in self._outputs(data, indices):
-                self._gather(shards, plan, plan.order, out)
+            self._gather(maps, plan, plan.order, kinds, outputs)
+        self._trim(maps)
 
-    def _outputs(
-        self, data: npt.NDArray[Any], indices: npt.NDArray[Any]
-    ) -> tuple[tuple[MappedShards, npt.NDArray[Any]], tuple[MappedShards, npt.NDArray[Any]]]:
-        return (self._data, data), (self._indices, indices)
+    def row(self, row: int, dtype: np.dtype[Any], id_dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Values and ids of one row, as new arrays."""
+        maps, kinds = self._maps, self._kinds(dtype, id_dtype)
+        bench = self._bench()
+        starts, lengths = bench.range
+        fault, first = bench.fault, bench.first
+        while True:
+            code = self._kernels.read_rows(
+                maps.parts,
+                bench.decoders,
+                bench.caches,
+                row,
+                self._layout.nnz,
+                first,
+                starts,
+                lengths,
+                first,
+                kinds,
+                bench.data,
+                bench.ids,
+                fault,
+            )
+            if code == st.OK:
+                break
+            if code == st.TOO_LONG:
+                room = int(lengths[0]) * 5 // 4
+                bench.data, bench.ids = np.empty(8 * room, np.uint8), np.empty(8 * room, np.uint8)
+            else:
+                self._map_or_raise(maps, code, fault, lambda _: fault[:1])
+        n = int(lengths[0])
+        values = bench.data[: n * dtype.itemsize].view(dtype).copy()
+        ids = bench.ids[: n * id_dtype.itemsize].view(id_dtype).copy()
+        self._idle.append(bench)
+        self._trim(maps)
+        return values, ids
 
-    def _gather(self, shards: MappedShards, plan: RowPlan, order: Int64Array, out: npt.NDArray[Any]) -> None:
-        layout = shards.layout
-        numbers = touched_pieces(plan.starts[order], plan.lengths[order], layout.shard)
-        mapped, table = self._table(shards, numbers)
-        fault = np.zeros(2, np.int64)
-        decoder = self._decoder()
-        code = self._kernels.gather(
-            decoder.context,
-            layout.chunk,
-            layout.chunks_per_shard,
-            layout.checksum,
-            self._check,
-            layout.delta,
-            numbers,
-            table,
-            plan.starts,
-            plan.lengths,
-            plan.indptr,
-            order,
-            self._layout.n_vars if shards is self._indices else -1,
-            decoder.scratch(layout.dtype, layout.chunk),
-            out,
-            fault,
-        )
-        self._decoders.append(decoder)
-        if code:
-            raise chunk_fault(code, fault, layout, mapped[int(np.searchsorted(numbers, fault[0]))])
+    def counters(self) -> dict[str, int]:
+        """Chunks decoded and chunks found in the cache, by the threads that are idle now."""
+        totals = sum((bench.decoders.sum(axis=0) for bench in list(self._idle)), np.zeros(st.DECODER_SIZE, np.int64))
+        return {"decoded": int(totals[st.DECODER_DECODED]), "hits": int(totals[st.DECODER_HITS])}
 
-    def _table(self, shards: MappedShards, numbers: Int64Array) -> tuple[list[MappedShard], Int64Array]:
-        """The touched shards (held, so that they stay mapped) and what the kernels need of each."""
-        mapped = [shards.shard(number) for number in numbers.tolist()]
-        rows = [(shard.address, shard.data_end, shard.verified_address) for shard in mapped]
-        return mapped, np.array(rows, np.int64).reshape(-1, 3)
+    # ---- inside
 
-    def _decoder(self) -> kn.Decoder:
+    def _gather(
+        self, maps: Maps, plan: RowPlan, order: Int64Array, kinds: Int64Array, outputs: tuple[npt.NDArray[Any], npt.NDArray[Any]]
+    ) -> None:
+        def touched(part: int) -> Int64Array:
+            return touched_pieces(plan.starts[order], plan.lengths[order], _arrays(self._layout)[part].shard)
+
+        if not can_probe():
+            for part in (DATA, INDICES):
+                maps.tables[part].check_sizes(touched(part))
+        bench = self._bench()
+        while True:
+            code = self._kernels.read_rows(
+                maps.parts,
+                bench.decoders,
+                bench.caches,
+                -1,
+                self._layout.nnz,
+                order,
+                plan.starts,
+                plan.lengths,
+                plan.indptr,
+                kinds,
+                *outputs,
+                bench.fault,
+            )
+            if code == st.OK:
+                break
+            self._map_or_raise(maps, code, bench.fault, touched)
+        self._idle.append(bench)
+
+    def _map_or_raise(self, maps: Maps, code: int, fault: Int64Array, touched: Callable[[int], Int64Array]) -> None:
+        """Map the shards that a part of the batch touches, if that is what a kernel asked for; else raise what it found wrong."""
+        part = int(fault[2])
+        if code != st.UNMAPPED:
+            raise chunk_fault(code, fault, _arrays(self._layout)[part], maps.tables[part].path(int(fault[0])))
+        for number in touched(part).tolist():
+            maps.tables[part].map(number)
+
+    def _kinds(self, dtype: np.dtype[Any], id_dtype: np.dtype[Any]) -> Int64Array:
+        """The kernels' numbers for outputs of those dtypes, and their bytes a value."""
+        key = (dtype, id_dtype)
+        found = self._known_kinds.get(key)
+        if found is None:
+            value = st.OUT_SAME if dtype == self._layout.data_dtype else OUTPUTS[dtype.str[1:]]
+            ids = st.OUT_IDS32 if id_dtype.itemsize == 4 else st.OUT_IDS64
+            found = self._known_kinds[key] = np.array([[value, dtype.itemsize], [ids, id_dtype.itemsize]], np.int64)
+        return found
+
+    def _read_ahead(self, maps: Maps, plan: RowPlan) -> None:
+        """Where the last batch had to wait for a disk, ask for all of this one's bytes before reading the first."""
+        if not can_probe():
+            return
+
+        def touched(part: int) -> Int64Array:
+            return touched_pieces(plan.starts, plan.lengths, _arrays(self._layout)[part].shard)
+
+        bench = self._bench()
+        for part in (DATA, INDICES):
+            bench.fault[2] = part
+            while True:
+                code = self._kernels.advise_rows(
+                    maps.views[part], bench.decoders[part], plan.order, plan.starts, plan.lengths, plan.indptr, bench.fault
+                )
+                if code == st.OK:
+                    break
+                self._map_or_raise(maps, code, bench.fault, touched)
+        self._idle.append(bench)
+
+    def _trim(self, maps: Maps) -> None:
+        if all(len(table) <= LARGEST_MAPPINGS for table in maps.tables):
+            return
+        tables = tuple(t if len(t) <= LARGEST_MAPPINGS else t.trimmed(LARGEST_MAPPINGS // 2) for t in maps.tables)
+        self._maps = Maps(self._layout, tables, self._check)  # whoever still reads with the old one keeps its mappings
+
+    def _bench(self) -> Bench:
         try:
-            return self._decoders.pop()
+            return self._idle.pop()
         except IndexError:
-            return self._kernels.decoder()
+            self._caches_left -= 1
+            return Bench(self._kernels, self._layout, self._cache_bytes if self._caches_left >= 0 else 0)
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None or self._pool[0] != os.getpid():  # the threads of a pool do not survive a fork
@@ -129,11 +287,13 @@ class MappedColumns:
         return self._pool[1]
 
 
-def chunk_fault(code: int, fault: Int64Array, layout: ArrayLayout, shard: MappedShard) -> CorruptStoreError:
+def chunk_fault(code: int, fault: Int64Array, layout: ArrayLayout, path: str) -> CorruptStoreError:
     """The error for a kernel's code: what is wrong, and where."""
+    if code == st.TRUNCATED:
+        return CorruptStoreError(f"{path} was truncated while it was open; reopen the store after restoring it")
     number, k = int(fault[0]), int(fault[1])
     first = number * layout.shard + k * layout.chunk
     return CorruptStoreError(
-        f"{shard.path}: chunk {k} of {layout.path} (values {first} to {min(first + layout.chunk, layout.size) - 1}) "
-        f"is damaged: {kn.FAULTS[code]}"
+        f"{path}: chunk {k} of {layout.path} (values {first} to {min(first + layout.chunk, layout.size) - 1}) "
+        f"is damaged: {FAULTS[code]}"
     )

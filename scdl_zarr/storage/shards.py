@@ -22,9 +22,9 @@ from scdl_zarr.errors import CorruptStoreError, StoreAccessError
 from scdl_zarr.storage.mapping import MappedFile
 from scdl_zarr.storage.schema import ArrayLayout
 
-__all__ = ["MappedShard", "MappedShards"]
+__all__ = ["LARGEST_TABLE", "MappedShard", "ShardTable", "shard_table"]
 
-LARGEST_MAPPINGS = 16_384  # per array; a Linux process may hold 65,530 in all
+LARGEST_TABLE = 1 << 20  # shards of an array that a table is made for
 
 
 class MappedShard:
@@ -72,33 +72,60 @@ class MappedShard:
         return np.frombuffer(raw, "<u8").reshape(layout.chunks_per_shard, 2)
 
 
-class MappedShards:
-    """The mapped shards of one array, least recently used dropped first.
+class ShardTable:
+    """Where the mapped shards of one array are, as arrays that compiled code can read.
 
-    Works without a lock, because a lock held by another thread during a fork would stay locked in the child: each step on the
-    dictionary is atomic, and the worst a race costs is a shard mapped twice.
+    Shards are only ever added, so that an address that was read stays valid for as long as the table is held; what is to be
+    unmapped is left out of a new table (:meth:`trimmed`).  Without a lock, because a lock held by another thread during a fork
+    would stay locked in the child: the worst a race costs is a shard mapped twice.
+
+    Attributes
+    ----------
+    addresses, ends, verified, stamps : int64 arrays, one entry a shard
+        Address of its first byte (0: not mapped), bytes before its index, address of its bitmap of verified chunks, and when it
+        was last used.
     """
 
-    def __init__(self, root: Path, layout: ArrayLayout, largest: int = LARGEST_MAPPINGS) -> None:
-        self.layout = layout
-        self._folder = os.path.join(os.fspath(root), *layout.path.split("/"), "c")
-        self._largest = largest
+    def __init__(self, folder: str, layout: ArrayLayout) -> None:
+        self._folder = folder
+        self._layout = layout
+        self.addresses, self.ends, self.verified, self.stamps = np.zeros((4, max(layout.n_shards, 1)), np.int64)
         self._mapped: dict[int, MappedShard] = {}
 
     def __len__(self) -> int:
         return len(self._mapped)
 
-    def shard(self, number: int) -> MappedShard:
-        """Shard `number`, mapped now if it was not; a known one has its file's size rechecked."""
-        found = self._mapped.pop(number, None)
-        if found is None:
-            found = MappedShard(os.path.join(self._folder, str(number)), self.layout)
-        else:
-            found.check_size()
-        self._mapped[number] = found  # the youngest is last
-        while len(self._mapped) > self._largest:
-            try:
-                self._mapped.pop(next(iter(self._mapped)), None)
-            except (StopIteration, RuntimeError):  # another thread changed the dictionary: its turn to shrink it
-                break
-        return found
+    def map(self, number: int) -> None:
+        """Map shard `number`, if it is not."""
+        if number in self._mapped:
+            return
+        self._add(number, MappedShard(self.path(number), self._layout))
+
+    def _add(self, number: int, shard: MappedShard) -> None:
+        kept = self._mapped.setdefault(number, shard)  # another thread may have been faster: its mapping is the one in use
+        self.ends[number] = kept.data_end
+        self.verified[number] = kept.verified_address
+        self.addresses[number] = kept.address  # last: it says that the others are there
+
+    def path(self, number: int) -> str:
+        return os.path.join(self._folder, str(number))
+
+    def check_sizes(self, numbers: npt.NDArray[np.int64]) -> None:
+        """Refuse files that were truncated under their mapping, where the system has no cheaper way to tell."""
+        for number in numbers.tolist():
+            shard = self._mapped.get(number)
+            if shard is not None:
+                shard.check_size()
+
+    def trimmed(self, largest: int) -> ShardTable:
+        """A table with the `largest` shards that were used last."""
+        table = ShardTable(self._folder, self._layout)
+        for number in sorted(self._mapped, key=lambda number: self.stamps[number])[-largest:]:
+            table._add(number, self._mapped[number])
+            table.stamps[number] = self.stamps[number]
+        return table
+
+
+def shard_table(root: Path, layout: ArrayLayout) -> ShardTable:
+    """The table of an array's shards, with none mapped yet."""
+    return ShardTable(os.path.join(os.fspath(root), *layout.path.split("/"), "c"), layout)

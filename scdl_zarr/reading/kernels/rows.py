@@ -1,0 +1,418 @@
+"""Rows out of mapped shards: where they lie, their values and ids in the order asked for, and what to read ahead.
+
+A batch is cut into *pieces*, the part of one row that lies in one chunk.  Pieces are planned some hundred at a time; while the
+chunk of one is decoded, the bytes of the next are already on their way to the processor's cache::
+
+    rows in the order of the store    |--- row 7 ---|-- row 9 --|
+    chunks                       |-------|-------|-------|-------|
+    pieces                            |--|-------|--|----|---|
+
+A kernel answers with a code; `fault` then holds the shard and the chunk in it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from scdl_zarr.reading.kernels.chunks import decode_values, find_chunk, planes_of, verify_chunk
+from scdl_zarr.reading.kernels.copies import can_copy_planes, copy_planes, copy_values
+from scdl_zarr.reading.kernels.memory import inner, int64s_at, load32, load64, prefetch
+from scdl_zarr.reading.kernels.state import (
+    BAD_BOUNDS,
+    BAD_HEADER,
+    CACHE_GHOST_COUNT,
+    CACHE_GHOSTS,
+    CACHE_SETS,
+    CACHE_TAGS,
+    CACHE_VALUES,
+    DECODER_HITS,
+    DECODER_PIECES,
+    DECODER_USAGE,
+    OK,
+    PART_ADDRESSES,
+    PART_AHEAD,
+    PART_CHECK,
+    PART_CHECKSUM,
+    PART_CHUNK,
+    PART_CLOCK,
+    PART_DELTA,
+    PART_ENDS,
+    PART_GUARD,
+    PART_INDEX_BYTES,
+    PART_ITEMSIZE,
+    PART_PER_SHARD,
+    PART_SHARDS,
+    PART_STAMPS,
+    PART_VERIFIED,
+    PIECE_ADDRESS,
+    PIECE_BYTES,
+    PIECE_CHUNK,
+    PIECE_COUNT,
+    PIECE_FIRST,
+    PIECE_SIZE,
+    PIECE_TARGET,
+    PIECES,
+    TOO_LONG,
+    TRUNCATED,
+    UNMAPPED,
+)
+
+__all__ = ["advise_rows", "find_rows", "read_rows"]
+
+PAGE = 4096
+MADV_WILLNEED, MADV_POPULATE_READ = 3, 22  # Linux
+RUSAGE_THREAD, INBLOCK_OFFSET = 1, 88  # Linux, 64 bits: where ru_inblock is in struct rusage
+NEAR_BYTES = 1 << 17  # ranges closer than this are read ahead as one
+
+
+if sys.platform == "win32":  # never called there, but a compiled function must find what it names
+
+    @inner
+    def _madvise(address: int, size: int, advice: int) -> int:
+        return 0
+
+    @inner
+    def _getrusage(who: int, usage: int) -> int:
+        return 0
+
+else:
+    _madvise = types.ExternalFunction("madvise", types.int32(types.intp, types.intp, types.int32))
+    _getrusage = types.ExternalFunction("getrusage", types.int32(types.int32, types.intp))
+
+
+# ---- shards
+
+
+@inner
+def _visit(part: Any, number: int) -> int:
+    """Make sure that shard `number` is mapped and still has its end: reading past a file's end would kill the process."""
+    shards = part[PART_SHARDS]
+    base = int64s_at(part[PART_ADDRESSES], shards)[number]
+    if base == 0:
+        return UNMAPPED
+    int64s_at(part[PART_STAMPS], shards)[number] = part[PART_CLOCK]
+    if part[PART_GUARD]:
+        last = base + int64s_at(part[PART_ENDS], shards)[number] + part[PART_INDEX_BYTES] - 1
+        if _madvise(last & -PAGE, PAGE, np.int32(MADV_POPULATE_READ)) != 0:
+            return TRUNCATED
+    return OK
+
+
+@inner
+def _find(part: Any, number: int, k: int) -> tuple[int, int, int]:
+    shards = part[PART_SHARDS]
+    return find_chunk(int64s_at(part[PART_ADDRESSES], shards)[number], int64s_at(part[PART_ENDS], shards)[number], k)
+
+
+@inner
+def _verify(part: Any, number: int, k: int, address: int, size: int) -> int:
+    if part[PART_CHECKSUM] == 0 or size == 0:
+        return OK
+    return verify_chunk(part[PART_CHECK], int64s_at(part[PART_VERIFIED], part[PART_SHARDS])[number], k, address, size)
+
+
+# ---- row pointers
+
+
+@inner
+def _pointer(part: Any, position: int, held: Any, fault: Any) -> tuple[int, int]:
+    """Row pointer `position`; `held` is the chunk met last and its address."""
+    chunk, itemsize = part[PART_CHUNK], part[PART_ITEMSIZE]
+    c = position // chunk
+    if held[0] != c:
+        number = c // part[PART_PER_SHARD]
+        k = c - number * part[PART_PER_SHARD]
+        fault[0], fault[1] = number, k
+        if held[0] < 0 or held[0] // part[PART_PER_SHARD] != number:
+            code = _visit(part, number)
+            if code != OK:
+                return 0, code
+        address, size, code = _find(part, number, k)
+        if code == OK:
+            code = _verify(part, number, k, address, size)
+        if code != OK:
+            return 0, code
+        if size != 0 and size - 4 * part[PART_CHECKSUM] != chunk * itemsize:
+            return 0, BAD_HEADER
+        held[0], held[1] = c, address
+    if held[1] == 0:
+        return 0, OK
+    at = held[1] + (position - c * chunk) * itemsize
+    return np.int64(np.int32(load32(at))) if itemsize == 4 else load64(at), OK
+
+
+@inner
+def find_rows(part: Any, rows: Any, nnz: int, starts: Any, lengths: Any, fault: Any) -> int:
+    """Element range of every row out of the uncompressed row pointers, checked against `nnz`."""
+    held = np.full(2, -1, np.int64)
+    for j in range(len(rows)):
+        low, code = _pointer(part, rows[j], held, fault)
+        if code != OK:
+            return code
+        high, code = _pointer(part, rows[j] + 1, held, fault)
+        if code != OK:
+            return code
+        if low < 0 or high < low or high > nnz:
+            return BAD_BOUNDS
+        starts[j], lengths[j] = low, high - low
+    return OK
+
+
+# ---- the cache: two chunks a set; a chunk is kept when it is decoded a second time within a while
+
+
+@inner
+def _slot_of(cache: Any, c: int) -> tuple[int, bool]:
+    """The slot of chunk c (1 on, 0: none) and whether it holds the chunk already."""
+    sets = cache[CACHE_SETS]
+    if sets == 0:
+        return 0, False
+    mixed = (np.uint64(c) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)
+    at = 2 * np.int64(mixed % np.uint64(sets))
+    tags = int64s_at(cache[CACHE_TAGS], 4 * sets)  # tag and slot, twice a set
+    here = 2 * at
+    if tags[here] == c + 1:
+        return tags[here + 1], True
+    if tags[here + 2] == c + 1:
+        slot = tags[here + 3]
+        tags[here + 2], tags[here + 3] = tags[here], tags[here + 1]
+        tags[here], tags[here + 1] = c + 1, slot
+        return slot, True
+    ghosts = int64s_at(cache[CACHE_GHOSTS], cache[CACHE_GHOST_COUNT])
+    ghost = np.int64(mixed % np.uint64(cache[CACHE_GHOST_COUNT]))
+    if ghosts[ghost] != c + 1:
+        ghosts[ghost] = c + 1
+        return 0, False
+    slot = tags[here + 3]  # of the chunk that was used longer ago
+    tags[here + 2], tags[here + 3] = tags[here], tags[here + 1]
+    tags[here], tags[here + 1] = 0, slot  # until it is filled
+    return slot, False
+
+
+@inner
+def _keep(cache: Any, c: int) -> None:
+    """The slot that `_slot_of` gave for chunk c is filled."""
+    sets = cache[CACHE_SETS]
+    mixed = (np.uint64(c) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)
+    int64s_at(cache[CACHE_TAGS], 4 * sets)[4 * np.int64(mixed % np.uint64(sets))] = c + 1
+
+
+# ---- values and ids
+
+
+@inner
+def _read_chunk(part: Any, decoder: Any, cache: Any, pieces: Any, i: int, j: int, kind: int, out: int, width: int) -> int:
+    """Pieces [i, j), which lie in one chunk, to their places of `width` bytes a value from `out` on."""
+    c = pieces[i, PIECE_CHUNK]
+    slot, held = _slot_of(cache, c)
+    itemsize = part[PART_ITEMSIZE]
+    decoded = cache[CACHE_VALUES] + slot * part[PART_CHUNK] * itemsize  # slot 0 is scratch
+    if held:
+        decoder[DECODER_HITS] += 1
+    else:
+        number = c // part[PART_PER_SHARD]
+        address, size = pieces[i, PIECE_ADDRESS], pieces[i, PIECE_BYTES]
+        code = _verify(part, number, c - number * part[PART_PER_SHARD], address, size)
+        if code != OK:
+            return code
+        first, stop = pieces[i, PIECE_FIRST], np.int64(0)
+        for k in range(i, j):
+            first = min(first, pieces[k, PIECE_FIRST])
+            stop = max(stop, pieces[k, PIECE_FIRST] + pieces[k, PIECE_COUNT])
+        if slot:
+            first, stop = np.int64(0), part[PART_CHUNK]
+        elif part[PART_DELTA]:
+            first = np.int64(0)
+        if size:
+            size -= 4 * part[PART_CHECKSUM]
+        used = planes_of(part, decoder, address, size, first, stop)
+        if used < 0:
+            return -used
+        if slot == 0 and part[PART_DELTA] == 0 and can_copy_planes(part, used, kind):
+            for k in range(i, j):
+                target = out + width * pieces[k, PIECE_TARGET]
+                code = copy_planes(part, decoder, used, pieces[k, PIECE_FIRST], pieces[k, PIECE_COUNT], kind, target)
+                if code != OK:
+                    return code
+            return OK
+        code = decode_values(part, decoder, used, address, size, first, stop, decoded)
+        if code != OK:
+            return code
+        if slot:
+            _keep(cache, c)
+    for k in range(i, j):
+        source = decoded + itemsize * pieces[k, PIECE_FIRST]
+        code = copy_values(part, source, pieces[k, PIECE_COUNT], kind, out + width * pieces[k, PIECE_TARGET])
+        if code != OK:
+            return code
+    return OK
+
+
+@inner
+def _prefetch(address: int, size: int) -> None:
+    for at in range(address, address + size, 64):
+        prefetch(at)
+
+
+@inner
+def _read_pieces(part: Any, decoder: Any, cache: Any, pieces: Any, n: int, kind: int, out: int, width: int, fault: Any) -> int:
+    _prefetch(pieces[0, PIECE_ADDRESS], pieces[0, PIECE_BYTES])
+    i = 0
+    while i < n:
+        j = i + 1
+        while j < n and pieces[j, PIECE_CHUNK] == pieces[i, PIECE_CHUNK]:
+            j += 1
+        if j < n:
+            _prefetch(pieces[j, PIECE_ADDRESS], pieces[j, PIECE_BYTES])
+        code = _read_chunk(part, decoder, cache, pieces, i, j, kind, out, width)
+        if code != OK:
+            number = pieces[i, PIECE_CHUNK] // part[PART_PER_SHARD]
+            fault[0], fault[1] = number, pieces[i, PIECE_CHUNK] - number * part[PART_PER_SHARD]
+            return code
+        i = j
+    return OK
+
+
+@inner
+def _plan_pieces(part: Any, at: Any, order: Any, starts: Any, lengths: Any, offsets: Any, pieces: Any, fault: Any) -> int:
+    """The next pieces of the batch.  `at`: row of the order and values of it that are planned, shard met last, pieces made."""
+    chunk, per_shard = part[PART_CHUNK], part[PART_PER_SHARD]
+    k, done, shard, n = at[0], at[1], at[2], np.int64(0)
+    while k < len(order) and n < PIECES:
+        r = order[k]
+        if done == lengths[r]:
+            k, done = k + 1, np.int64(0)
+            continue
+        c = (starts[r] + done) // chunk
+        first = starts[r] + done - c * chunk
+        count = min(lengths[r] - done, chunk - first)
+        number = c // per_shard
+        fault[0], fault[1] = number, c - number * per_shard
+        if number != shard:
+            code = _visit(part, number)
+            if code != OK:
+                return code
+            shard = number
+        address, size, code = _find(part, number, c - number * per_shard)
+        if code != OK:
+            return code
+        pieces[n, PIECE_CHUNK], pieces[n, PIECE_FIRST], pieces[n, PIECE_COUNT] = c, first, count
+        pieces[n, PIECE_TARGET], pieces[n, PIECE_ADDRESS], pieces[n, PIECE_BYTES] = offsets[r] + done, address, size
+        n += 1
+        done += count
+    at[0], at[1], at[2], at[3] = k, done, shard, n
+    return OK
+
+
+@inner
+def _blocks_read(decoder: Any) -> int:
+    """Blocks that this thread has read from a disk so far."""
+    _getrusage(np.int32(RUSAGE_THREAD), decoder[DECODER_USAGE])
+    return load64(decoder[DECODER_USAGE] + INBLOCK_OFFSET)
+
+
+@inner
+def _gather(
+    part: Any,
+    decoder: Any,
+    cache: Any,
+    order: Any,
+    starts: Any,
+    lengths: Any,
+    offsets: Any,
+    kind: int,
+    out: int,
+    width: int,
+    fault: Any,
+) -> int:
+    pieces = int64s_at(decoder[DECODER_PIECES], PIECES * PIECE_SIZE).reshape(PIECES, PIECE_SIZE)
+    at = np.zeros(4, np.int64)
+    at[2] = -1
+    while at[0] < len(order):
+        code = _plan_pieces(part, at, order, starts, lengths, offsets, pieces, fault)
+        if code == OK and at[3]:
+            code = _read_pieces(part, decoder, cache, pieces, at[3], kind, out, width, fault)
+        if code != OK:
+            return code
+    return OK
+
+
+@inner
+def advise_rows(part: Any, decoder: Any, order: Any, starts: Any, lengths: Any, offsets: Any, fault: Any) -> int:
+    """Ask the system for the bytes of all the rows' chunks at once, so that a disk sees a deep queue.
+
+    Returns UNMAPPED where a shard has to be mapped first; damage is left for the reading to meet.
+    """
+    pieces = int64s_at(decoder[DECODER_PIECES], PIECES * PIECE_SIZE).reshape(PIECES, PIECE_SIZE)
+    at = np.zeros(4, np.int64)
+    at[2] = -1
+    while at[0] < len(order):
+        code = _plan_pieces(part, at, order, starts, lengths, offsets, pieces, fault)
+        if code != OK:
+            return UNMAPPED if code == UNMAPPED else OK
+        low = high = np.int64(0)
+        for i in range(at[3]):
+            address, stop = pieces[i, PIECE_ADDRESS], pieces[i, PIECE_ADDRESS] + pieces[i, PIECE_BYTES]
+            if address == 0 or (low <= address and stop <= high):
+                continue
+            if low <= address <= high + NEAR_BYTES and high != 0:
+                high = max(high, stop)
+                continue
+            _will_need(low, high)
+            low, high = address, stop
+        _will_need(low, high)
+    return OK
+
+
+@inner
+def _will_need(low: int, high: int) -> None:
+    if high > low:
+        _madvise(low & -PAGE, high - (low & -PAGE), np.int32(MADV_WILLNEED))
+
+
+@inner
+def read_rows(
+    parts: Any,
+    decoders: Any,
+    caches: Any,
+    row: int,
+    nnz: int,
+    order: Any,
+    starts: Any,
+    lengths: Any,
+    offsets: Any,
+    kinds: Any,
+    data: Any,
+    ids: Any,
+    fault: Any,
+) -> int:
+    """Element ranges [start, start + length) of data and indices into two arrays of bytes, from value `offset` on.
+
+    `order` sorts the ranges by start; `kinds` holds, for data and for indices, the OUT_ kind and the bytes of a value.  With a
+    `row` from 0 on its range is looked up first, and put into `starts` and `lengths`.  ``fault[2]`` says which of the three parts
+    an answer is about.
+    """
+    if row >= 0:
+        rows = np.full(1, row, np.int64)
+        fault[2] = 2
+        code = find_rows(parts[2], rows, nnz, starts, lengths, fault)
+        if code != OK:
+            return code
+        if lengths[0] * kinds[0, 1] > len(data) or lengths[0] * kinds[1, 1] > len(ids):
+            return TOO_LONG
+    watched = parts[0, PART_GUARD] and row < 0
+    for p in range(2):
+        fault[2] = p
+        parts[p, PART_CLOCK] += 1
+        before = _blocks_read(decoders[p]) if watched else np.int64(0)
+        out = data.ctypes.data if p == 0 else ids.ctypes.data
+        code = _gather(parts[p], decoders[p], caches[p], order, starts, lengths, offsets, kinds[p, 0], out, kinds[p, 1], fault)
+        if code != OK:
+            return code
+        if watched:
+            parts[p, PART_AHEAD] = _blocks_read(decoders[p]) > before
+    return OK
