@@ -87,7 +87,8 @@ class _Run:
         self.stores = settings.folder.resolve() / "stores"
         self.source = (settings.source or self.stores / f"atlas_{self.grid.cells}.h5ad").resolve()
         self.pythons: dict[str, str] = {OWN: sys.executable}
-        self.broken: dict[str, str] = {}  # environments and stores that are not there, and why
+        self.no_environment: dict[str, str] = {}  # name -> why
+        self.no_store: dict[str, str] = {}
 
     # ---- before the rounds
 
@@ -102,7 +103,7 @@ class _Run:
             try:
                 python = str(self.make_environment(venvs.ENVIRONMENTS[name]))
             except venvs.NoEnvironmentError as error:
-                self.broken[name] = str(error)
+                self.no_environment[name] = str(error)
                 self.say(f"no environment {name}: {error}")
                 continue
             self.pythons[name], self.results.environments[name] = python, venvs.versions(python)
@@ -119,8 +120,8 @@ class _Run:
         self.results.sizes["H5AD, gzip"] = {"everything": self.source.stat().st_size / truth.n_values}
 
     def _make_store(self, store: stores.Store) -> None:
-        if store.environment in self.broken:
-            self.broken[store.name] = self.broken[store.environment]
+        if store.environment in self.no_environment:
+            self.no_store[store.name] = self.no_environment[store.environment]
             return
         self.say(f"store: {store.name}")
         facts = stores.package_hash() if store.environment == OWN else json.dumps(self.results.environments[store.environment])
@@ -130,8 +131,8 @@ class _Run:
 
         figures = stores.make(store, self.stores, self.source, facts, execute)
         if "not measured" in figures:
-            self.broken[store.name] = f"the store {store.name!r} could not be made: {figures['not measured']}"
-            self.say(self.broken[store.name])
+            self.no_store[store.name] = f"the store {store.name!r} could not be made: {figures['not measured']}"
+            self.say(self.no_store[store.name])
             return
         self.results.made[store.name] = figures
         self.results.sizes[store.name] = stores.sizes(store, self.stores, self.truth.n_values)
@@ -228,7 +229,7 @@ class _Run:
         return found
 
     def _why_not(self, environment: str, store: str) -> str:
-        return self.broken.get(environment) or self.broken.get(store) or ""
+        return self.no_environment.get(environment) or self.no_store.get(store) or ""
 
     def _path(self, store: str) -> Path:
         return stores.folder_of(stores.STORES[store], self.stores) if store else self.source

@@ -431,6 +431,13 @@ def checks(grid: Grid) -> tuple[Check, ...]:
     epoch = _parameters(batch=grid.batches[0], seconds=0.0, check=True)
     some: list[tuple[str, str, dict[str, Any], str, str]] = [
         ("memory map", "benchmarks.references.memory_map", {"threads": 2}, OWN, "memory map"),
+        (
+            "ours, anndata's Zarr store",
+            "benchmarks.ours.reading",
+            {"task": "read_rows", "threads": 2},
+            OWN,
+            "anndata zarr",
+        ),
         *(
             (f"ours, {profile}", "benchmarks.ours.reading", {"task": "read_rows", "threads": 2}, OWN, profile)
             for profile in PROFILES
