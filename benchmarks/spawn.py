@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,9 +48,11 @@ def run_process(command: Command) -> dict[str, Any]:
     try:
         out, err = process.communicate(timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
+        _end(process)
         return {"not measured": f"took more than {TIMEOUT_SECONDS} s"}
+    except BaseException:  # this process is asked to stop: nothing that it started goes on
+        _end(process)
+        raise
     finally:
         peak.stop()
     if process.returncode:
@@ -61,6 +66,13 @@ def run_process(command: Command) -> dict[str, Any]:
     if "s" in figures and "not measured" not in figures and ("out" in command.parameters or MEMORY_FIGURE in figures):
         figures[MEMORY_FIGURE] = max(figures.get(MEMORY_FIGURE, 0.0), peak.highest_mb)
     return figures
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process and its children, which are a session of their own."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 class _MemoryWatch:

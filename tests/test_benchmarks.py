@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,19 @@ def test_a_process_answers_or_says_why_not() -> None:
     assert "not measured" in found
     missing = run_process(Command(python=sys.executable, module="benchmarks.no_such_module"))
     assert "No module named benchmarks.no_such_module" in missing["not measured"]
+
+
+def test_a_process_that_takes_too_long_ends_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import spawn
+
+    monkeypatch.setattr(spawn, "TIMEOUT_SECONDS", 1.5)
+    script = tmp_path / "endless.py"
+    child = "import pathlib, sys, time; time.sleep(3); pathlib.Path(sys.argv[1]).touch()"
+    script.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}, sys.argv[1]])\n")
+    line = (str(script), str(tmp_path / "the child went on"))
+    assert "took more than" in run_process(Command(python=sys.executable, arguments=line))["not measured"]
+    time.sleep(2.5)
+    assert not Path(line[1]).exists()
 
 
 @linux

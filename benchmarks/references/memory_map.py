@@ -49,9 +49,10 @@ def _bounds(indptr: Any, rows: Any, offsets: Any) -> None:
 
 
 @nb.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _gather(values: Any, ids: Any, indptr: Any, rows: Any, offsets: Any, first: int, stop: int, data: Any, indices: Any) -> None:
-    """Rows `first` to `stop` of the batch."""
-    for k in range(first, stop):
+def _gather(values: Any, ids: Any, indptr: Any, rows: Any, offsets: Any, order: Any, data: Any, indices: Any) -> None:
+    """The batch's rows that `order` lists, each to its place."""
+    for q in range(len(order)):
+        k = order[q]
         start, at = indptr[rows[k]], offsets[k]
         for j in range(offsets[k + 1] - at):
             data[at + j] = values[start + j]
@@ -60,7 +61,11 @@ def _gather(values: Any, ids: Any, indptr: Any, rows: Any, offsets: Any, first: 
 
 
 def open_maps(path: str, threads: int) -> Callable[[Any], tuple[Any, Any]]:
-    """A reader over the maps; several threads each take a run of rows that holds an equal share of the batch's values."""
+    """A reader over the maps.
+
+    Rows are gathered in the order they lie in, which was never slower and on two threads faster than the order asked for; several
+    threads each take an equal share of the batch's values.
+    """
     folder = Path(path)
     ids_dtype = json.loads((folder / "dtypes.json").read_text())["ids"]
     values = np.memmap(folder / "data", "f4", mode="r")
@@ -73,17 +78,18 @@ def open_maps(path: str, threads: int) -> Callable[[Any], tuple[Any, Any]]:
         offsets = np.empty(len(rows) + 1, np.int64)
         _bounds(maps[2], rows, offsets)
         data, indices = np.empty(offsets[-1], np.float32), np.empty(offsets[-1], np.int32)
+        order = np.argsort(rows)
         if pool is None:
-            _gather(*maps, rows, offsets, 0, len(rows), data, indices)
+            _gather(*maps, rows, offsets, order, data, indices)
         else:
-            cuts = np.searchsorted(offsets, np.linspace(0, offsets[-1], threads + 1)[1:-1])
-            edges = [0, *cuts.tolist(), len(rows)]
+            ends = np.cumsum(np.diff(offsets)[order])
+            shares = np.split(order, np.searchsorted(ends, np.linspace(0, ends[-1], threads + 1)[1:-1]))
 
-            def gather(share: int) -> None:
-                _gather(*maps, rows, offsets, edges[share], edges[share + 1], data, indices)
+            def gather(share: Any) -> None:
+                _gather(*maps, rows, offsets, share, data, indices)
 
-            others = [pool.submit(gather, share) for share in range(1, threads)]
-            gather(0)
+            others = [pool.submit(gather, share) for share in shares[1:]]
+            gather(shares[0])
             for other in others:
                 other.result()
         return data, indices
