@@ -126,7 +126,7 @@ def _parameters(**named: Any) -> tuple[tuple[str, Any], ...]:
 
 
 def _rows(grid: Grid, batch: int, **named: Any) -> tuple[tuple[str, Any], ...]:
-    return _parameters(rows=grid.rows, batch=batch, seconds=grid.seconds, passes=grid.passes, **named)
+    return _parameters(**{"rows": grid.rows, "batch": batch, "seconds": grid.seconds, "passes": grid.passes, **named})
 
 
 def _random(grid: Grid) -> list[Case]:
@@ -182,7 +182,7 @@ def _other_readers(grid: Grid) -> list[Case]:
             name=f"{name}, batches of {batch}",
             section=section,
             module=module,
-            parameters=_rows(grid, batch, **named),
+            parameters=_rows(grid, batch, passes=1, **named),
             environment=environment,
             store=store,
         )

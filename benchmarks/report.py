@@ -22,7 +22,6 @@ CACHE_WORDS = {
     "limited": "limited: dropped first, and the process may use half of the memory map's bytes",
     "none": "not stated",
 }
-PLOTTED_ACROSS = 10.0
 
 
 def write(results: Results, settings: Settings) -> str:
@@ -195,7 +194,8 @@ def plot(results: Results, folder: Path) -> list[Path]:
         if not some:
             continue
         figure_name = next(iter(some[0][1]))
-        bars = [(case.name, figures[figure_name]) for case, figures in some if figure_name in figures]
+        some_with = [(case, figures) for case, figures in some if figure_name in figures]
+        bars = [(case.name, figures[figure_name]) for case, figures in some_with]
         picture = Figure(figsize=(10, 1.2 + 0.36 * len(bars)), layout="constrained")
         axes = picture.add_subplot()
         medians = [summary.median for _, summary in bars]
@@ -203,14 +203,12 @@ def plot(results: Results, folder: Path) -> list[Path]:
             [summary.median - summary.lowest for _, summary in bars],
             [summary.highest - summary.median for _, summary in bars],
         ]
-        ours = [bool(summary.ratios) for _, summary in bars]
-        axes.barh(
-            range(len(bars)), medians, xerr=spread, color=["#2b6cb0" if mine else "#a0aec0" for mine in ours], ecolor="#4a5568"
-        )
+        colours = ["#2b6cb0" if case.module.startswith("benchmarks.ours") else "#a0aec0" for case, _ in some_with]
+        drawn = axes.barh(range(len(bars)), medians, xerr=spread, color=colours, ecolor="#4a5568")
+        axes.bar_label(drawn, [_number(median) for median in medians], padding=6)
+        axes.margins(x=0.12)
         axes.set_yticks(range(len(bars)), [name for name, _ in bars])
         axes.invert_yaxis()
-        if min(medians) > 0 and max(medians) > PLOTTED_ACROSS * min(medians):
-            axes.set_xscale("log")
         better = "more" if more_is_better(figure_name) else "less"
         axes.set_xlabel(f"{figure_name} (median, lowest to highest; {better} is better)")
         axes.set_title(title)
