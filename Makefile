@@ -47,4 +47,4 @@ $(DEMO_VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV312) $(DEMO_VENV) .demo
+	rm -rf $(VENV) $(VENV312) $(DEMO_VENV) .demo benchmarks/.envs

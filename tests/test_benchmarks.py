@@ -1,17 +1,35 @@
-"""The benchmark runs at toy size, and its atlas looks like the real cells it was drawn from."""
+"""The benchmark: its plan is pure, its toy run measures everything that this environment can, and nothing is hidden."""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import json
+import re
+import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
 import pytest
 
+from benchmarks import caches, stores, venvs
+from benchmarks.__main__ import main
 from benchmarks.atlas import make_atlas
-from benchmarks.core import Settings, run
+from benchmarks.execution import Results, Settings, run_all
+from benchmarks.plan import Case, Grid, cases, checks, more_is_better, rotated, selected, summarise
+from benchmarks.process import Tally, drawn_rows, pace
+from benchmarks.report import as_json, as_markdown
+from benchmarks.spawn import Command, run_process
+
+ROOT = Path(__file__).parent.parent
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+# ---- data
 
 
 def test_the_atlas_looks_real_and_is_the_same_every_time(tmp_path: Path, real_anndata: ad.AnnData) -> None:
@@ -26,12 +44,367 @@ def test_the_atlas_looks_real_and_is_the_same_every_time(tmp_path: Path, real_an
     assert 0.6 < ratio < 1.4
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_benchmark_runs_at_toy_size(tmp_path: Path) -> None:
-    results = run(Settings(cells=200, rounds=1, threads=(1,), batches=(16,), sampled_rows=64, folder=tmp_path))
-    written = json.loads((tmp_path / "core.json").read_text())
-    assert written["medians"] == results["medians"]
-    assert written["medians"]["read_rows(16), 1 threads, fast [rows/s]"] > 0
-    assert written["machine"]["packages"]["scdl-zarr"]
-    assert written["settings"]["cache"] == "warm"
-    assert set(written["bytes per stored value"]) == {"fast", "compact", "archive"}
+def test_the_truth_counts_repeated_rows_as_often_as_they_are_drawn(
+    tmp_path: Path, real_h5ad: Path, real_anndata: ad.AnnData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "BLOCK_VALUES", 5000)  # several blocks, some of one row
+    found = stores.truth(real_h5ad, rows=2000)
+    batch = real_anndata.X[drawn_rows(real_anndata.n_obs, 2000)]
+    for expected, matrix in ((found.every_row, real_anndata.X), (found.drawn, batch)):
+        tally = Tally()
+        tally.add(matrix.data, matrix.indices)
+        assert tally.figures() == expected
+
+
+# ---- the plan
+
+
+def test_the_grid_is_frozen_and_its_names_are_keys() -> None:
+    grid = Grid()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        grid.rounds = 1  # type: ignore[misc]
+    found = cases(grid)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found[0].name = "another"  # type: ignore[misc]
+    names = [case.name for case in found]
+    assert len(set(names)) == len(names)
+    assert {other for case in found for other in case.against} <= set(names)
+    assert names == [case.name for case in cases(Grid.toy())], "a toy run runs the same cases"
+    assert {case.store for case in found} - {""} == set(stores.STORES)
+    assert {case.environment for case in found} == {"own", *venvs.ENVIRONMENTS}
+    json.dumps([dict(case.parameters) for case in found])
+
+
+def test_everything_that_is_measured_is_checked_or_only_timed() -> None:
+    """A reader whose sums nobody compares could be fast by reading something else."""
+    compared = {(check.module, check.store) for check in checks(Grid())}
+    reading = {(case.module, case.store) for case in cases(Grid()) if {"batch", "rows"} <= dict(case.parameters).keys()}
+    assert reading <= compared
+
+
+def test_rotation_keeps_every_case_and_moves_each() -> None:
+    found = cases(Grid())
+    orders = [rotated(found, number, 3) for number in range(3)]
+    for order in orders:
+        assert sorted(case.name for case in order) == sorted(case.name for case in found)
+    for case in found:
+        assert len({order.index(case) for order in orders}) == 3
+    assert rotated((), 1, 3) == ()
+
+
+def test_selection_brings_along_what_a_case_is_compared_with() -> None:
+    found = {case.name for case in selected(cases(Grid()), "convert, 1 worker*")}
+    assert "bare inflate of the HDF5 chunks, 1 thread" in found
+    assert "bare inflate of the HDF5 chunks, 2 threads" not in found
+    assert selected(cases(Grid()), None) == cases(Grid())
+    assert selected(cases(Grid()), "no such case") == ()
+
+
+def a_case(name: str, *against: str, module: str = "benchmarks.ours.reading") -> Case:
+    return Case(name=name, section="s", module=module, parameters=(), against=against)
+
+
+def test_ratios_say_how_many_times_better_round_by_round() -> None:
+    rounds = [
+        {"ours": {"rows/s": 30.0, "s": 2.0, "s, first": 1.0}, "theirs": {"rows/s": 10.0, "s": 8.0}},
+        {"ours": {"rows/s": 10.0, "s": 2.0}, "theirs": {"rows/s": 20.0, "s": 2.0}},
+        {"ours": {"rows/s": 20.0}},  # theirs failed in this round
+    ]
+    summary = summarise((a_case("ours", "theirs"), a_case("theirs")), rounds)
+    rate = summary["ours"]["rows/s"]
+    assert (rate.median, rate.lowest, rate.highest) == (20.0, 10.0, 30.0)
+    assert rate.ratios == {"theirs": (3.0, 0.5)}
+    assert rate.ratio("theirs") == 1.75
+    assert summary["ours"]["s"].ratios == {"theirs": (4.0, 1.0)}
+    assert summary["ours"]["s, first"].ratios == {}
+    assert summarise((a_case("ours"),), []) == {}
+
+
+def test_which_figures_are_better_when_higher() -> None:
+    assert [more_is_better(figure) for figure in ("rows/s", "rows/s, first pass", "values/s")] == [True] * 3
+    assert [more_is_better(figure) for figure in ("s", "ms, first row", "MB peak", "µs a row")] == [False] * 4
+
+
+def test_pace_stops_only_at_whole_windows() -> None:
+    taken = []
+
+    def batches() -> Any:
+        for k in range(12):
+            taken.append(k)
+            yield 2
+
+    assert pace(batches(), seconds=0.0, window=8) > 0
+    assert len(taken) == 4
+
+
+# ---- environments
+
+
+def test_an_environment_is_made_again_only_when_its_recipe_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = venvs.ENVIRONMENTS["scdl"]
+    stamp = venvs.stamp(recipe, b"a==1")
+    assert stamp == venvs.stamp(recipe, b"a==1")
+    others = [
+        venvs.stamp(recipe, b"a==2"),
+        venvs.stamp(dataclasses.replace(recipe, pythons=("3.13",)), b"a==1"),
+        venvs.stamp(dataclasses.replace(recipe, first=()), b"a==1"),
+        venvs.stamp(venvs.ENVIRONMENTS["scdataset"], b"a==1"),
+    ]
+    assert len({stamp, *others}) == 5
+
+    python = tmp_path / "scdl" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    (tmp_path / "scdl" / venvs.STAMP).write_text(venvs.stamp(recipe, recipe.requirements.read_bytes()))
+    monkeypatch.setattr(venvs, "_call", lambda command: pytest.fail(f"{command} for an environment that is there"))
+    assert venvs.make(recipe, tmp_path) == python
+    (tmp_path / "scdl" / venvs.STAMP).write_text("of an older recipe")
+    monkeypatch.setattr(venvs, "find_python", lambda _: None)
+    with pytest.raises(venvs.NoEnvironmentError, match=r"no Python 3\.11"):
+        venvs.make(recipe, tmp_path)
+
+
+def test_this_python_is_found() -> None:
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert venvs.find_python(("0.1", here)) == sys.executable
+    assert venvs.find_python(("0.1",)) is None
+
+
+def test_requirements_are_exact_and_torch_is_where_it_is_installed_first() -> None:
+    for environment in venvs.ENVIRONMENTS.values():
+        lines = [line for line in environment.requirements.read_text().splitlines() if not line.startswith("#")]
+        assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines), environment.name
+        assert tuple(line for line in lines if line.startswith("torch==")) == environment.first
+        assert not environment.first or environment.pythons == ("3.11",)
+
+
+def test_peers_know_nothing_of_us() -> None:
+    """They run where scdl_zarr is not installed, and import their own packages only when they measure."""
+    for path in (*(ROOT / "benchmarks" / "peers").glob("*.py"), ROOT / "benchmarks" / "process.py"):
+        tree = ast.parse(path.read_text())
+        names = {
+            name
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        }
+        assert not [name for name in names if name.startswith("scdl_zarr")], path
+        top = {
+            (node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
+            for node in tree.body
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+        }
+        assert all(name == "benchmarks.process" or name.split(".")[0] in sys.stdlib_module_names for name in top), path
+
+
+# ---- cache states
+
+
+V1 = "30 25 0:26 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
+V2 = "30 25 0:26 / /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw"
+
+
+@pytest.mark.parametrize(
+    ("mountinfo", "membership", "expected"),
+    [
+        (V1, "4:memory:/user/session\n0::/", "/sys/fs/cgroup/memory/user/session"),
+        (V1.replace("0:26 /", "0:26 /docker/abc"), "4:cpu,memory:/docker/abc", "/sys/fs/cgroup/memory"),
+        (V2, "0::/user.slice/run.scope", "/sys/fs/cgroup/user.slice"),
+        (V2, "0::/", "/sys/fs/cgroup"),
+    ],
+)
+def test_where_a_memory_limit_can_be_set(mountinfo: str, membership: str, expected: str) -> None:
+    assert [str(place.parent) for place in caches.group_places(mountinfo, membership)] == [expected]
+
+
+def test_a_machine_without_control_groups_says_so() -> None:
+    assert caches.group_places("22 1 0:5 / /proc rw - proc proc rw", "0::/") == []
+    with pytest.raises(caches.CannotError, match="no memory control group"), caches.limited(1, []):
+        pass
+
+
+def test_a_group_is_limited_and_removed(tmp_path: Path) -> None:
+    with (
+        pytest.raises(caches.CannotError, match="cannot be set"),
+        caches.limited(1, [caches.Group(tmp_path / "nowhere", ("memory.max",))]),
+    ):
+        pass
+    try:
+        with caches.limited(200_000_000) as group:
+            line = Command(python=sys.executable, module="json", group=group).line()
+            inside = [*line[:4], "cat", "/proc/self/cgroup"]
+            found = subprocess.run(inside, capture_output=True, text=True, check=True).stdout
+            assert group.parent.name in found
+    except caches.CannotError as error:
+        pytest.skip(str(error))
+    assert not group.parent.exists()
+
+
+@linux
+def test_files_are_warmed_and_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caches, "DROP_CACHES", tmp_path / "not there")  # a test leaves the machine's cache alone
+    file = tmp_path / "data"
+    file.write_bytes(b"\1" * 1_000_000)
+    (tmp_path / "empty").touch()
+    files = stores.files_of(tmp_path)
+    caches.warm(files)
+    assert caches.resident_share(files) == 1.0
+    try:
+        assert caches.drop(files) <= caches.DROPPED
+    except caches.CannotError as error:
+        pytest.skip(str(error))  # files that live in memory, such as tmpfs
+    assert caches.resident_share(files) <= caches.DROPPED
+
+
+# ---- processes
+
+
+def test_a_process_answers_or_says_why_not() -> None:
+    found = run_process(Command(python=sys.executable, module="benchmarks.ours.opening", parameters={"task": "nothing"}))
+    assert "not measured" in found
+    missing = run_process(Command(python=sys.executable, module="benchmarks.no_such_module"))
+    assert "No module named benchmarks.no_such_module" in missing["not measured"]
+
+
+def test_a_process_that_takes_too_long_ends_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import spawn
+
+    monkeypatch.setattr(spawn, "TIMEOUT_SECONDS", 1.5)
+    script = tmp_path / "endless.py"
+    child = "import pathlib, sys, time; time.sleep(3); pathlib.Path(sys.argv[1]).touch()"
+    script.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}, sys.argv[1]])\n")
+    line = (str(script), str(tmp_path / "the child went on"))
+    assert "took more than" in run_process(Command(python=sys.executable, arguments=line))["not measured"]
+    time.sleep(2.5)
+    assert not Path(line[1]).exists()
+
+
+@linux
+def test_memory_of_children_counts(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    child = "import time; held = bytearray(150_000_000); time.sleep(1)"
+    script.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])\nprint(1)\n")
+    from benchmarks import spawn
+
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.DEVNULL)
+    watch = spawn._MemoryWatch(process.pid)
+    process.wait()
+    watch.stop()
+    assert watch.highest_mb > 150
+
+
+def test_scripts_beside_run_in_the_same_rounds(tmp_path: Path, real_h5ad: Path) -> None:
+    reader, converter = tmp_path / "reader.py", tmp_path / "converter.py"
+    reader.write_text("print('threads 1 batch 64: 75,000 random rows/s')\nprint('done')\n")
+    converter.write_text("import sys, pathlib\npathlib.Path(sys.argv[2]).mkdir()\nint(sys.argv[3])\n")
+    settings = Settings(
+        grid=dataclasses.replace(Grid.toy(), threads=(1,), batches=(64,)),
+        folder=tmp_path,
+        source=real_h5ad,
+        only="beside",
+        beside_convert=converter,
+        beside_read=reader,
+    )
+    results = run_all(settings, make_environment=_none, say=_silent)
+    assert results.rounds[0]["random rows, beside"] == {"rows/s, threads 1 batch 64": 75_000.0}
+    assert results.rounds[0]["convert, beside, 1 threads"]["s"] > 0
+    assert not (tmp_path / "stores" / "beside.zarr").exists()
+
+
+def _none(environment: venvs.Environment) -> Path:
+    raise venvs.NoEnvironmentError(f"no {environment.name} in a test")
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def test_a_reader_that_reads_something_else_is_not_measured(tmp_path: Path, real_h5ad: Path) -> None:
+    def execute(command: Command) -> dict[str, Any]:
+        if "out" in command.parameters:
+            Path(command.parameters["out"]).mkdir()
+            return {"s": 1.0}
+        return {"values": 1, "sum": 2.0, "ids": 3} if "check" in command.parameters else {"rows/s": 1e9}
+
+    settings = Settings(grid=Grid.toy(), folder=tmp_path, source=real_h5ad, only="memory map, batches of 64, 1 thread")
+    results = run_all(settings, execute=execute, make_environment=_none, say=_silent)
+    (why,) = results.unmeasured.values()
+    assert why.startswith("reads {'values': 1")
+    assert results.rounds == [{}]
+
+
+# ---- a whole toy run
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    command = [sys.executable, "-m", "tests.benchmark_driver", str(folder), "200"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@linux
+def test_a_toy_run_measures_every_case_that_it_can(toy_run: Path) -> None:
+    written = json.loads((toy_run / "results.json").read_text())
+    absent = {case.name for case in cases(Grid.toy()) if case.environment in ("annbatch", "scdataset") or case.cache == "limited"}
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        absent |= {case.name for case in cases(Grid.toy()) if case.name.startswith(("DataLoader", "data[i], chunk"))}
+    optional = {"read_rows, anndata's Zarr store, batches of 64", "get_row(i), chunk in the cache", "data[i], chunk in the cache"}
+    assert absent <= written["not measured"].keys() <= absent | optional, written["not measured"]
+    for name, case in written["cases"].items():
+        assert (name in written["not measured"]) is not bool(case["figures"]), name
+        assert all(figure["lowest"] > 0 for unit, figure in case["figures"].items() if unit != "MB"), name
+    ratios = written["cases"]["read_rows(64), 1 thread, fast"]["figures"]["rows/s"]["ratios"]
+    assert list(ratios) == ["memory map, batches of 64, 1 thread"]
+    assert written["cases"]["read_rows(64), fast, cache dropped"]["cache"] == "dropped"
+
+
+@linux
+def test_a_toy_run_checks_what_it_measures_and_says_where(toy_run: Path) -> None:
+    written = json.loads((toy_run / "results.json").read_text())
+    said = written["checked"]
+    assert said.pop("annbatch") == "not checked: no annbatch today"
+    assert said.pop("scDataset") == "not checked: no scdataset today"
+    assert said.pop("ours, anndata's Zarr store").startswith(("agrees", "not checked: NotAStoreError"))
+    if "torch" not in written["environments"]["own"]:
+        del said["ours, DataLoader"]
+    assert set(said.values()) == {"agrees with the source"}
+    assert written["machine"]["cores"] >= 1
+    assert written["environments"]["scdl"] == {"a-peer": "1.0"}
+    assert written["environments"]["own"]["numpy"] == np.__version__
+    assert written["settings"]["interleaved"] is True
+    assert written["commit"]
+    sizes = written["bytes per stored value"]
+    assert sizes["archive"]["values and ids"] < sizes["compact"]["values and ids"] < sizes["fast"]["values and ids"]
+    assert sizes["memory map"]["values and ids"] == 6.0
+
+
+@linux
+def test_a_toy_run_writes_tables_and_plots(toy_run: Path) -> None:
+    text = (toy_run / "results.md").read_text()
+    assert "## Not measured" in text
+    assert "no annbatch today" in text
+    assert len(list(toy_run.glob("*.png"))) >= 8
+
+
+def test_what_we_lose_at_has_its_own_section() -> None:
+    found = (a_case("ours", "theirs", "other profile"), a_case("theirs", module="benchmarks.peers.scdl"), a_case("other profile"))
+    rounds = [{"ours": {"rows/s": 2.0}, "theirs": {"rows/s": 4.0}, "other profile": {"rows/s": 3.0}}]
+    results = Results(cases=found, rounds=rounds, unmeasured={"x": "because"}, source={"rows": 1, "stored values": 2})
+    text = as_markdown(results, as_json(results, Settings(grid=Grid.toy())))
+    lost = text.split("## What we lose at")[1]
+    others, own = lost.split("## Profiles and threads")
+    assert "| **0.50** | ours | rows/s | theirs |" in others
+    assert "| **0.67** | ours | rows/s | other profile |" in own
+    assert "| x | because |" in text
+
+
+def test_the_command_line_lists_cases(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--list", "--only", "cache dropped"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all("[own, dropped]" in line for line in lines)

@@ -1,0 +1,1 @@
+"""What scdl-zarr does, one module a kind of case."""

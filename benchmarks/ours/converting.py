@@ -1,0 +1,30 @@
+"""Converting an H5AD into a store of ours."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+import scdl_zarr
+from benchmarks.process import Figures, Params, answer, peak_mb
+
+__all__ = ["measure"]
+
+
+def measure(params: Params) -> Figures:
+    """Seconds from the call to the committed store (its files synced), and the most memory held."""
+    shutil.rmtree(params["out"], ignore_errors=True)
+    began = time.perf_counter()
+    scdl_zarr.convert(
+        params["source"],
+        params["out"],
+        workers=params["threads"],
+        profile=params.get("profile", "fast"),
+        width=params.get("width", "auto"),
+        progress=False,
+    )
+    return {"s": time.perf_counter() - began, "MB peak": peak_mb()}
+
+
+if __name__ == "__main__":
+    answer(measure)

@@ -1,0 +1,121 @@
+"""BioNeMo-SCDL: converting, its DataLoader, single rows, opening.
+
+Its defaults are used, as its documentation does: float32 values, the smallest unsigned integers for ids, all memory-mapped, and a
+``DataLoader`` with its own collate function.  Its narrower values, uint16, are measured too: that is how it was fastest
+(https://github.com/NVIDIA-BioNeMo/bionemo-recipes/pull/1244).  Its script converts with four threads, its default
+(https://nvidia.github.io/bionemo-framework/main/references/API_reference/bionemo/scdl/scripts/convert_h5ad_to_scdl).  The atlas
+has no ``raw``, so X is read.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.process import Figures, Params, Tally, answer, pace, peak_mb, resident_mb, single_rows
+
+__all__ = ["measure"]
+
+
+def measure(params: Params) -> Figures:
+    """The task that `params` names."""
+    tasks = {
+        "constructor": constructor,
+        "script": script,
+        "loader": loader,
+        "one_row": one_row,
+        "open": opening,
+    }
+    return tasks[params["task"]](params)
+
+
+def constructor(params: Params) -> Figures:
+    """``SingleCellMemMapDataset(out, h5ad_path=...)``; ``dtype`` asks for narrower values."""
+    from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
+
+    shutil.rmtree(params["out"], ignore_errors=True)
+    began = time.perf_counter()
+    SingleCellMemMapDataset(params["out"], h5ad_path=params["source"], use_X_not_raw=True, data_dtype=params.get("dtype"))
+    return {"s": time.perf_counter() - began, "MB peak": peak_mb()}
+
+
+def script(params: Params) -> Figures:
+    """``convert_h5ad_to_scdl``, its command line, started as a user would; it converts a folder of H5AD files."""
+    out = Path(params["out"])
+    shutil.rmtree(out, ignore_errors=True)
+    folder = out.with_name(f"{out.name}.source")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "atlas.h5ad").symlink_to(Path(params["source"]).resolve())
+    program = Path(sys.executable).with_name("convert_h5ad_to_scdl")
+    command = [str(program), "--data-path", str(folder), "--save-path", str(out), "--use-X-not-raw"]
+    environment = {**os.environ, "TMPDIR": str(out.parent.resolve())}  # it works in TMPDIR and moves: same disk, no second copy
+    began = time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    took = time.perf_counter() - began
+    shutil.rmtree(folder)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return {"s": took}
+
+
+def _open(params: Params) -> Any:
+    from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
+
+    return SingleCellMemMapDataset(params["store"])
+
+
+def loader(params: Params) -> Figures:
+    """A torch ``DataLoader`` with its collate function, in this process."""
+    import torch
+    from bionemo.scdl.util.torch_dataloader_utils import collate_sparse_matrix_batch
+    from torch.utils.data import DataLoader
+
+    torch.manual_seed(0)
+    batches = DataLoader(
+        _open(params), batch_size=params["batch"], shuffle=True, collate_fn=collate_sparse_matrix_batch, num_workers=0
+    )
+    if params.get("check"):
+        tally = Tally()
+        for batch in batches:
+            tally.add(batch.values().numpy(), batch.col_indices().numpy())
+        return tally.figures()
+    pace((batch.shape[0] for batch in batches), seconds=params["seconds"] / 10)
+    return {"rows/s": pace((batch.shape[0] for batch in batches), seconds=params["seconds"])}
+
+
+def one_row(params: Params) -> Figures:
+    """``get_row(i)`` or ``ds[i]``, its values summed."""
+    data = _open(params)
+    if params["call"] == "get_row":
+
+        def summed(row: int) -> float:
+            return float(data.get_row(row)[0][0].sum())
+
+    else:
+
+        def summed(row: int) -> float:
+            return float(data[row][0].sum())
+
+    return single_rows(summed, len(data), params)
+
+
+def opening(params: Params) -> Figures:
+    """Milliseconds and megabytes to open, and to have the first row; its modules are loaded before."""
+    from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
+
+    before = resident_mb()
+    began = time.perf_counter()
+    data = SingleCellMemMapDataset(params["store"])
+    opened, held = time.perf_counter() - began, resident_mb() - before
+    data.get_row(0)
+    return {"ms": 1e3 * opened, "MB": held, "ms, first row": 1e3 * (time.perf_counter() - began)}
+
+
+if __name__ == "__main__":
+    answer(measure)

@@ -1,0 +1,522 @@
+"""What is measured: a frozen grid of cases, the order they run in, and what the figures of several rounds say.  Pure.
+
+::
+
+    Grid -> cases() -> rotated() per round -> {case: {figure: value}} per round -> summarise()
+
+A case is one process: a module, its parameters, the environment that runs it, the cache state it is run in, and the cases of the
+same round that it is compared with.  A ratio above 1 always means "better than that one": rates are divided by the reference's,
+times and sizes the other way round.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["Case", "Check", "Grid", "Summary", "cases", "checks", "more_is_better", "rotated", "selected", "summarise"]
+
+Cache = Literal["warm", "dropped", "limited", "none"]
+Round = Mapping[str, Mapping[str, float]]
+
+CHECKED_ROWS = 2048
+PROFILES = ("fast", "compact", "archive", "narrow")
+SCDL, ANNBATCH, SCDATASET, CURRENT, OWN = "scdl", "annbatch", "scdataset", "current", "own"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """How much of everything."""
+
+    cells: int = 100_000
+    rounds: int = 5
+    rows: int = 16_384
+    single_rows: int = 4_096
+    passes: int = 3
+    seconds: float = 5.0
+    limited_seconds: float = 10.0
+    threads: tuple[int, ...] = (1, 2)
+    batches: tuple[int, ...] = (64, 1024)
+
+    @classmethod
+    def toy(cls) -> Grid:
+        """Everything once, in a moment: it shows that the cases run, not how fast they are."""
+        return cls(cells=300, rounds=1, rows=128, single_rows=32, passes=1, seconds=0.2, limited_seconds=0.2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One measured process."""
+
+    name: str
+    section: str
+    module: str
+    parameters: tuple[tuple[str, Any], ...]
+    environment: str = OWN
+    store: str = ""  # name of the store that it reads, see benchmarks/stores.py; "" reads the source
+    cache: Cache = "warm"
+    against: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A reader whose sums are compared with the source's."""
+
+    name: str
+    module: str
+    parameters: tuple[tuple[str, Any], ...]
+    environment: str
+    store: str
+    every_row: bool  # an epoch; otherwise the rows drawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """One figure of one case over all rounds."""
+
+    median: float
+    lowest: float
+    highest: float
+    values: tuple[float, ...]
+    ratios: Mapping[str, tuple[float, ...]]  # reference -> the ratio in each round that has both
+
+    def ratio(self, reference: str) -> float:
+        """Median of the rounds' ratios."""
+        return statistics.median(self.ratios[reference])
+
+
+def cases(grid: Grid) -> tuple[Case, ...]:
+    """Every case of the grid."""
+    found = (
+        *_random(grid),
+        *_other_readers(grid),
+        *_cold(grid),
+        *_training(grid),
+        *_single(grid),
+        *_in_order(grid),
+        *_conversion(grid),
+        *_opening(),
+    )
+    names = [case.name for case in found]
+    assert len(set(names)) == len(names)
+    assert {reference for case in found for reference in case.against} <= set(names)
+    return found
+
+
+def threads_text(threads: int) -> str:
+    """As it stands in names."""
+    return f"{threads} thread{'s' if threads > 1 else ''}"
+
+
+def ours_name(batch: int, threads: int, profile: str = "fast") -> str:
+    """Name of a case that reads random rows from a store of ours."""
+    return f"read_rows({batch}), {threads_text(threads)}, {profile}"
+
+
+def map_name(batch: int, threads: int) -> str:
+    """Name of the memory map's case."""
+    return f"memory map, batches of {batch}, {threads_text(threads)}"
+
+
+def _parameters(**named: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(named.items())
+
+
+def _rows(grid: Grid, batch: int, **named: Any) -> tuple[tuple[str, Any], ...]:
+    return _parameters(**{"rows": grid.rows, "batch": batch, "seconds": grid.seconds, "passes": grid.passes, **named})
+
+
+def _random(grid: Grid) -> list[Case]:
+    found = []
+    section = "Random rows, warm"
+    for batch in grid.batches:
+        for threads in grid.threads:
+            found.append(
+                Case(
+                    name=map_name(batch, threads),
+                    section=section,
+                    module="benchmarks.references.memory_map",
+                    parameters=_rows(grid, batch, threads=threads),
+                    store="memory map",
+                )
+            )
+            for profile in PROFILES:
+                against = [map_name(batch, threads)]
+                if profile != "fast":
+                    against.append(ours_name(batch, threads))
+                if threads > 1:
+                    against.append(ours_name(batch, 1, profile))
+                found.append(
+                    Case(
+                        name=ours_name(batch, threads, profile),
+                        section=section,
+                        module="benchmarks.ours.reading",
+                        parameters=_rows(grid, batch, task="read_rows", threads=threads),
+                        store=profile,
+                        against=tuple(against),
+                    )
+                )
+    return found
+
+
+def _other_readers(grid: Grid) -> list[Case]:
+    batch, threads = grid.batches[0], grid.threads[-1]
+    section = "Random rows through other readers, warm"
+    readers: list[tuple[str, str, str, str, dict[str, Any]]] = [
+        ("TensorStore on our store", "benchmarks.peers.tensorstore_rows", "fast", CURRENT, {}),
+        ("anndata, backed H5AD", "benchmarks.peers.anndata_rows", "", CURRENT, {"task": "h5ad"}),
+        ("anndata, its own Zarr store, zarrs", "benchmarks.peers.anndata_rows", "anndata zarr", CURRENT, {"task": "zarr"}),
+        (
+            "read_rows, anndata's Zarr store",
+            "benchmarks.ours.reading",
+            "anndata zarr",
+            OWN,
+            {"task": "read_rows", "threads": threads},
+        ),
+    ]
+    found = [
+        Case(
+            name=f"{name}, batches of {batch}",
+            section=section,
+            module=module,
+            parameters=_rows(grid, batch, passes=1, **named),
+            environment=environment,
+            store=store,
+        )
+        for name, module, store, environment, named in readers
+    ]
+    ours = Case(
+        name=f"{ours_name(batch, threads)}, in turn with other readers",
+        section=section,
+        module="benchmarks.ours.reading",
+        parameters=_rows(grid, batch, task="read_rows", threads=threads),
+        store="fast",
+        against=tuple(case.name for case in found),
+    )
+    return [ours, *found]
+
+
+def _cold(grid: Grid) -> list[Case]:
+    batch = grid.batches[0]
+    found = []
+    states: tuple[tuple[Cache, str, float], ...] = (
+        ("dropped", "cache dropped", grid.seconds),
+        ("limited", "memory limited to half of the map", grid.limited_seconds),
+    )
+    for cache, state, seconds in states:
+        reference = f"memory map, batches of {batch}, {state}"
+        common = {"rows": grid.rows, "batch": batch, "seconds": seconds, "passes": 1, "threads": 1}
+        found.append(
+            Case(
+                name=reference,
+                section=f"Random rows, {state}",
+                module="benchmarks.references.memory_map",
+                parameters=_parameters(**common),
+                store="memory map",
+                cache=cache,
+            )
+        )
+        found.append(
+            Case(
+                name=f"read_rows({batch}), fast, {state}",
+                section=f"Random rows, {state}",
+                module="benchmarks.ours.reading",
+                parameters=_parameters(task="read_rows", **common),
+                store="fast",
+                cache=cache,
+                against=(reference,),
+            )
+        )
+    return found
+
+
+def _training(grid: Grid) -> list[Case]:
+    section, batch = "Training: shuffled batches, no workers, warm", grid.batches[0]
+    peers: list[tuple[str, str, str, str, dict[str, Any], int]] = [
+        ("BioNeMo-SCDL, DataLoader", "scdl", SCDL, "scdl", {"task": "loader"}, batch),
+        ("BioNeMo-SCDL with uint16 values, DataLoader", "scdl", SCDL, "scdl uint16", {"task": "loader"}, batch),
+        (
+            "annbatch, 256-row chunks",
+            "annbatch_loader",
+            ANNBATCH,
+            "annbatch",
+            {"task": "load", "chunk_rows": 256, "chunks": 32},
+            batch,
+        ),
+        (
+            "annbatch, 256-row chunks, its published batch",
+            "annbatch_loader",
+            ANNBATCH,
+            "annbatch",
+            {"task": "load", "chunk_rows": 256, "chunks": 32},
+            4096,
+        ),
+        (
+            "annbatch, single rows",
+            "annbatch_loader",
+            ANNBATCH,
+            "annbatch",
+            {"task": "load", "chunk_rows": 1, "chunks": 8192},
+            batch,
+        ),
+        (
+            "scDataset, blocks of 16 rows",
+            "scdataset_loader",
+            SCDATASET,
+            "",
+            {"block_rows": 16, "batches_fetched": 1024},
+            batch,
+        ),
+        (
+            "scDataset, blocks of 1,024 rows",
+            "scdataset_loader",
+            SCDATASET,
+            "",
+            {"block_rows": 1024, "batches_fetched": 1024},
+            batch,
+        ),
+    ]
+    found = [
+        Case(
+            name=f"{name}, batches of {size}",
+            section=section,
+            module=f"benchmarks.peers.{module}",
+            parameters=_parameters(batch=size, seconds=grid.seconds, **named),
+            environment=environment,
+            store=store,
+        )
+        for name, module, environment, store, named, size in peers
+    ]
+    references = tuple(case.name for case in found)
+    ours = [
+        Case(
+            name=f"DataLoader({batch}), {threads_text(threads)}, fast",
+            section=section,
+            module="benchmarks.ours.reading",
+            parameters=_parameters(task="loader", batch=batch, threads=threads, seconds=grid.seconds),
+            store="fast",
+            against=references,
+        )
+        for threads in grid.threads
+    ]
+    return [*ours, *found]
+
+
+def _single(grid: Grid) -> list[Case]:
+    section, found = "One random row, its values summed, warm", []
+    calls = {"get_row": "get_row(i)", "item": "data[i]"}
+    for call, text in calls.items():
+        common = {"task": "one_row", "call": call, "rows": grid.single_rows, "passes": grid.passes}
+        reference = f"{text}, BioNeMo-SCDL"
+        found.append(
+            Case(
+                name=reference,
+                section=section,
+                module="benchmarks.peers.scdl",
+                parameters=_parameters(cached=False, **common),
+                environment=SCDL,
+                store="scdl",
+            )
+        )
+        for cached, state in ((False, "chunk cache off"), (True, "chunk in the cache")):
+            found.append(
+                Case(
+                    name=f"{text}, {state}",
+                    section=section,
+                    module="benchmarks.ours.reading",
+                    parameters=_parameters(cached=cached, **common),
+                    store="fast",
+                    against=(reference,),
+                )
+            )
+    return found
+
+
+def _in_order(grid: Grid) -> list[Case]:
+    section, bare = "All rows in order, warm", "bare loop over libblosc2, 1 thread"
+    found = [
+        Case(
+            name=bare,
+            section=section,
+            module="benchmarks.references.bare_blosc",
+            parameters=_parameters(passes=grid.passes),
+            store="fast",
+        )
+    ]
+    for threads in grid.threads:
+        name = f"every row in order, {threads_text(threads)}, fast"
+        found.append(
+            Case(
+                name=name,
+                section=section,
+                module="benchmarks.ours.reading",
+                parameters=_parameters(task="in_order", threads=threads, passes=grid.passes),
+                store="fast",
+                against=(bare,),
+            )
+        )
+    return found
+
+
+def _conversion(grid: Grid) -> list[Case]:
+    section = "Conversion of the H5AD, warm source"
+    found = [
+        Case(
+            name=f"convert, BioNeMo-SCDL, {text}",
+            section=section,
+            module="benchmarks.peers.scdl",
+            parameters=_parameters(task=task, out="beside scdl"),
+            environment=SCDL,
+        )
+        for task, text in (("script", "convert_h5ad_to_scdl"), ("constructor", "constructor"))
+    ]
+    scdl = tuple(case.name for case in found)
+    for threads in grid.threads:
+        inflate = f"bare inflate of the HDF5 chunks, {threads_text(threads)}"
+        found.append(
+            Case(
+                name=inflate,
+                section=section,
+                module="benchmarks.references.bare_inflate",
+                parameters=_parameters(threads=threads),
+            )
+        )
+        found.append(
+            Case(
+                name=f"convert, {threads} worker{'s' if threads > 1 else ''}, fast",
+                section=section,
+                module="benchmarks.ours.converting",
+                parameters=_parameters(threads=threads, out="converted.zarr"),
+                against=(inflate, *scdl),
+            )
+        )
+    return found
+
+
+def _opening() -> list[Case]:
+    section, scdl = "Importing and opening", "open, BioNeMo-SCDL"
+    return [
+        Case(
+            name=scdl,
+            section=section,
+            module="benchmarks.peers.scdl",
+            parameters=_parameters(task="open"),
+            environment=SCDL,
+            store="scdl",
+        ),
+        Case(
+            name="open, fast",
+            section=section,
+            module="benchmarks.ours.opening",
+            parameters=_parameters(task="open"),
+            store="fast",
+            against=(scdl,),
+        ),
+        Case(
+            name="import scdl_zarr",
+            section=section,
+            module="benchmarks.ours.opening",
+            parameters=_parameters(task="import"),
+            cache="none",
+        ),
+    ]
+
+
+def checks(grid: Grid) -> tuple[Check, ...]:
+    """Every reader that is measured, once per store."""
+    rows = _parameters(rows=min(grid.rows, CHECKED_ROWS), batch=grid.batches[0], seconds=0.0, passes=1, cache="warm", check=True)
+    epoch = _parameters(batch=grid.batches[0], seconds=0.0, check=True)
+    some: list[tuple[str, str, dict[str, Any], str, str]] = [
+        ("memory map", "benchmarks.references.memory_map", {"threads": 2}, OWN, "memory map"),
+        (
+            "ours, anndata's Zarr store",
+            "benchmarks.ours.reading",
+            {"task": "read_rows", "threads": 2},
+            OWN,
+            "anndata zarr",
+        ),
+        *(
+            (f"ours, {profile}", "benchmarks.ours.reading", {"task": "read_rows", "threads": 2}, OWN, profile)
+            for profile in PROFILES
+        ),
+        ("TensorStore", "benchmarks.peers.tensorstore_rows", {}, CURRENT, "fast"),
+        ("anndata, backed H5AD", "benchmarks.peers.anndata_rows", {"task": "h5ad"}, CURRENT, ""),
+        ("anndata, Zarr", "benchmarks.peers.anndata_rows", {"task": "zarr"}, CURRENT, "anndata zarr"),
+    ]
+    every: list[tuple[str, str, dict[str, Any], str, str]] = [
+        ("ours, DataLoader", "benchmarks.ours.reading", {"task": "loader", "threads": 1}, OWN, "fast"),
+        ("BioNeMo-SCDL", "benchmarks.peers.scdl", {"task": "loader"}, SCDL, "scdl"),
+        ("BioNeMo-SCDL, uint16", "benchmarks.peers.scdl", {"task": "loader"}, SCDL, "scdl uint16"),
+        (
+            "annbatch",
+            "benchmarks.peers.annbatch_loader",
+            {"task": "load", "chunk_rows": 256, "chunks": 32},
+            ANNBATCH,
+            "annbatch",
+        ),
+        ("scDataset", "benchmarks.peers.scdataset_loader", {"block_rows": 16, "batches_fetched": 1024}, SCDATASET, ""),
+    ]
+    return tuple(
+        Check(
+            name=name,
+            module=module,
+            parameters=(*common, *named.items()),
+            environment=environment,
+            store=store,
+            every_row=common is epoch,
+        )
+        for group, common in ((some, rows), (every, epoch))
+        for name, module, named, environment, store in group
+    )
+
+
+def selected(found: Sequence[Case], pattern: str | None) -> tuple[Case, ...]:
+    """Cases whose name or section matches, and those they are compared with."""
+    if not pattern:
+        return tuple(found)
+    loose = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+    wanted = {case.name for case in found if any(fnmatch.fnmatchcase(text, loose) for text in (case.name, case.section))}
+    wanted |= {reference for case in found if case.name in wanted for reference in case.against}
+    return tuple(case for case in found if case.name in wanted)
+
+
+def rotated(found: Sequence[Case], number: int, rounds: int) -> tuple[Case, ...]:
+    """The order of round `number`: a case that comes early in one round comes late in another, and neighbours stay neighbours."""
+    start = number * len(found) // max(rounds, 1) % max(len(found), 1)
+    return (*found[start:], *found[:start])
+
+
+def more_is_better(figure: str) -> bool:
+    """Rates are better when they are higher; times, bytes and memory when they are lower."""
+    return figure.split(",")[0].endswith("/s")
+
+
+def summarise(found: Sequence[Case], rounds: Sequence[Round]) -> dict[str, dict[str, Summary]]:
+    """Medians, ranges and ratios of every case that was measured at least once."""
+    against = {case.name: case.against for case in found}
+    result: dict[str, dict[str, Summary]] = {}
+    for case in found:
+        figures = dict.fromkeys(figure for done in rounds for figure in done.get(case.name, {}))
+        for figure in figures:
+            values = tuple(done[case.name][figure] for done in rounds if figure in done.get(case.name, {}))
+            ratios = {other: _ratios(rounds, case.name, other, figure) for other in against[case.name]}
+            result.setdefault(case.name, {})[figure] = Summary(
+                median=statistics.median(values),
+                lowest=min(values),
+                highest=max(values),
+                values=values,
+                ratios={other: some for other, some in ratios.items() if some},
+            )
+    return result
+
+
+def _ratios(rounds: Sequence[Round], name: str, other: str, figure: str) -> tuple[float, ...]:
+    found = []
+    for done in rounds:
+        mine, theirs = done.get(name, {}).get(figure), done.get(other, {}).get(figure)
+        if mine and theirs:
+            found.append(mine / theirs if more_is_better(figure) else theirs / mine)
+    return tuple(found)
