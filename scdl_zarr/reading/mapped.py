@@ -28,7 +28,7 @@ __all__ = ["CHECKS", "MappedColumns", "chunk_fault"]
 
 CHECKS = {"never": st.CHECK_NEVER, "first": st.CHECK_FIRST, "always": st.CHECK_ALWAYS}
 SPLIT_VALUES = 1 << 18  # a batch smaller than this is faster on one thread
-LARGEST_MAPPINGS = 16_384  # per array; a Linux process may hold 65,530 in all
+LARGEST_MAPPINGS = 32_768  # of a matrix; a Linux process may hold 65,530 in all
 DATA, INDICES, INDPTR = range(3)
 KINDS = {
     "u1": st.KIND_UINT8,
@@ -55,6 +55,10 @@ class Maps:
             describe(vector, array, table, check)
         self.parts[INDICES, st.PART_LIMIT] = layout.n_vars
         self.views = tuple(self.parts)
+
+    def count(self) -> int:
+        data, indices, indptr = self.tables
+        return len(data) + len(indices) + len(indptr)
 
 
 def _arrays(layout: MatrixLayout) -> tuple[ArrayLayout, ArrayLayout, ArrayLayout]:
@@ -100,8 +104,19 @@ class Bench:
         self.caches = np.stack([cache.vector for _, cache in self._owned])
         self.fault = np.zeros(3, np.int64)
         self.first = np.zeros(1, np.int64)  # the order and the offset of a single row
-        self.range = np.zeros((2, 1), np.int64)
-        self.data, self.ids = np.empty(0, np.uint8), np.empty(0, np.uint8)
+        self.starts, self.lengths = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self.make_room(1 << 12)
+
+    def make_room(self, n: int) -> None:
+        """Room for a row of `n` values of 8 bytes and ids of 4 or 8."""
+        self.data, self.ids = np.empty(8 * n, np.uint8), np.empty(8 * n, np.uint8)
+        self._typed: tuple[Any, ...] = (None, None)
+
+    def typed(self, dtype: np.dtype[Any], id_dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """That room as arrays of values and ids."""
+        if self._typed[0] is not dtype or self._typed[1] is not id_dtype:
+            self._typed = (dtype, id_dtype, self.data.view(dtype), self.ids.view(id_dtype))
+        return self._typed[2], self._typed[3]
 
 
 class MappedColumns:
@@ -125,7 +140,7 @@ class MappedColumns:
         self._maps = Maps(layout, tuple(shard_table(root, array) for array in _arrays(layout)), self._check)
         self._idle: deque[Bench] = deque()  # append and pop are atomic; the last one used, whose cache is warm, goes first
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
-        self._known_kinds: dict[tuple[np.dtype[Any], np.dtype[Any]], Int64Array] = {}
+        self._known_kinds: dict[tuple[int, int], Int64Array] = {}
 
     # ---- what it answers
 
@@ -159,10 +174,8 @@ class MappedColumns:
 
     def row(self, row: int, dtype: np.dtype[Any], id_dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Values and ids of one row, as new arrays."""
-        maps, kinds = self._maps, self._kinds(dtype, id_dtype)
-        bench = self._bench()
-        starts, lengths = bench.range
-        fault, first = bench.fault, bench.first
+        maps, kinds, bench = self._maps, self._kinds(dtype, id_dtype), self._bench()
+        starts, lengths, fault, first = bench.starts, bench.lengths, bench.fault, bench.first
         while True:
             code = self._kernels.read_rows(
                 maps.parts,
@@ -182,16 +195,15 @@ class MappedColumns:
             if code == st.OK:
                 break
             if code == st.TOO_LONG:
-                room = int(lengths[0]) * 5 // 4
-                bench.data, bench.ids = np.empty(8 * room, np.uint8), np.empty(8 * room, np.uint8)
+                bench.make_room(int(lengths[0]) * 5 // 4)
             else:
                 self._map_or_raise(maps, code, fault, lambda _: fault[:1])
         n = int(lengths[0])
-        values = bench.data[: n * dtype.itemsize].view(dtype).copy()
-        ids = bench.ids[: n * id_dtype.itemsize].view(id_dtype).copy()
+        values, ids = bench.typed(dtype, id_dtype)
+        row_values, row_ids = values[:n].copy(), ids[:n].copy()
         self._idle.append(bench)
         self._trim(maps)
-        return values, ids
+        return row_values, row_ids
 
     def counters(self) -> dict[str, int]:
         """Chunks decoded and chunks found in the cache, by the threads that are idle now."""
@@ -240,7 +252,7 @@ class MappedColumns:
 
     def _kinds(self, dtype: np.dtype[Any], id_dtype: np.dtype[Any]) -> Int64Array:
         """The kernels' numbers for outputs of those dtypes, and their bytes a value."""
-        key = (dtype, id_dtype)
+        key = (dtype.num, id_dtype.num)
         found = self._known_kinds.get(key)
         if found is None:
             value = st.OUT_SAME if dtype == self._layout.data_dtype else OUTPUTS[dtype.str[1:]]
@@ -257,21 +269,20 @@ class MappedColumns:
             return touched_pieces(plan.starts, plan.lengths, _arrays(self._layout)[part].shard)
 
         bench = self._bench()
+        ranges = (plan.order, plan.starts, plan.lengths, plan.indptr)
         for part in (DATA, INDICES):
             bench.fault[2] = part
             while True:
-                code = self._kernels.advise_rows(
-                    maps.views[part], bench.decoders[part], plan.order, plan.starts, plan.lengths, plan.indptr, bench.fault
-                )
+                code = self._kernels.advise_rows(maps.views[part], bench.decoders[part], bench.caches[part], *ranges, bench.fault)
                 if code == st.OK:
                     break
                 self._map_or_raise(maps, code, bench.fault, touched)
         self._idle.append(bench)
 
     def _trim(self, maps: Maps) -> None:
-        if all(len(table) <= LARGEST_MAPPINGS for table in maps.tables):
+        if maps.count() <= LARGEST_MAPPINGS:
             return
-        tables = tuple(t if len(t) <= LARGEST_MAPPINGS else t.trimmed(LARGEST_MAPPINGS // 2) for t in maps.tables)
+        tables = tuple(table.trimmed(LARGEST_MAPPINGS // 6) for table in maps.tables)
         self._maps = Maps(self._layout, tables, self._check)  # whoever still reads with the old one keeps its mappings
 
     def _bench(self) -> Bench:

@@ -41,9 +41,9 @@ def compile_entries(stamp: int) -> dict[str, Any]:
         return read_rows(parts, decoders, caches, row, nnz, order, starts, lengths, offsets, kinds, data, ids, fault)
 
     @nb.njit(nogil=True, cache=True)
-    def advise(part: Any, decoder: Any, order: Any, starts: Any, lengths: Any, offsets: Any, fault: Any) -> int:
+    def advise(part: Any, decoder: Any, cache: Any, order: Any, starts: Any, lengths: Any, offsets: Any, fault: Any) -> int:
         _ = stamp
-        return advise_rows(part, decoder, order, starts, lengths, offsets, fault)
+        return advise_rows(part, decoder, cache, order, starts, lengths, offsets, fault)
 
     @nb.njit(nogil=True, cache=True)
     def decode(part: Any, decoder: Any, base: int, end: int, verified: int, k: int, out: Any) -> int:

@@ -29,6 +29,7 @@ from scdl_zarr.reading.kernels.state import (
     CACHE_SETS,
     CACHE_TAGS,
     CACHE_VALUES,
+    CACHED,
     DECODER_HITS,
     DECODER_PIECES,
     DECODER_USAGE,
@@ -194,6 +195,18 @@ def _slot_of(cache: Any, c: int) -> tuple[int, bool]:
 
 
 @inner
+def _holds(cache: Any, c: int) -> bool:
+    """Whether the cache has chunk c, asked without touching its order."""
+    sets = cache[CACHE_SETS]
+    if sets == 0:
+        return False
+    mixed = (np.uint64(c) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)
+    tags = int64s_at(cache[CACHE_TAGS], 4 * sets)
+    here = 4 * np.int64(mixed % np.uint64(sets))
+    return tags[here] == c + 1 or tags[here + 2] == c + 1
+
+
+@inner
 def _keep(cache: Any, c: int) -> None:
     """The slot that `_slot_of` gave for chunk c is filled."""
     sets = cache[CACHE_SETS]
@@ -205,7 +218,19 @@ def _keep(cache: Any, c: int) -> None:
 
 
 @inner
-def _read_chunk(part: Any, decoder: Any, cache: Any, pieces: Any, i: int, j: int, kind: int, out: int, width: int) -> int:
+def _read_chunk(
+    part: Any,
+    decoder: Any,
+    cache: Any,
+    probed: Any,
+    pieces: Any,
+    i: int,
+    j: int,
+    kind: int,
+    out: int,
+    width: int,
+    fault: Any,
+) -> int:
     """Pieces [i, j), which lie in one chunk, to their places of `width` bytes a value from `out` on."""
     c = pieces[i, PIECE_CHUNK]
     slot, held = _slot_of(cache, c)
@@ -216,6 +241,10 @@ def _read_chunk(part: Any, decoder: Any, cache: Any, pieces: Any, i: int, j: int
     else:
         number = c // part[PART_PER_SHARD]
         address, size = pieces[i, PIECE_ADDRESS], pieces[i, PIECE_BYTES]
+        if address == CACHED:  # another chunk of this batch has taken its place since
+            address, size, code = _locate(part, c, probed, fault)
+            if code != OK:
+                return code
         code = _verify(part, number, c - number * part[PART_PER_SHARD], address, size)
         if code != OK:
             return code
@@ -259,7 +288,8 @@ def _prefetch(address: int, size: int) -> None:
 
 
 @inner
-def _read_pieces(part: Any, decoder: Any, cache: Any, pieces: Any, n: int, kind: int, out: int, width: int, fault: Any) -> int:
+def _read_pieces(part: Any, decoder: Any, cache: Any, at: Any, pieces: Any, kind: int, out: int, width: int, fault: Any) -> int:
+    n = at[3]
     _prefetch(pieces[0, PIECE_ADDRESS], pieces[0, PIECE_BYTES])
     i = 0
     while i < n:
@@ -268,7 +298,7 @@ def _read_pieces(part: Any, decoder: Any, cache: Any, pieces: Any, n: int, kind:
             j += 1
         if j < n:
             _prefetch(pieces[j, PIECE_ADDRESS], pieces[j, PIECE_BYTES])
-        code = _read_chunk(part, decoder, cache, pieces, i, j, kind, out, width)
+        code = _read_chunk(part, decoder, cache, at, pieces, i, j, kind, out, width, fault)
         if code != OK:
             number = pieces[i, PIECE_CHUNK] // part[PART_PER_SHARD]
             fault[0], fault[1] = number, pieces[i, PIECE_CHUNK] - number * part[PART_PER_SHARD]
@@ -278,10 +308,29 @@ def _read_pieces(part: Any, decoder: Any, cache: Any, pieces: Any, n: int, kind:
 
 
 @inner
-def _plan_pieces(part: Any, at: Any, order: Any, starts: Any, lengths: Any, offsets: Any, pieces: Any, fault: Any) -> int:
-    """The next pieces of the batch.  `at`: row of the order and values of it that are planned, shard met last, pieces made."""
-    chunk, per_shard = part[PART_CHUNK], part[PART_PER_SHARD]
-    k, done, shard, n = at[0], at[1], at[2], np.int64(0)
+def _locate(part: Any, c: int, probed: Any, fault: Any) -> tuple[int, int, int]:
+    """Address and size of chunk c, and a code; ``probed[0]`` is the shard that was probed last."""
+    number = c // part[PART_PER_SHARD]
+    k = c - number * part[PART_PER_SHARD]
+    fault[0], fault[1] = number, k
+    if number != probed[0]:
+        code = _visit(part, number)
+        if code != OK:
+            return 0, 0, code
+        probed[0] = number
+    return _find(part, number, k)
+
+
+@inner
+def _plan_pieces(
+    part: Any, cache: Any, at: Any, order: Any, starts: Any, lengths: Any, offsets: Any, pieces: Any, fault: Any
+) -> int:
+    """The next pieces of the batch.
+
+    `at`: shard probed last, row of the order and values of it that are planned, pieces made.
+    """
+    chunk = part[PART_CHUNK]
+    k, done, n = at[1], at[2], np.int64(0)
     while k < len(order) and n < PIECES:
         r = order[k]
         if done == lengths[r]:
@@ -290,21 +339,16 @@ def _plan_pieces(part: Any, at: Any, order: Any, starts: Any, lengths: Any, offs
         c = (starts[r] + done) // chunk
         first = starts[r] + done - c * chunk
         count = min(lengths[r] - done, chunk - first)
-        number = c // per_shard
-        fault[0], fault[1] = number, c - number * per_shard
-        if number != shard:
-            code = _visit(part, number)
+        address, size = np.int64(CACHED), np.int64(0)
+        if not _holds(cache, c):
+            address, size, code = _locate(part, c, at, fault)
             if code != OK:
                 return code
-            shard = number
-        address, size, code = _find(part, number, c - number * per_shard)
-        if code != OK:
-            return code
         pieces[n, PIECE_CHUNK], pieces[n, PIECE_FIRST], pieces[n, PIECE_COUNT] = c, first, count
         pieces[n, PIECE_TARGET], pieces[n, PIECE_ADDRESS], pieces[n, PIECE_BYTES] = offsets[r] + done, address, size
         n += 1
         done += count
-    at[0], at[1], at[2], at[3] = k, done, shard, n
+    at[1], at[2], at[3] = k, done, n
     return OK
 
 
@@ -331,33 +375,33 @@ def _gather(
 ) -> int:
     pieces = int64s_at(decoder[DECODER_PIECES], PIECES * PIECE_SIZE).reshape(PIECES, PIECE_SIZE)
     at = np.zeros(4, np.int64)
-    at[2] = -1
-    while at[0] < len(order):
-        code = _plan_pieces(part, at, order, starts, lengths, offsets, pieces, fault)
+    at[0] = -1
+    while at[1] < len(order):
+        code = _plan_pieces(part, cache, at, order, starts, lengths, offsets, pieces, fault)
         if code == OK and at[3]:
-            code = _read_pieces(part, decoder, cache, pieces, at[3], kind, out, width, fault)
+            code = _read_pieces(part, decoder, cache, at, pieces, kind, out, width, fault)
         if code != OK:
             return code
     return OK
 
 
 @inner
-def advise_rows(part: Any, decoder: Any, order: Any, starts: Any, lengths: Any, offsets: Any, fault: Any) -> int:
+def advise_rows(part: Any, decoder: Any, cache: Any, order: Any, starts: Any, lengths: Any, offsets: Any, fault: Any) -> int:
     """Ask the system for the bytes of all the rows' chunks at once, so that a disk sees a deep queue.
 
     Returns UNMAPPED where a shard has to be mapped first; damage is left for the reading to meet.
     """
     pieces = int64s_at(decoder[DECODER_PIECES], PIECES * PIECE_SIZE).reshape(PIECES, PIECE_SIZE)
     at = np.zeros(4, np.int64)
-    at[2] = -1
-    while at[0] < len(order):
-        code = _plan_pieces(part, at, order, starts, lengths, offsets, pieces, fault)
+    at[0] = -1
+    while at[1] < len(order):
+        code = _plan_pieces(part, cache, at, order, starts, lengths, offsets, pieces, fault)
         if code != OK:
             return UNMAPPED if code == UNMAPPED else OK
         low = high = np.int64(0)
         for i in range(at[3]):
             address, stop = pieces[i, PIECE_ADDRESS], pieces[i, PIECE_ADDRESS] + pieces[i, PIECE_BYTES]
-            if address == 0 or (low <= address and stop <= high):
+            if address in (0, CACHED) or (low <= address and stop <= high):
                 continue
             if low <= address <= high + NEAR_BYTES and high != 0:
                 high = max(high, stop)

@@ -61,12 +61,14 @@ PIECES = 512  # planned at a time
     PIECE_FIRST,  # first value wanted, within the chunk
     PIECE_COUNT,
     PIECE_TARGET,  # where they go in the output
-    PIECE_ADDRESS,  # of the chunk's bytes; 0: the chunk is absent
+    PIECE_ADDRESS,  # of the chunk's bytes; 0: the chunk is absent; CACHED: it was in the cache
     PIECE_BYTES,  # with the checksum
     PIECE_SIZE,
 ) = range(7)
 
 # values of a chunk that is put together from planes; blosc splits no block with fewer than 128 values
+CACHED = -1
+
 SMALLEST_PLANE, LARGEST_PLANE = 128, 1 << 16
 
 # ---- a cache of decoded chunks
