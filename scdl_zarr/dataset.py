@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from scdl_zarr.reading.batch import RowBatch
     from scdl_zarr.reading.blocks import Blocks
     from scdl_zarr.reading.csr import Buffers
+    from scdl_zarr.reading.neighbors import Neighbors
     from scdl_zarr.reading.tables import LazyTable
     from scdl_zarr.verify import VerifyReport
 
@@ -117,7 +118,12 @@ class SingleCellZarrDataset:
     @property
     def layers(self) -> list[str]:
         """Names of the layers."""
-        return [path.removeprefix("layers/") for path in self._metadata.matrices if path != "X"]
+        return self._names("layers")
+
+    @property
+    def obsp(self) -> list[str]:
+        """Names of the pairwise matrices (n_obs × n_obs); :meth:`neighbors` reads one."""
+        return self._names("obsp")
 
     @property
     def obs(self) -> LazyTable:
@@ -279,6 +285,18 @@ class SingleCellZarrDataset:
         """
         return self._reader(layer).read(resolve_rows(rows, self.n_obs), dtype, out)
 
+    def neighbors(self, name: str) -> Neighbors:
+        """The neighbours of the cells, from ``obsp/<name>``, which the conversion was asked to carry along.
+
+        Raises
+        ------
+        FeatureNameError
+            The store has no such obsp; the message lists those it has.
+        """
+        from scdl_zarr.reading.neighbors import Neighbors
+
+        return Neighbors(self._reader(name, "obsp"))
+
     def get_row(
         self,
         index: SupportsIndex,
@@ -363,13 +381,17 @@ class SingleCellZarrDataset:
 
     # ---- inside
 
-    def _reader(self, layer: str | None) -> CsrReader:
-        path = "X" if layer is None else f"layers/{layer}"
+    def _names(self, group: str) -> list[str]:
+        return [path.removeprefix(f"{group}/") for path in self._metadata.matrices if path.startswith(f"{group}/")]
+
+    def _reader(self, name: str | None, group: str = "layers") -> CsrReader:
+        path = "X" if name is None else f"{group}/{name}"
         reader = self._readers.get(path)
         if reader is None:
             layout = self._metadata.matrices.get(path)
             if layout is None:
-                raise FeatureNameError(f"{self.path} has no layer {layer!r}; it has: {', '.join(self.layers) or 'none'}")
+                kind, listed = group.removesuffix("s"), ", ".join(self._names(group)) or "none"
+                raise FeatureNameError(f"{self.path} has no {kind} {name!r}; it has: {listed}")
             threads = self._options["threads"] or default_threads()
             reader = self._readers[path] = CsrReader(self._location, layout, threads=threads, check=self._options["check"])
         return reader

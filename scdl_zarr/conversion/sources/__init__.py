@@ -35,7 +35,7 @@ class SourceSpec:
 class MatrixHeader:
     """A CSR matrix of a source, from its header alone."""
 
-    key: str  # "X", "raw/X" or "layers/<name>"
+    key: str  # "X", "raw/X", "layers/<name>" or "obsp/<name>"
     n_obs: int
     n_vars: int
     nnz: int
