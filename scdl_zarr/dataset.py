@@ -64,6 +64,8 @@ class SingleCellZarrDataset:
     (64, 32786)
     """
 
+    _blocks: Blocks | None
+
     def __init__(
         self,
         data_path: str | os.PathLike[str] | Any,
@@ -88,10 +90,7 @@ class SingleCellZarrDataset:
             raise OptionError(f"{', '.join(sorted(conversion))}: options of a conversion, which needs h5ad_path")
         self._location = locate(data_path)
         self._options: dict[str, Any] = {"threads": threads, "check": check}
-        self._metadata = read_metadata(self._location)
-        self._readers: dict[str, CsrReader] = {}
-        self._tables: dict[str, LazyTable] = {}
-        self._blocks: Blocks | None = None
+        self._open()
 
     # ---- what it is
 
@@ -379,7 +378,40 @@ class SingleCellZarrDataset:
 
         return verify_store(self._location, threads=self._options["threads"])
 
+    def cast_data_to_dtype(self, dtype: npt.DTypeLike, *, dtype_tolerance: float = 0.0) -> None:
+        """Store the values of X in another dtype; this object then reads the new store.
+
+        Parameters
+        ----------
+        dtype
+            An integer dtype, float32 or float64.
+        dtype_tolerance
+            Largest difference allowed.
+
+        Raises
+        ------
+        InexactValueError
+            A value does not survive; the message names its row and nothing is changed.
+        OptionError
+            The dtype cannot be stored, or the store is no local folder.
+
+        Notes
+        -----
+        A full copy is built beside the store, sharing every file but the values, and takes its place by one rename: killed at any
+        moment, the store is the old one or the new one.  Datasets that other code opened before have to be opened again.
+        """
+        from scdl_zarr.conversion.recast import recast_values
+
+        recast_values(self._location, dtype, dtype_tolerance)
+        self._open()
+
     # ---- inside
+
+    def _open(self) -> None:
+        self._metadata = read_metadata(self._location)
+        self._readers: dict[str, CsrReader] = {}
+        self._tables: dict[str, LazyTable] = {}
+        self._blocks = None
 
     def _names(self, group: str) -> list[str]:
         return [path.removeprefix(f"{group}/") for path in self._metadata.matrices if path.startswith(f"{group}/")]
