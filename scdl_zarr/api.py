@@ -80,7 +80,8 @@ def convert(
         is finished; anything else there is an error.
     matrix
         ``"X"``, ``"raw"``, the name of a layer, or one of these per source (``{source: name}``).  ``"auto"``: raw if every
-        source has it, X if none has.  With raw, genes are those of ``raw.var``.
+        source has it, X if none has.  With raw, genes are those of ``raw.var``; where var
+        lists the same ones, its further columns are kept, too.
     layers, obsm, obsp
         Names to carry along.  Everything else (uns, varm, ...) is left out and listed in the summary.  An obsp must be stored CSR
         in every source; the cells that it names are numbered through over the sources, as the rows are.

@@ -7,7 +7,8 @@ changes data is not copied:
 * raw.X comes with raw's own genes; a matrix that is not CSR is refused, not read as its transpose;
 * a negative row counts from the end; a gene stored twice in a row is summed where a dense row or one value is asked for;
 * arrays belong to the caller, the store is never changed through them;
-* float16 is stored as float32, which holds all of it: SciPy has no sparse float16.
+* float16 is stored as float32, which holds all of it: SciPy has no sparse float16;
+* labels are names of files, not paths, which mean nothing elsewhere.
 
 The rest of the package never imports this module.
 """
@@ -375,9 +376,9 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
             warnings.warn("Neighbor loading was requested but neighbor files are missing", stacklevel=3)
         return None
 
-    def _neighbors_of(self, cell: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
+    def _neighbors_of(self, cell: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         if not self.load_neighbors:
-            return np.empty(0, np.uint32), np.empty(0, np.float32)
+            return np.empty(0, int), np.empty(0, float)
         if self._neighbors is None:
             raise OptionError("Neighbor functionality was enabled but no neighbor data is available")
         ids, weights = self._neighbors.of(cell)
@@ -512,9 +513,9 @@ class VariableFeatureIndex(_FeatureIndex):
         return self.column_dims()[self._block_of(row)]
 
     def lookup(self, row: int, select_features: list[str] | None = None) -> tuple[list[npt.NDArray[Any]], str]:
-        """``(arrays, label)``: the features named, in that order, or all; the label is the block's first file.
+        """``(arrays, label)``: the features named, in that order, or all; the label is a file.
 
-        The gene ids can be asked for by the index's name (``var_feature_id``); they are the only feature of a file without others.
+        The gene ids can be asked for by name (``var_feature_id``); they are the only feature of a file without columns.
         """
         block = self._block_of(row)
         columns, names = self._features(block)
@@ -548,9 +549,9 @@ class ObservedFeatureIndex(_FeatureIndex):
         return [range(self._data.n_obs)] if self._data.n_obs else []
 
     def lookup(self, row: int, select_features: list[str] | None = None) -> tuple[list[Any], str]:
-        """``(scalars, label)``: the features named, in that order, or all; the label is the file the row came from.
+        """``(scalars, label)``: the features named, in that order, or all; the label is a file.
 
-        The barcodes can be asked for by the index's name (``obs_feature_id``); they are the only feature of a file without others.
+        The barcodes can be asked for by name (``obs_feature_id``); they are the only feature of a file without columns.
         """
         self._block_of(row)
         return [_plain(self._column(name)[row : row + 1])[0] for name in self._chosen(select_features)], self._label(row)
@@ -586,6 +587,8 @@ def _plain(values: Any) -> npt.NDArray[Any]:
         return values
     import pandas as pd
 
+    if type(values) is pd.arrays.NumpyExtensionArray:  # text arrays are of a subclass
+        return values.to_numpy()  # type: ignore[no-any-return]
     if isinstance(values, (pd.arrays.IntegerArray, pd.arrays.FloatingArray, pd.arrays.BooleanArray)) and not values.isna().any():
         return np.asarray(values.to_numpy(dtype=getattr(values.dtype, "numpy_dtype")))  # noqa: B009
     if isinstance(values, (pd.arrays.IntegerArray, pd.arrays.FloatingArray)):
@@ -746,11 +749,13 @@ class SingleCellCollection:
         tolerance = max(data.data_dtype_tolerance for data in self.fname_to_mmap.values())
         _convert(dict(self._sources.values()), output_path, dtype, tolerance)
         if destroy_on_copy:
+            folder = Path(self.data_path)
             for path in self.fname_to_mmap:
                 shutil.rmtree(path)
+                for parent in path.parents[: len(path.relative_to(folder).parts)]:  # up to the collection's own folder
+                    if not any(parent.iterdir()):
+                        parent.rmdir()
             self.fname_to_mmap, self._sources = {}, {}
-            if not any(Path(self.data_path).iterdir()):
-                os.rmdir(self.data_path)
 
 
 def main(arguments: list[str] | None = None) -> None:

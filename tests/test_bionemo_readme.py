@@ -6,8 +6,6 @@ takes two values of ``get_row``, which gives three, and its section on X does no
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,16 @@ from scdl_zarr.bionemo import (
     SingleCellCollection,
     SingleCellMemMapDataset,
     collate_sparse_matrix_batch,
+    main,
 )
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("careless_disk")
+
+
+def model(batch: Any) -> Any:
+    """The README's mock model."""
+    return batch
 
 
 def create_pseudotime_neighbors(pseudotime: Any, k: int = 3) -> sp.csr_matrix:
@@ -109,7 +114,6 @@ def test_the_readme_as_a_script(adata: ad.AnnData, tmp_path: Path, monkeypatch: 
     # Loading directly with PyTorch-compatible DataLoaders
     from torch.utils.data import DataLoader
 
-    model = lambda x: x  # noqa: E731 (the README's)
     dataloader: Any = DataLoader(data, batch_size=8, shuffle=True, collate_fn=collate_sparse_matrix_batch)
     for _ in range(2):
         total = 0
@@ -143,8 +147,7 @@ def test_the_readme_as_a_script(adata: ad.AnnData, tmp_path: Path, monkeypatch: 
         "--data-path hdf5s --save-path example_dataset --data-dtype float64 --paginated_load_cutoff 10_000 "
         "--load-block-row-size 1_000_000 --use-X-not-raw"
     )
-    script = "from scdl_zarr.bionemo import main; main()"
-    subprocess.run([sys.executable, "-c", script, *command.split()], check=True, timeout=120)
+    main(command.split())
     example = SingleCellMemMapDataset("example_dataset")
     assert example.number_of_rows() == 659 and example.dtypes["data.npy"] == "float64"
     np.testing.assert_array_equal(example.get_row(559 + 3)[0][0], adata.X[3].data.astype(np.float64))

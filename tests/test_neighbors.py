@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,15 @@ import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from typer.testing import CliRunner
 
 import scdl_zarr
 from scdl_zarr import errors
+from scdl_zarr.cli import app
 from scdl_zarr.reading import kernels
 from tests.toys import csr, encoded_rows, write_h5ad
+
+pytestmark = pytest.mark.usefixtures("careless_disk")
 
 SIZES: dict[str, Any] = {"chunk_values": 16, "shard_values": 64, "progress": False}
 
@@ -112,8 +114,7 @@ def test_left_out_unless_asked_for(sources: list[Path], tmp_path: Path) -> None:
 
 def test_the_command_line_carries_and_shows_them(sources: list[Path], tmp_path: Path) -> None:
     def run(*arguments: object) -> str:
-        command = [sys.executable, "-m", "scdl_zarr", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        return CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False).output
 
     assert "left out: nothing" in run("convert", sources[0], tmp_path / "s.zarr", "--obsp", "near")
     assert "obsp: near" in run("info", tmp_path / "s.zarr")

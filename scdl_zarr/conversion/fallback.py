@@ -25,10 +25,10 @@ def source_values(matrices: Mapping[SourceSpec, str]) -> Iterator[npt.NDArray[An
 
 
 def exact_fallback(pieces: Iterable[npt.NDArray[Any]], wanted: np.dtype[Any]) -> tuple[np.dtype[Any], float]:
-    """The dtype to store values in that do not all fit `wanted`, and the largest difference if they were cast anyway.
+    """The dtype to store values in that do not all fit `wanted`, and the largest difference if cast anyway.
 
-    float64 where floats were asked for and that holds every value; else the narrowest dtype that does.  The difference is NaN where
-    a NaN would become a number.
+    float64 where floats were asked for and that holds every value; else the narrowest dtype that does.  The difference is NaN
+    where a NaN would become a number.
     """
     stats, dtypes, largest = ValueStats(), set[np.dtype[Any]](), 0.0
     for values in pieces:

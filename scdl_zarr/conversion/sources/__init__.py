@@ -71,7 +71,10 @@ class Source(Protocol):
         """The cells' table, indexed by name."""
 
     def var(self, key: str) -> pd.DataFrame:
-        """The genes' table that belongs to that matrix, indexed by name."""
+        """The genes' table that belongs to that matrix, indexed by name.
+
+        With raw.X that of raw, and the columns that only var has where both list the same genes in the same order.
+        """
 
     def others(self) -> list[str]:
         """Elements beside obs, var and the matrices: "obsm/X_pca", "uns/colors", ..."""
