@@ -27,11 +27,11 @@ from scdl_zarr.bionemo import (
     SingleCellCollection,
     SingleCellMemMapDataset,
     VariableFeatureIndex,
-    _plain,
     collate_neighbor_sparse_matrix_batch,
     collate_sparse_matrix_batch,
     main,
 )
+from scdl_zarr.bionemo.features import plain_values
 from tests.toys import csr, encoded_rows, write_h5ad
 
 pytestmark = pytest.mark.usefixtures("careless_disk")
@@ -393,7 +393,7 @@ def test_features_of_every_kind(tmp_path: Path) -> None:
             "whole": pd.array([1, 2, 3, 4], "Int32"),
             "gap": pd.array([1, None, 3, 4], "Int32"),
             "flag": pd.array([True, None, False, True], "boolean"),
-            "text": pd.array(["x", "w", "y", "z"], "string"),
+            "text": ["x", "w", "y", "z"],
             "kind": pd.Categorical(["u", None, "v", "u"]),
         },
         index=list("abcd"),
@@ -404,7 +404,7 @@ def test_features_of_every_kind(tmp_path: Path) -> None:
     assert found["whole"].dtype == np.int32 and found["gap"].dtype == np.float64 and np.isnan(found["gap"][1])
     assert found["flag"].tolist() == [True, None, False, True] and found["text"].tolist() == ["x", "w", "y", "z"]
     assert found["kind"][[0, 2]].tolist() == ["u", "v"] and pd.isna(found["kind"][1])
-    assert _plain(pd.array(["x", None], "string")).tolist() == ["x", None]
+    assert plain_values(pd.array(["x", None], "string")).tolist() == ["x", None]
     assert data.obs_features().lookup(2, ["whole", "flag", "text", "kind"])[0] == [3, False, "y", "v"]
 
 

@@ -24,7 +24,6 @@ import numpy.typing as npt
 from scdl_zarr.conversion.construction import Construction, exclusive, explained_errors, prepare_target, swap_folders
 from scdl_zarr.conversion.encode import ShardEncoder
 from scdl_zarr.conversion.plan import PIECE_VALUES
-from scdl_zarr.conversion.shards import narrow_values
 from scdl_zarr.conversion.values import ValueStats, value_stats
 from scdl_zarr.errors import InexactValueError, OptionError
 from scdl_zarr.reading.csr import Columns, open_columns
@@ -127,7 +126,8 @@ def _encode(location: StoreLocation, matrix: MatrixLayout, target: ArrayLayout, 
                         f"{location}: row {row} of X holds {values[bad[0]].item()!r}, which does not survive dtype "
                         f"{target.dtype.name}; nothing was changed"
                     )
-                cast = narrow_values(values, target.dtype)
+                rounded = np.rint(values) if target.dtype.kind in "iu" and values.dtype.kind == "f" else values
+                cast = rounded.astype(target.dtype, copy=False)
                 stats |= value_stats(cast)
                 encoder.add(cast)
     return stats

@@ -31,7 +31,7 @@ from scdl_zarr.errors import InexactValueError, SourceError
 from scdl_zarr.reading.exactness import inexact_positions
 from scdl_zarr.storage.schema import ArrayLayout
 
-__all__ = ["DtypeTooNarrowError", "ShardResult", "narrow_values", "write_shard"]
+__all__ = ["DtypeTooNarrowError", "ShardResult", "write_shard"]
 
 
 class DtypeTooNarrowError(Exception):
@@ -112,7 +112,7 @@ def _write_values(task: ShardTask) -> ShardResult:
                     stats |= found
                     if not _surely_exact(values.dtype, found, data.dtype):
                         _check_values(values, stats, task, part, piece, inside)
-                    data_out.add(narrow_values(values, data.dtype))
+                    data_out.add(_narrow(values, data.dtype))
                     indices_out.add(mapped[inside].astype(indices.dtype, copy=False))
                     written += len(values)
         if written != task.stop - task.start:
@@ -218,7 +218,7 @@ def _check_values(values: npt.NDArray[Any], stats: ValueStats, task: ShardTask, 
     )
 
 
-def narrow_values(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def _narrow(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """The values, which were checked, in the store's dtype (what a tolerance allowed is rounded to the nearest)."""
     if dtype.kind in "iu" and values.dtype.kind == "f":
         values = np.rint(values)
