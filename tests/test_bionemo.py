@@ -143,12 +143,26 @@ def test_an_unfinished_conversion_is_finished_differs(h5ad: Path, tmp_path: Path
     from scdl_zarr.conversion import construction
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(construction, "root_document", None, raising=False)
         patch.setattr(construction.Construction, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         SingleCellMemMapDataset(tmp_path / "s", h5ad)
     with pytest.raises(errors.UncommittedStoreError):
         SingleCellMemMapDataset(tmp_path / "s")
     assert len(SingleCellMemMapDataset(tmp_path / "s", h5ad)) == 4
+
+
+def test_an_unfinished_conversion_into_a_wider_dtype_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scdl_zarr.conversion import construction
+
+    source = write_h5ad(tmp_path / "a.h5ad", csr([([300, 2], [0, 1])], 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(construction.Construction, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="Downcasted"):
+            SingleCellMemMapDataset(tmp_path / "s", source, data_dtype="uint8", use_X_not_raw=True)
+    with pytest.raises(FileExistsError, match="unfinished conversion of another plan"):
+        SingleCellMemMapDataset(tmp_path / "s", source, data_dtype="uint32", use_X_not_raw=True)
+    with pytest.warns(UserWarning, match="Downcasted"):
+        data = SingleCellMemMapDataset(tmp_path / "s", source, data_dtype="uint8", use_X_not_raw=True)
+    assert data.dtypes["data.npy"] == "uint16" and data.get_row(0)[0][0].tolist() == [300, 2]
 
 
 def test_sizes_for_paged_loading_change_nothing(h5ad: Path, made: Path, tmp_path: Path) -> None:
@@ -157,7 +171,7 @@ def test_sizes_for_paged_loading_change_nothing(h5ad: Path, made: Path, tmp_path
     assert (tmp_path / "s/X/data/c/0").read_bytes() == (made / "X/data/c/0").read_bytes()
 
 
-def test_without_sizes_for_import_the_module_is_what_scdl_users_import() -> None:
+def test_the_command_is_installed_under_scdls_name() -> None:
     import scdl_zarr.bionemo as module
 
     scripts = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["scripts"]

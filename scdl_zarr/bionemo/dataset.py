@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SingleCellMemMapDataset"]
 
-
 Row = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 
 
@@ -89,7 +88,7 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
         data_dtype_tolerance: float = 1e-08,
         use_X_not_raw: bool = False,  # noqa: N803 (SCDL's spelling)
     ) -> None:
-        storable_dtype(data_dtype or "float32")
+        storable_dtype("float32" if data_dtype is None else data_dtype)
         self.data_path = data_path
         self.mode = Mode(mode)
         self.paginated_load_cutoff, self.load_block_row_size = paginated_load_cutoff, load_block_row_size

@@ -55,15 +55,15 @@ def recast_values(location: StoreLocation, dtype: Any, tolerance: float = 0.0) -
     wanted = _storable(dtype)
     if location.path is None:
         raise OptionError(f"{location} is no local folder, and only a folder can be replaced as a whole")
-    root = Path(os.path.realpath(location.path))
-    metadata = read_metadata(location)
-    matrix = metadata.matrices["X"]
-    if matrix.data is None:
-        raise OptionError(f"{root}: X/data was encoded by another program; convert the sources with dtype={wanted.name!r}")
-    if wanted == matrix.data_dtype:
+    if wanted == read_metadata(location).matrices["X"].data_dtype:
         return
+    root = Path(os.path.realpath(location.path))
     prepare_target(root.parent)
     with exclusive(root):
+        metadata = read_metadata(location)  # as it is now that nobody else replaces it
+        matrix = metadata.matrices["X"]
+        if matrix.data is None:
+            raise OptionError(f"{root}: X/data was encoded by another program; convert the sources with dtype={wanted.name!r}")
         place = root.with_name(f".{root.name}.scdl-new")
         with Construction(place, {"recast": wanted.name}, resume=False, replaces=True) as construction:
             try:

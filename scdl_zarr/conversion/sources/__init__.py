@@ -64,6 +64,9 @@ class Source(Protocol):
     def matrices(self) -> dict[str, str]:
         """Keys of all matrices, with their kind: "csr", "csc" or "dense"."""
 
+    def kind(self, key: str) -> str | None:
+        """What is stored under a key, such as "obsp/<name>": "csr", "csc", "dense", or None for anything else and nothing."""
+
     def matrix(self, key: str) -> MatrixReader:
         """Open a CSR matrix; another kind, or an inconsistent one, is a SourceError."""
 

@@ -94,6 +94,10 @@ class H5adSource:
                 found[key] = kind
         return found
 
+    def kind(self, key: str) -> str | None:
+        node = self._node(key)
+        return None if node is None else _kind(node)
+
     def matrix(self, key: str) -> H5adMatrix:
         group = self._node(key)
         shown = matrix_name(key)
