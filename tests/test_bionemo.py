@@ -228,7 +228,9 @@ def test_a_row_belongs_to_the_caller_differs(data: SingleCellMemMapDataset) -> N
     """SCDL hands out views of files that are open for writing."""
     (values, columns), var, _ = data.get_row(0, return_var_features=True, var_feature_names=["length"])
     assert var is not None
-    values[:], columns[:], var[0][:] = 0, 0, 0
+    values[:], columns[:] = 0, 0
+    with pytest.raises(ValueError, match="read-only"):
+        var[0][:] = 0
     assert plain(data.get_row(0)[0]) == ROWS[0]
     assert data.var_features().lookup(0, ["length"])[0][0].tolist() == list(range(6))
 
@@ -467,6 +469,25 @@ def test_a_sorted_row_is_in_its_sources_order_again(tmp_path: Path) -> None:
     for matrix, start in ((first, 0), (second, 5)):
         for row in range(matrix.shape[0]):
             assert plain(data.get_row(start + row)[0]) == (matrix[row].data.tolist(), matrix[row].indices.tolist())
+
+
+def test_more_blocks_than_are_kept(ragged: SingleCellMemMapDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scdl_zarr.reading.local_genes.KEPT_BLOCKS", 1)
+    monkeypatch.setattr("scdl_zarr.bionemo.features.KEPT_BLOCKS", 1)
+    data = SingleCellMemMapDataset(ragged.path)
+    for row in (6, 0, 4, 6, 4, 0):
+        assert plain(data.get_row(row)[0]) == plain(ragged.get_row(row)[0])
+        found, expected = (index.lookup(row)[0] for index in (data.var_features(), ragged.var_features()))
+        assert [column.tolist() for column in found] == [column.tolist() for column in expected]
+    assert len(data._genes._known) == 1 and len(data._var_index._kept) == 1
+
+
+def test_a_gene_that_the_rows_source_has_not_is_damage(ragged: SingleCellMemMapDataset) -> None:
+    genes = SingleCellMemMapDataset(ragged.path)._genes
+    batch = ragged.read_rows([6])
+    batch.indices[0] = 0
+    with pytest.raises(errors.CorruptStoreError, match="row 6 holds a gene that its source has not"):
+        genes.localized(batch)
 
 
 def test_features_of_several_sources(ragged: SingleCellMemMapDataset) -> None:

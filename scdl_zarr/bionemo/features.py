@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ObservedFeatureIndex", "VariableFeatureIndex", "plain_values"]
 
+KEPT_BLOCKS = 64  # feature arrays of as many blocks are kept
+
 
 class _FeatureIndex:
     """What both feature indices answer; read from the store when asked for."""
@@ -21,6 +23,7 @@ class _FeatureIndex:
     def __init__(self, data: SingleCellZarrDataset, index_name: str) -> None:
         self._data = data
         self._index_name = index_name
+        self._labels: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None  # where each file's rows stop, its name
 
     def version(self) -> str:
         """Version of the installed scdl-zarr."""
@@ -60,29 +63,34 @@ class _FeatureIndex:
 
     def _label(self, row: int) -> str:
         """The name of the file that a row came from."""
-        sources = self._data.sources
-        return str(sources["name"].iloc[int(np.searchsorted(np.cumsum(sources["n_obs"]), row, side="right"))])
+        if self._labels is None:
+            sources = self._data.sources
+            self._labels = np.cumsum(sources["n_obs"].to_numpy()), sources["name"].to_numpy()
+        stops, names = self._labels
+        return str(names[int(np.searchsorted(stops, row, side="right"))])
 
 
 class VariableFeatureIndex(_FeatureIndex):
     """The genes' features: full arrays over the genes of a row's source.
 
-    A block is a run of rows whose sources had the same var table.
+    A block is a run of rows whose sources had the same var table.  Its arrays are shared by all its rows and read-only.
     """
 
-    _kept: tuple[int, dict[str, npt.NDArray[Any]], npt.NDArray[Any]] | None = None  # the block used last
+    def __init__(self, data: SingleCellZarrDataset, index_name: str) -> None:
+        super().__init__(data, index_name)
+        self._dims: list[int] | None = None
+        self._kept: dict[int, tuple[dict[str, npt.NDArray[Any]], npt.NDArray[Any]]] = {}  # of the blocks used last
 
     def column_dims(self) -> list[int]:
-        return self._data.blocks.n_vars_per_block()
+        if self._dims is None:
+            self._dims = self._data.blocks.n_vars_per_block()
+        return self._dims
 
     def _block_rows(self) -> list[range]:
         return [self._data.blocks.rows(block) for block in range(len(self._data.blocks))]
 
     def __len__(self) -> int:
         return len(self._data.blocks)
-
-    def number_vars_at_row(self, row: int) -> int:
-        return self.column_dims()[self._block_of(row)]
 
     def lookup(self, row: int, select_features: list[str] | None = None) -> tuple[list[npt.NDArray[Any]], str]:
         """``(arrays, label)``: the features named, in that order, or all; the label is a file.
@@ -97,15 +105,17 @@ class VariableFeatureIndex(_FeatureIndex):
         for name in columns if select_features is None else select_features:
             if name not in columns and name != self._index_name:
                 raise OptionError(f"Provided feature column {name} in select_features not present in dataset.")
-            chosen.append(np.array(columns.get(name, names)))
+            chosen.append(columns.get(name, names))
         return chosen, self._label(self._data.blocks.rows(block).start)
 
     def _features(self, block: int) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[Any]]:
-        if self._kept is None or self._kept[0] != block:
+        if block not in self._kept:
             frame = self._data.blocks.var(block)
-            columns = {str(name): plain_values(frame[name].array) for name in frame.columns}
-            self._kept = (block, columns, np.asarray(frame.index.to_numpy()))
-        return self._kept[1:]
+            columns = {str(name): _unchangeable(plain_values(frame[name].array)) for name in frame.columns}
+            while len(self._kept) >= KEPT_BLOCKS:
+                self._kept.pop(next(iter(self._kept)), None)
+            self._kept[block] = (columns, _unchangeable(np.asarray(frame.index.to_numpy())))
+        return self._kept[block]
 
 
 class ObservedFeatureIndex(_FeatureIndex):
@@ -151,6 +161,13 @@ class ObservedFeatureIndex(_FeatureIndex):
 
     def _column(self, name: str) -> Any:
         return self._data.obs.lookup(name if name in self._data.obs.columns else "obs_names")
+
+
+def _unchangeable(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A view that refuses to be written to: the array is handed out for every row of its block."""
+    view = values.view()
+    view.flags.writeable = False
+    return view
 
 
 def plain_values(values: Any) -> npt.NDArray[Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from scdl_zarr.errors import CorruptStoreError
 from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.blocks import Blocks
 from scdl_zarr.reading.plan import Int64Array
 
 __all__ = ["LocalGenes"]
+
+KEPT_BLOCKS = 64  # maps of as many blocks are kept, 8 bytes a gene each
 
 
 class LocalGenes:
@@ -30,6 +33,8 @@ class LocalGenes:
             local, rising = known
             values, ids = batch[k]
             ids[:] = local[ids]
+            if len(ids) and ids.min() < 0:
+                raise CorruptStoreError(f"row {batch.rows[k]} holds a gene that its source has not")
             if not rising and not self._is_unsorted(int(batch.rows[k])):
                 order = np.argsort(ids, kind="stable")
                 ids[:], values[:] = ids[order], values[order]
@@ -39,12 +44,12 @@ class LocalGenes:
         """For each gene of the store its number in the block's source, and whether that keeps order; None: the same numbers."""
         if block not in self._known:
             ids = self._blocks.gene_ids(block)
-            if np.array_equal(ids, np.arange(len(ids))):
-                self._known[block] = None
-            else:
-                local = np.zeros(self._n_vars, np.int64)
-                local[ids] = np.arange(len(ids))
-                self._known[block] = (local, bool((np.diff(ids) > 0).all()))
+            local = np.full(self._n_vars, -1, np.int64)
+            local[ids] = np.arange(len(ids))
+            same = np.array_equal(ids, np.arange(self._n_vars))
+            while len(self._known) >= KEPT_BLOCKS:
+                self._known.pop(next(iter(self._known)), None)
+            self._known[block] = None if same else (local, bool((np.diff(ids) > 0).all()))
         return self._known[block]
 
     def _is_unsorted(self, row: int) -> bool:
