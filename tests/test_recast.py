@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -141,6 +142,15 @@ def test_a_store_that_is_no_folder_is_refused(store: Path) -> None:
     )
     with pytest.raises(errors.OptionError, match="no local folder"):
         scdl_zarr.open(memory).cast_data_to_dtype("float64")
+
+
+def test_values_that_another_program_encoded_are_refused(store: Path) -> None:
+    document = json.loads((store / "zarr.json").read_bytes())
+    document["consolidated_metadata"]["metadata"]["X/data"]["codecs"] = [{"name": "bytes"}, {"name": "zstd"}]
+    (store / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(errors.OptionError, match="encoded by another program"):
+        scdl_zarr.open(store).cast_data_to_dtype("float64")
+    assert beside(store) == []
 
 
 def test_the_same_conversion_met_again_says_what_happened(store: Path) -> None:
