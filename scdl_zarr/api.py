@@ -60,6 +60,7 @@ def convert(
     matrix: str | Mapping[str, str] = "auto",
     layers: Sequence[str] = (),
     obsm: Sequence[str] = (),
+    obsp: Sequence[str] = (),
     var_key: str | None = None,
     dtype: npt.DTypeLike | Literal["auto"] = "auto",
     dtype_tolerance: float = 0.0,
@@ -85,14 +86,16 @@ def convert(
         is finished; anything else there is an error.
     matrix
         ``"X"``, ``"raw"``, the name of a layer, or one of these per source (``{source: name}``).  ``"auto"``: raw if every
-        source has it, X if none has.  With raw, genes are those of ``raw.var``.
-    layers, obsm
-        Names to carry along.  Everything else (uns, varm, obsp, ...) is left out and listed in the summary.
+        source has it, X if none has.  With raw, genes are those of ``raw.var``; where var
+        lists the same ones, its further columns are kept, too.
+    layers, obsm, obsp
+        Names to carry along.  Everything else (uns, varm, ...) is left out and listed in the summary.  An obsp must be stored CSR
+        in every source; the cells that it names are numbered through over the sources, as the rows are.
     var_key
         Column of var to match genes by; by default their names.  A key that repeats within a source is matched by occurrence.
     dtype
-        Dtype to store values in.  ``"auto"`` takes the narrowest of the width's dtypes that holds every value exactly: integers
-        for counts, float32 or float64 as in the source otherwise.
+        Dtype to store the values of X and of layers in.  ``"auto"``, which an obsp always has, takes the narrowest of the width's
+        dtypes that holds every value exactly: integers for counts, float32 or float64 as in the source otherwise.
     dtype_tolerance
         Largest difference allowed where `dtype` is given.
     width
@@ -144,6 +147,7 @@ def convert(
         matrix=matrix,
         layers=layers,
         obsm=obsm,
+        obsp=obsp,
         var_key=var_key,
         dtype=dtype,
         dtype_tolerance=dtype_tolerance,

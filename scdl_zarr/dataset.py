@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from scdl_zarr.reading.batch import RowBatch
     from scdl_zarr.reading.blocks import Blocks
     from scdl_zarr.reading.csr import Buffers
+    from scdl_zarr.reading.neighbors import Neighbors
     from scdl_zarr.reading.tables import LazyTable
     from scdl_zarr.verify import VerifyReport
 
@@ -67,6 +68,8 @@ class SingleCellZarrDataset:
     (64, 32786)
     """
 
+    _blocks: Blocks | None
+
     def __init__(
         self,
         data_path: str | os.PathLike[str] | Any,
@@ -93,10 +96,7 @@ class SingleCellZarrDataset:
         self._location = locate(data_path)
         self._options: dict[str, Any] = {"threads": threads, "check": check, "chunk_cache_bytes": chunk_cache_bytes}
         self._cache_bytes = parse_bytes(chunk_cache_bytes, smallest=0)
-        self._metadata = read_metadata(self._location)
-        self._readers: dict[str, CsrReader] = {}
-        self._tables: dict[str, LazyTable] = {}
-        self._blocks: Blocks | None = None
+        self._open()
 
     # ---- what it is
 
@@ -123,7 +123,12 @@ class SingleCellZarrDataset:
     @property
     def layers(self) -> list[str]:
         """Names of the layers."""
-        return [path.removeprefix("layers/") for path in self._metadata.matrices if path != "X"]
+        return self._names("layers")
+
+    @property
+    def obsp(self) -> list[str]:
+        """Names of the pairwise matrices (n_obs × n_obs); :meth:`neighbors` reads one."""
+        return self._names("obsp")
 
     @property
     def obs(self) -> LazyTable:
@@ -285,6 +290,18 @@ class SingleCellZarrDataset:
         """
         return self._reader(layer).read(resolve_rows(rows, self.n_obs), dtype, out)
 
+    def neighbors(self, name: str) -> Neighbors:
+        """The neighbours of the cells, from ``obsp/<name>``, which the conversion was asked to carry along.
+
+        Raises
+        ------
+        FeatureNameError
+            The store has no such obsp; the message lists those it has.
+        """
+        from scdl_zarr.reading.neighbors import Neighbors
+
+        return Neighbors(self._reader(name, "obsp"))
+
     def get_row(
         self,
         index: SupportsIndex,
@@ -368,15 +385,52 @@ class SingleCellZarrDataset:
 
         return verify_store(self._location, threads=self._options["threads"])
 
+    def cast_data_to_dtype(self, dtype: npt.DTypeLike, *, dtype_tolerance: float = 0.0) -> None:
+        """Store the values of X in another dtype; this object then reads the new store.
+
+        Parameters
+        ----------
+        dtype
+            An integer dtype, float32 or float64.
+        dtype_tolerance
+            Largest difference allowed.
+
+        Raises
+        ------
+        InexactValueError
+            A value does not survive; the message names its row and nothing is changed.
+        OptionError
+            The dtype cannot be stored, or the store is no local folder.
+
+        Notes
+        -----
+        A full copy is built beside the store, sharing every file but the values, and takes its place by one rename: killed at any
+        moment, the store is the old one or the new one.  Datasets that other code opened before have to be opened again.
+        """
+        from scdl_zarr.conversion.recast import recast_values
+
+        recast_values(self._location, dtype, dtype_tolerance)
+        self._open()
+
     # ---- inside
 
-    def _reader(self, layer: str | None) -> CsrReader:
-        path = "X" if layer is None else f"layers/{layer}"
+    def _open(self) -> None:
+        self._metadata = read_metadata(self._location)
+        self._readers: dict[str, CsrReader] = {}
+        self._tables: dict[str, LazyTable] = {}
+        self._blocks = None
+
+    def _names(self, group: str) -> list[str]:
+        return [path.removeprefix(f"{group}/") for path in self._metadata.matrices if path.startswith(f"{group}/")]
+
+    def _reader(self, name: str | None, group: str = "layers") -> CsrReader:
+        path = "X" if name is None else f"{group}/{name}"
         reader = self._readers.get(path)
         if reader is None:
             layout = self._metadata.matrices.get(path)
             if layout is None:
-                raise FeatureNameError(f"{self.path} has no layer {layer!r}; it has: {', '.join(self.layers) or 'none'}")
+                kind, listed = group.removesuffix("s"), ", ".join(self._names(group)) or "none"
+                raise FeatureNameError(f"{self.path} has no {kind} {name!r}; it has: {listed}")
             threads = self._options["threads"] or min(usable_cores(), LARGEST_THREADS)
             reader = self._readers[path] = CsrReader(
                 self._location,

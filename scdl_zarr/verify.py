@@ -163,7 +163,7 @@ class _ShardCheck:
         own = out[: min(self._part.chunk, self._part.size - start)]
         where = f"{path}: chunk {k} (values {start} to {start + len(own) - 1})"
         if self._part is self._matrix.indices and (own.min() < 0 or own.max() >= self._matrix.n_vars):
-            return [Fault(where=self._part.path, what=f"{where} holds a gene id outside the {self._matrix.n_vars} genes")]
+            return [Fault(where=self._part.path, what=f"{where} holds an id outside the {self._matrix.n_vars} columns")]
         if self._part is self._matrix.indptr:
             wrong = own[0] < 0 or own[-1] > self._matrix.nnz or (np.diff(own) < 0).any()
             ends = (start == 0 and own[0] != 0) or (start + len(own) == self._part.size and own[-1] != self._matrix.nnz)

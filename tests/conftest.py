@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import anndata as ad
@@ -18,6 +19,14 @@ faulthandler.enable()
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.register_profile("full", deadline=None, max_examples=600)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="module")
+def careless_disk() -> Iterator[None]:
+    """Nothing is flushed to the disk, which takes most of the time of a small conversion: for tests of something else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ FLOORS = {
     "api": 6,
     "__init__": 6,
     "__main__": 6,
+    "bionemo": 6,
     "cli": 6,
     "demo": 6,
 }
@@ -169,6 +170,7 @@ HEAVY = {"torch", "dask", "anndata", "matplotlib", "numba", "pandas", "zarr", "h
         ("import scdl_zarr", HEAVY),
         ("from scdl_zarr import SingleCellZarrDataset, convert, open", HEAVY),
         ("import scdl_zarr.cli", HEAVY),
+        ("import scdl_zarr.bionemo", HEAVY),
         ("import scdl_zarr.loading.collate", {"dask", "anndata", "torch"}),
         ("import scdl_zarr.conversion.execution", {"torch", "matplotlib"}),
         ("import scdl_zarr.reading.csr, scdl_zarr.reading.kernels", {"torch", "dask", "anndata", "zarr", "pandas"}),

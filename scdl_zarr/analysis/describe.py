@@ -43,6 +43,7 @@ def describe(data: SingleCellZarrDataset) -> dict[str, Any]:
         "bytes_per_stored_value": round(x_bytes / data.nnz, 4) if data.nnz else None,
         "layers": data.layers,
         "obsm": metadata.children("obsm"),
+        "obsp": data.obsp,
         "obs_columns": {name: data.obs.encoding(name) for name in data.obs.columns},
         "var_columns": {name: data.var.encoding(name) for name in data.var.columns},
         "sources": len(data.sources),
@@ -97,7 +98,7 @@ def text_summary(facts: dict[str, Any]) -> str:
         )
     for title, key in (("obs", "obs_columns"), ("var", "var_columns")):
         lines.append(f"  {title}: " + (", ".join(f"{name} ({kind})" for name, kind in facts[key].items()) or "no columns"))
-    lines += [f"  {title}: {', '.join(facts[title])}" for title in ("layers", "obsm") if facts[title]]
+    lines += [f"  {title}: {', '.join(facts[title])}" for title in ("layers", "obsm", "obsp") if facts[title]]
     lines.append(f"  left out by the conversion: {', '.join(facts['left_out']) or 'nothing'}")
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.survey import Survey
 from scdl_zarr.conversion.values import union_stats
-from scdl_zarr.storage.schema import FORMAT_VERSION, group_node, matrix_nodes, root_document
+from scdl_zarr.storage.schema import FORMAT_VERSION, group_node, matrix_nodes, root_document, unsorted_rows_name
 
 __all__ = ["commit_store", "encode_tables", "merge_runs", "recorded_plan"]
 
@@ -112,7 +112,7 @@ def _add_provenance(elements: EncodedElements, survey: Survey, results: dict[str
     elements.add_array("uns/scdl/pool", packer.pool())
     for path in survey.plans:
         runs = merge_runs(run for result in results[path] for run in result.unsorted)
-        elements.add_array(f"uns/scdl/unsorted_rows/{path.replace('layers/', 'layer:')}", np.array(runs, np.int64).reshape(-1, 2))
+        elements.add_array(f"uns/scdl/unsorted_rows/{unsorted_rows_name(path)}", np.array(runs, np.int64).reshape(-1, 2))
 
 
 def _texts(values: Iterable[str]) -> np.ndarray[Any, np.dtype[np.object_]]:

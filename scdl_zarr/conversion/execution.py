@@ -241,7 +241,8 @@ def table_bytes(survey: Survey) -> int:
     """What obs, var and obsm take while they are joined and encoded."""
     frames = [*survey.obs, survey.vocabulary.frame()]
     held = sum(int(frame.memory_usage(index=True, deep=True).sum()) for frame in frames)
-    return TABLE_FACTOR * held + 3 * sum(int(value.nbytes) for values in survey.obsm.values() for value in values)
+    rows = 8 * sum(len(ids) for ids in survey.row_maps)
+    return rows + TABLE_FACTOR * held + 3 * sum(int(value.nbytes) for values in survey.obsm.values() for value in values)
 
 
 def _projected_size(survey: Survey, options: ConversionOptions) -> int:
@@ -275,13 +276,14 @@ def _run(construction: Construction, survey: Survey, options: ConversionOptions,
                 at = bar.n
                 try:
                     done = _run_tasks(
-                        construction, list(plan.tasks(str(construction.root), survey.vocabulary.maps, options)), workers, bar
+                        construction, list(plan.tasks(str(construction.root), survey.maps(path), options)), workers, bar
                     )
                     stats = union_stats(result.stats for result in done)
                 except DtypeTooNarrowError as found:
                     done, stats = [], found.stats
                 seen |= stats
-                wanted = choose_dtype(seen, dtypes, survey.width) if options.dtype == "auto" else plan.layout.data_dtype
+                auto = plan.asked_dtype(options) == "auto"
+                wanted = choose_dtype(seen, dtypes, survey.width) if auto else plan.layout.data_dtype
                 if not done and wanted == plan.layout.data_dtype:
                     raise SourceError(f"{path}: no dtype holds every value of these sources exactly; give dtype=")
                 if done and wanted == plan.layout.data_dtype:

@@ -32,6 +32,7 @@ class ConversionOptions:
     matrix: Any = "auto"
     layers: Sequence[str] = ()
     obsm: Sequence[str] = ()
+    obsp: Sequence[str] = ()
     var_key: str | None = None
     dtype: Any = "auto"
     dtype_tolerance: float = 0.0
@@ -49,7 +50,7 @@ class ConversionOptions:
         profile_named(self.profile)
         if self.width not in ("auto", "plain", "narrow"):
             raise OptionError(f"width={self.width!r}; choose 'auto', 'plain' or 'narrow'")
-        for name in ("layers", "obsm"):
+        for name in ("layers", "obsm", "obsp"):
             value = getattr(self, name)
             if not isinstance(value, (str, list, tuple)) or not all(isinstance(v, str) for v in value):
                 raise OptionError(f"{name}={value!r}; expected a name or a list of names")
@@ -87,7 +88,7 @@ class ConversionOptions:
         """The options that decide what the store holds, as they are recorded in it."""
         skip = {"memory_budget", "workers", "resume", "overwrite", "progress"}
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
-        chosen["layers"], chosen["obsm"] = list(self.layers), list(self.obsm)
+        chosen["layers"], chosen["obsm"], chosen["obsp"] = list(self.layers), list(self.obsm), list(self.obsp)
         chosen["chunk_values"], chosen["shard_values"] = self.chunk, self.shard
         return chosen
 
@@ -121,7 +122,7 @@ class SourceMatrix:
 
     spec: SourceSpec
     header: MatrixHeader
-    table: int  # its var table
+    table: int  # which of the plan's maps its column ids go through: that of its var table, or of its rows for an obsp
     row_start: int
     value_start: int
 
@@ -137,7 +138,7 @@ class Part:
     row_stop: int
     first_row: int  # where row_start is in the store
     value_start: int  # where the source's first value is in the store
-    lookup: npt.NDArray[np.int64]  # gene id in the source -> in the store
+    lookup: npt.NDArray[np.int64]  # column id in the source -> in the store
     rising: bool  # the lookup keeps sorted rows sorted
 
 
@@ -170,6 +171,10 @@ class MatrixPlan:
     sources: tuple[SourceMatrix, ...]
     cuts: tuple[tuple[tuple[int, int, int], ...], ...] = field(repr=False)  # per shard: (source, row_start, row_stop)
 
+    def asked_dtype(self, options: ConversionOptions) -> str:
+        """What `dtype=` says about this matrix: it is about expression, the weights of an obsp always survive exactly."""
+        return "auto" if self.layout.path.startswith("obsp/") else str(options.dtype)
+
     def with_dtype(self, dtype: np.dtype[Any]) -> MatrixPlan:
         assert self.layout.data is not None
         layout = replace(self.layout, data=self.layout.data.with_dtype(dtype), data_dtype=np.dtype(dtype))
@@ -179,7 +184,7 @@ class MatrixPlan:
         """Every shard of the matrix, once."""
         data, indices, indptr = self.layout.data, self.layout.indices, self.layout.indptr
         assert data is not None and indices is not None and indptr is not None
-        exact = options.dtype != "auto"
+        exact = self.asked_dtype(options) != "auto"
         rising = [bool((np.diff(ids) > 0).all()) for ids in maps]
         for number, cut in enumerate(self.cuts):
             start = number * data.shard
@@ -194,7 +199,7 @@ class MatrixPlan:
                 parts=tuple(self._part(s, a, b, maps, rising) for s, a, b in cut),
                 total=self.layout.nnz,
                 exact_dtype=exact,
-                tolerance=options.dtype_tolerance,
+                tolerance=options.dtype_tolerance if exact else 0.0,
             )
         for number in range(indptr.n_shards):
             start, stop = number * indptr.shard, min((number + 1) * indptr.shard, indptr.size)

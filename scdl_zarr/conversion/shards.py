@@ -171,8 +171,9 @@ def _map(
     if bad >= 0:
         row = int(np.searchsorted(local, bad, side="right")) - 1
         raise SourceError(
-            f"{part.spec.path}: row {piece.row + row} of {matrix_name(part.key)} has gene id {ids[bad]}, "
-            f"but there are {len(part.lookup)} genes"
+            f"{part.spec.path}: row {piece.row + row} of {matrix_name(part.key)} has "
+            f"{'neighbor' if part.key.startswith('obsp/') else 'gene id'} {ids[bad]}, "
+            f"but there are {len(part.lookup)} {'cells' if part.key.startswith('obsp/') else 'genes'}"
         )
     if not part.rising:
         sort_rows(local, in_order, mapped, values)

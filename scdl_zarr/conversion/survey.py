@@ -37,7 +37,7 @@ class Survey:
 
     specs: list[SourceSpec]
     keys: list[str]  # the matrix of each source
-    plans: dict[str, MatrixPlan]  # by path in the store: X, layers/<name>
+    plans: dict[str, MatrixPlan]  # by path in the store: X, layers/<name>, obsp/<name>
     vocabulary: Vocabulary
     tables: list[int]  # var table of each source
     obs: list[pd.DataFrame]
@@ -46,10 +46,15 @@ class Survey:
     width: str
     digests: list[str]
     longest_row: int
+    row_maps: list[npt.NDArray[np.int64]]  # for each source, the store's row of each of its rows; empty without obsp
 
     @property
     def row_starts(self) -> list[int]:
         return [source.row_start for source in self.plans["X"].sources]
+
+    def maps(self, path: str) -> list[npt.NDArray[np.int64]]:
+        """What the column ids of a matrix go through: genes into the vocabulary, or rows to where they are in the store."""
+        return self.row_maps if path.startswith("obsp/") else self.vocabulary.maps
 
 
 def find_sources(sources: Any) -> list[SourceSpec]:
@@ -92,6 +97,8 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
             found["X"].append(matrix.header)
             for layer in options.layers:
                 found[f"layers/{layer}"].append(_layer_header(source, layer, matrix.header))
+            for name in options.obsp:
+                found[f"obsp/{name}"].append(_obsp_header(source, name, matrix.header.n_obs))
             for name in options.obsm:
                 obsm[name].append(_obsm(source, name, matrix.header.n_obs))
             left_out |= _left_out(source, key, options)
@@ -108,6 +115,8 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
         nnz = max(plan.layout.nnz for plan in plans.values())
         width = "narrow" if nnz >= NARROW_FROM or profile_named(options.profile).narrow else "plain"
     plans = {path: _with_layout(plan, options, width, len(vocabulary)) for path, plan in plans.items()}
+    starts = [source.row_start for source in plans["X"].sources] if options.obsp else []
+    row_maps = [np.arange(start, start + header.n_obs) for start, header in zip(starts, found["X"], strict=False)]
     return Survey(
         specs=specs,
         keys=keys,
@@ -120,6 +129,7 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
         width=width,
         digests=digests,
         longest_row=longest,
+        row_maps=row_maps,
     )
 
 
@@ -127,7 +137,7 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
 
 
 def _store_paths(options: ConversionOptions) -> list[str]:
-    return ["X", *(f"layers/{name}" for name in options.layers)]
+    return ["X", *(f"layers/{name}" for name in options.layers), *(f"obsp/{name}" for name in options.obsp)]
 
 
 def _choose_matrices(specs: list[SourceSpec], matrix: Any) -> list[str]:
@@ -190,6 +200,17 @@ def _layer_header(source: Source, layer: str, main: MatrixHeader) -> MatrixHeade
     return header
 
 
+def _obsp_header(source: Source, name: str, n_obs: int) -> MatrixHeader:
+    path = f"obsp/{name}"
+    if path not in source.others():
+        listed = ", ".join(p.removeprefix("obsp/") for p in source.others() if p.startswith("obsp/")) or "none"
+        raise SourceError(f"{source.spec.path} has no obsp {name!r}; it has: {listed}")
+    header = source.matrix(path).header
+    if (header.n_obs, header.n_vars) != (n_obs, n_obs):
+        raise SourceError(f"{source.spec.path}: {path} has shape {header.n_obs} × {header.n_vars} for {n_obs} cells")
+    return header
+
+
 def _obsm(source: Source, name: str, n_obs: int) -> Any:
     path = f"obsm/{name}"
     if path not in source.others():
@@ -213,8 +234,8 @@ def _check_widths(obsm: dict[str, list[Any]], specs: list[SourceSpec]) -> None:
 def _left_out(source: Source, key: str, options: ConversionOptions) -> set[str]:
     taken = {key, *(f"layers/{layer}" for layer in options.layers)}
     matrices = {matrix_name(k) for k in source.matrices() if k not in taken}
-    others = {path for path in source.others() if path.removeprefix("obsm/") not in options.obsm or not path.startswith("obsm/")}
-    return matrices | others
+    carried = {*(f"obsm/{name}" for name in options.obsm), *(f"obsp/{name}" for name in options.obsp)}
+    return matrices | (set(source.others()) - carried)
 
 
 # ---- rows, values, plans
@@ -231,7 +252,7 @@ def _plan_matrices(
     digests = [hashlib.blake2b(digest_size=16) for _ in specs]
     longest = 0
     for path, headers in found.items():
-        sources = _placed(specs, headers, tables)
+        sources = _placed(specs, headers, list(range(len(specs))) if path.startswith("obsp/") else tables)
         nnz = sum(header.nnz for header in headers)
         borders = []
         for source, digest in zip(sources, digests, strict=True):
@@ -292,10 +313,11 @@ def scan_pointers(
 def _layout(
     path: str, headers: list[MatrixHeader], nnz: int, n_vars: int, options: ConversionOptions, width: Any, dtype: np.dtype[Any]
 ) -> Any:
+    n_obs = sum(header.n_obs for header in headers)
     return matrix_layouts(
         path,
-        n_obs=sum(header.n_obs for header in headers),
-        n_vars=n_vars,
+        n_obs=n_obs,
+        n_vars=n_obs if path.startswith("obsp/") else n_vars,
         nnz=nnz,
         data_dtype=dtype,
         width=width,
@@ -307,7 +329,8 @@ def _layout(
 
 def _with_layout(plan: MatrixPlan, options: ConversionOptions, width: str, n_vars: int) -> MatrixPlan:
     headers = [source.header for source in plan.sources]
-    dtype = np.dtype(options.dtype) if options.dtype != "auto" else _likely_dtype(plan, width)
+    asked = plan.asked_dtype(options)
+    dtype = np.dtype(asked) if asked != "auto" else _likely_dtype(plan, width)
     layout = _layout(plan.layout.path, headers, plan.layout.nnz, n_vars, options, width, dtype)
     return replace(plan, layout=layout)
 

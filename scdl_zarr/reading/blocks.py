@@ -14,6 +14,7 @@ from scdl_zarr.reading.plan import Int64Array
 from scdl_zarr.reading.tables import LazyTable, read_element
 from scdl_zarr.storage.metadata import node_attributes
 from scdl_zarr.storage.packing import unpack_table
+from scdl_zarr.storage.schema import unsorted_rows_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +90,7 @@ class Blocks:
 
     def unsorted_rows(self, matrix: str = "X") -> Int64Array:
         """Rows whose gene ids were not sorted in their source (they keep their source's order), ascending."""
-        runs = np.asarray(read_element(self._location, f"{ROOT}/unsorted_rows/{matrix.replace('layers/', 'layer:')}"))
+        runs = np.asarray(read_element(self._location, f"{ROOT}/unsorted_rows/{unsorted_rows_name(matrix)}"))
         n = self._metadata.n_obs
         if (
             runs.ndim != 2

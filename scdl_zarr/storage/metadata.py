@@ -101,10 +101,13 @@ def _describe(nodes: Mapping[str, Any], header: Mapping[str, Any], where: str) -
         raise CorruptStoreError(f"{where}: the root attribute lists no matrix X")
     matrices = {}
     for path, fact in facts.items():
-        name = path.removeprefix("layers/")
-        if path != "X" and (name == path or name in ("", ".", "..") or "/" in name or "\\" in name):
-            raise CorruptStoreError(f"{where}: {path!r} is neither X nor a layer")
-        matrices[path] = _matrix(path, nodes, n_obs, n_vars, fact if isinstance(fact, dict) else {}, where)
+        group, _, name = path.partition("/")
+        if path != "X" and (
+            group not in ("layers", "obsp") or name in ("", ".", "..") or any(c in name for c in ("/", "\\", "\0"))
+        ):
+            raise CorruptStoreError(f"{where}: {path!r} is neither X nor a layer nor an obsp")
+        columns = n_obs if group == "obsp" else n_vars
+        matrices[path] = _matrix(path, nodes, n_obs, columns, fact if isinstance(fact, dict) else {}, where)
     if header.get("nnz") != matrices["X"].nnz:
         raise CorruptStoreError(f"{where}: nnz is {header.get('nnz')!r} in the header and {matrices['X'].nnz} in X/data")
     return StoreMetadata(n_obs=n_obs, n_vars=n_vars, nodes=nodes, header=header, matrices=matrices)

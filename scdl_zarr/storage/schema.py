@@ -35,6 +35,7 @@ __all__ = [
     "node_document",
     "profile_named",
     "root_document",
+    "unsorted_rows_name",
 ]
 
 FORMAT_VERSION: Final = "1.0"
@@ -216,7 +217,10 @@ class ArrayLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixLayout:
-    """A CSR matrix in a store.  A part is ``None`` where only the general path can read it."""
+    """A CSR matrix in a store.  A part is ``None`` where only the general path can read it.
+
+    ``n_vars`` is its number of columns: genes for X and layers, cells for ``obsp/<name>``.
+    """
 
     path: str
     n_obs: int
@@ -300,6 +304,11 @@ def matrix_nodes(layout: MatrixLayout) -> dict[str, dict[str, Any]]:
     for part in (layout.data, layout.indices, layout.indptr):
         nodes[part.path] = part.node()
     return nodes
+
+
+def unsorted_rows_name(path: str) -> str:
+    """What the list of a matrix's unsorted rows is called: ``X``, ``layer:<name>``, ``obsp:<name>``."""
+    return path.replace("layers/", "layer:", 1) if path.startswith("layers/") else path.replace("obsp/", "obsp:", 1)
 
 
 def root_document(nodes: Mapping[str, Mapping[str, Any]], header: Mapping[str, Any]) -> bytes:

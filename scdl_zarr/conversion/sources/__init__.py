@@ -35,7 +35,7 @@ class SourceSpec:
 class MatrixHeader:
     """A CSR matrix of a source, from its header alone."""
 
-    key: str  # "X", "raw/X" or "layers/<name>"
+    key: str  # "X", "raw/X", "layers/<name>" or "obsp/<name>"
     n_obs: int
     n_vars: int
     nnz: int
@@ -64,6 +64,9 @@ class Source(Protocol):
     def matrices(self) -> dict[str, str]:
         """Keys of all matrices, with their kind: "csr", "csc" or "dense"."""
 
+    def kind(self, key: str) -> str | None:
+        """What is stored under a key, such as "obsp/<name>": "csr", "csc", "dense", or None for anything else and nothing."""
+
     def matrix(self, key: str) -> MatrixReader:
         """Open a CSR matrix; another kind, or an inconsistent one, is a SourceError."""
 
@@ -71,7 +74,10 @@ class Source(Protocol):
         """The cells' table, indexed by name."""
 
     def var(self, key: str) -> pd.DataFrame:
-        """The genes' table that belongs to that matrix, indexed by name."""
+        """The genes' table that belongs to that matrix, indexed by name.
+
+        With raw.X that of raw, and the columns that only var has where both list the same genes in the same order.
+        """
 
     def others(self) -> list[str]:
         """Elements beside obs, var and the matrices: "obsm/X_pca", "uns/colors", ..."""

@@ -94,6 +94,10 @@ class H5adSource:
                 found[key] = kind
         return found
 
+    def kind(self, key: str) -> str | None:
+        node = self._node(key)
+        return None if node is None else _kind(node)
+
     def matrix(self, key: str) -> H5adMatrix:
         group = self._node(key)
         shown = matrix_name(key)
@@ -116,7 +120,14 @@ class H5adSource:
         return self._frame("obs")
 
     def var(self, key: str) -> pd.DataFrame:
-        return self._frame("raw/var" if key == "raw/X" else "var")
+        if key != "raw/X":
+            return self._frame("var")
+        frame = self._frame("raw/var")
+        other = self._frame("var") if self._node("var") is not None else frame
+        if frame.index.equals(other.index):  # what was learnt of the same genes since raw was set aside holds for raw, too
+            for name in other.columns.difference(frame.columns, sort=False):
+                frame[name] = other[name].array
+        return frame
 
     def others(self) -> list[str]:
         with reading(self.spec.path, "the list of its elements"):

@@ -1,0 +1,108 @@
+"""Stores made from H5AD files with SCDL's choices: its matrix, its dtype where that loses nothing, its messages."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scdl_zarr.bionemo.names import storable_dtype
+from scdl_zarr.errors import InexactValueError, OptionError, StoreExistsError
+from scdl_zarr.storage.schema import BUILD_FOLDER
+
+__all__ = ["convert_files", "files_under", "is_unfinished", "neighbors_there", "warn_of_loss"]
+
+
+def convert_files(
+    sources: Mapping[Any, bool],
+    target: str | os.PathLike[str],
+    data_dtype: str | None,
+    tolerance: float,
+    *,
+    obsp: Sequence[str] = (),
+    workers: int | None = None,
+) -> None:
+    """Convert files (each with whether X is taken and not raw.X) into one store, in SCDL's dtype if every value survives that."""
+    from scdl_zarr.conversion.execution import run_conversion
+    from scdl_zarr.conversion.plan import ConversionOptions
+    from scdl_zarr.conversion.survey import find_sources
+
+    wanted = storable_dtype("float32" if data_dtype is None else data_dtype)
+    specs = find_sources(list(sources))
+    keys = {spec: "X" if x else "raw/X" for spec, x in zip(specs, sources.values(), strict=True)}
+    for spec, key in keys.items():
+        _check_matrix(spec, key)
+    options: dict[str, Any] = {
+        "matrix": {spec.path: "raw" if key == "raw/X" else key for spec, key in keys.items()},
+        "obsp": obsp,
+        "workers": workers,
+        "progress": False,
+    }
+    try:
+        run_conversion(list(sources), target, ConversionOptions(dtype=wanted, dtype_tolerance=tolerance, **options))
+    except (InexactValueError, StoreExistsError) as error:
+        from scdl_zarr.conversion.fallback import exact_fallback, source_values
+
+        unfinished = is_unfinished(target)  # perhaps of the wider dtype, which is found here again
+        if isinstance(error, StoreExistsError) and not unfinished:
+            raise
+        exact, difference = exact_fallback(source_values(keys), np.dtype(wanted))
+        if unfinished and not difference:
+            raise
+        warn_of_loss(difference, exact)
+        run_conversion(list(sources), target, ConversionOptions(dtype=exact, **options))
+
+
+def _check_matrix(spec: Any, key: str) -> None:
+    """SCDL's errors for a matrix that is not there, or dense."""
+    from scdl_zarr.conversion.sources import open_source
+
+    with open_source(spec) as source:
+        kind = source.kind(key)
+    if kind is None and key == "X":
+        raise OptionError("This file does not have count data; set use_X_not_raw=False to use raw counts instead.")
+    if kind is None:
+        raise OptionError("This file does not have raw count data; set use_X_not_raw=True to use normalized counts instead.")
+    if kind == "dense":
+        raise NotImplementedError("Error: dense matrix loading not yet implemented.")
+
+
+def neighbors_there(h5ad_path: str | os.PathLike[str], key: str) -> tuple[str, ...]:
+    """The key if the file has such an obsp, else nothing and SCDL's warning."""
+    from scdl_zarr.conversion.sources import open_source
+    from scdl_zarr.conversion.sources.h5ad import h5ad_spec
+
+    with open_source(h5ad_spec(h5ad_path)) as source:
+        kind = source.kind(f"obsp/{key}")
+        if kind is None:
+            warnings.warn(f"Neighbor key '{key}' not found in AnnData.obsp. Neighbor loading skipped.", stacklevel=3)
+            return ()
+        if kind == "dense":
+            raise OptionError(f"Neighbor matrix for key '{key}' is not a sparse matrix.")
+    return (key,)
+
+
+def warn_of_loss(difference: float, exact: np.dtype[Any]) -> None:
+    """SCDL's warning that a dtype loses something, and what was done about it."""
+    warnings.warn(
+        "Full Dataset: Downcasted data values for 'data.npy' are not close to original values. "
+        f"Max abs diff: {difference}. Nothing was lost: they are stored as {exact.name}, which holds every value.",
+        stacklevel=3,
+    )
+
+
+def files_under(folder: str | os.PathLike[str]) -> list[Path]:
+    """Every ``*.h5ad`` under a folder, in the order of their paths; none is an error."""
+    files = sorted(Path(folder).rglob("*.h5ad"))
+    if not files:
+        raise FileNotFoundError(f"There a no h5ad files in {folder}.")
+    return files
+
+
+def is_unfinished(path: str | os.PathLike[str]) -> bool:
+    """Whether a conversion into this folder was started and not finished."""
+    return os.path.isdir(os.path.join(path, BUILD_FOLDER)) and not os.path.exists(os.path.join(path, "zarr.json"))

@@ -1,0 +1,59 @@
+"""Rows as their own sources had them: gene ids of the store turned into those of each row's var block."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from scdl_zarr.errors import CorruptStoreError
+from scdl_zarr.reading.batch import RowBatch
+from scdl_zarr.reading.blocks import Blocks
+from scdl_zarr.reading.plan import Int64Array
+
+__all__ = ["LocalGenes"]
+
+KEPT_BLOCKS = 64  # maps of as many blocks are kept, 8 bytes a gene each
+
+
+class LocalGenes:
+    """Gene ids of the store as those of each row's own source, in that source's order."""
+
+    def __init__(self, blocks: Blocks, n_vars: int) -> None:
+        self._blocks = blocks
+        self._n_vars = n_vars
+        self._known: dict[int, tuple[Int64Array, bool] | None] = {}
+        self._unsorted: Int64Array | None = None
+
+    def localized(self, batch: RowBatch) -> RowBatch:
+        """The batch, its ids and the order within its rows changed in place."""
+        blocks = [self._blocks.block_of(row) for row in batch.rows.tolist()] if len(self._blocks) > 1 else [0] * len(batch)
+        for k, block in enumerate(blocks):
+            known = self._map(block)
+            if known is None:
+                continue
+            local, rising = known
+            values, ids = batch[k]
+            ids[:] = local[ids]
+            if len(ids) and ids.min() < 0:
+                raise CorruptStoreError(f"row {batch.rows[k]} holds a gene that its source has not")
+            if not rising and not self._is_unsorted(int(batch.rows[k])):
+                order = np.argsort(ids, kind="stable")
+                ids[:], values[:] = ids[order], values[order]
+        return batch
+
+    def _map(self, block: int) -> tuple[Int64Array, bool] | None:
+        """For each gene of the store its number in the block's source, and whether that keeps order; None: the same numbers."""
+        if block not in self._known:
+            ids = self._blocks.gene_ids(block)
+            local = np.full(self._n_vars, -1, np.int64)
+            local[ids] = np.arange(len(ids))
+            same = np.array_equal(ids, np.arange(self._n_vars))
+            while len(self._known) >= KEPT_BLOCKS:
+                self._known.pop(next(iter(self._known)), None)
+            self._known[block] = None if same else (local, bool((np.diff(ids) > 0).all()))
+        return self._known[block]
+
+    def _is_unsorted(self, row: int) -> bool:
+        if self._unsorted is None:
+            self._unsorted = self._blocks.unsorted_rows("X")
+        at = int(np.searchsorted(self._unsorted, row))
+        return at < len(self._unsorted) and self._unsorted[at] == row
