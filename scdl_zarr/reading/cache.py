@@ -17,7 +17,7 @@ from scdl_zarr.storage.schema import ArrayLayout
 
 __all__ = ["ChunkCache"]
 
-GHOSTS_PER_CHUNK = 4  # how many chunks are remembered, without their values, for each one that is kept
+TAG_BYTES = 24  # tag, slot and ghost of a chunk
 
 
 class ChunkCache:
@@ -32,17 +32,16 @@ class ChunkCache:
     """
 
     def __init__(self, layout: ArrayLayout, budget_bytes: int) -> None:
-        sets = budget_bytes // (2 * (layout.chunk_bytes + 64))
-        sets = min(sets, max(1, layout.size // layout.chunk + 1))
+        wanted = min(budget_bytes // (2 * (layout.chunk_bytes + TAG_BYTES)), layout.size // layout.chunk + 1)
+        sets = 1 << (wanted.bit_length() - 1) if wanted > 0 else 0
         self.values: npt.NDArray[Any] = np.empty((1 + 2 * sets, layout.chunk_bytes), np.uint8)
-        tags = np.zeros((max(sets, 1), 4), np.int64)  # chunk + 1, slot, and both again
-        tags[:, 1] = 1 + 2 * np.arange(len(tags))
+        tags = np.zeros((sets, 4), np.int64)
+        tags[:, 1] = 1 + 2 * np.arange(sets)
         tags[:, 3] = tags[:, 1] + 1
-        ghosts = np.zeros(max(2 * sets * GHOSTS_PER_CHUNK, 1), np.int64)
+        ghosts = np.zeros((sets, 2), np.int64)
         self.vector = np.zeros(st.CACHE_SIZE, np.int64)
         self.vector[st.CACHE_VALUES] = self.values.ctypes.data
         self.vector[st.CACHE_SETS] = sets
         self.vector[st.CACHE_TAGS] = tags.ctypes.data
         self.vector[st.CACHE_GHOSTS] = ghosts.ctypes.data
-        self.vector[st.CACHE_GHOST_COUNT] = len(ghosts)
         self._memory = (tags, ghosts)

@@ -24,7 +24,6 @@ from scdl_zarr.reading.kernels.memory import inner, int64s_at, load32, load64, p
 from scdl_zarr.reading.kernels.state import (
     BAD_BOUNDS,
     BAD_HEADER,
-    CACHE_GHOST_COUNT,
     CACHE_GHOSTS,
     CACHE_SETS,
     CACHE_TAGS,
@@ -167,31 +166,10 @@ def find_rows(part: Any, rows: Any, nnz: int, starts: Any, lengths: Any, fault: 
 
 
 @inner
-def _slot_of(cache: Any, c: int) -> tuple[int, bool]:
-    """The slot of chunk c (1 on, 0: none) and whether it holds the chunk already."""
-    sets = cache[CACHE_SETS]
-    if sets == 0:
-        return 0, False
-    mixed = (np.uint64(c) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)
-    at = 2 * np.int64(mixed % np.uint64(sets))
-    tags = int64s_at(cache[CACHE_TAGS], 4 * sets)  # tag and slot, twice a set
-    here = 2 * at
-    if tags[here] == c + 1:
-        return tags[here + 1], True
-    if tags[here + 2] == c + 1:
-        slot = tags[here + 3]
-        tags[here + 2], tags[here + 3] = tags[here], tags[here + 1]
-        tags[here], tags[here + 1] = c + 1, slot
-        return slot, True
-    ghosts = int64s_at(cache[CACHE_GHOSTS], cache[CACHE_GHOST_COUNT])
-    ghost = np.int64(mixed % np.uint64(cache[CACHE_GHOST_COUNT]))
-    if ghosts[ghost] != c + 1:
-        ghosts[ghost] = c + 1
-        return 0, False
-    slot = tags[here + 3]  # of the chunk that was used longer ago
-    tags[here + 2], tags[here + 3] = tags[here], tags[here + 1]
-    tags[here], tags[here + 1] = 0, slot  # until it is filled
-    return slot, False
+def _set_of(cache: Any, c: int) -> int:
+    """Where in the tags the set of chunk c is."""
+    mixed = (np.uint64(c) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)  # Fibonacci hashing
+    return 4 * (np.int64(mixed) & (cache[CACHE_SETS] - 1))
 
 
 @inner
@@ -200,18 +178,38 @@ def _holds(cache: Any, c: int) -> bool:
     sets = cache[CACHE_SETS]
     if sets == 0:
         return False
-    mixed = (np.uint64(c) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)
-    tags = int64s_at(cache[CACHE_TAGS], 4 * sets)
-    here = 4 * np.int64(mixed % np.uint64(sets))
+    tags = int64s_at(cache[CACHE_TAGS], 4 * sets)  # tag and slot, twice a set
+    here = _set_of(cache, c)
     return tags[here] == c + 1 or tags[here + 2] == c + 1
+
+
+@inner
+def _slot_of(cache: Any, c: int) -> tuple[int, bool]:
+    """The slot of chunk c (1 on, 0: none) and whether it holds the chunk already."""
+    sets = cache[CACHE_SETS]
+    if sets == 0:
+        return 0, False
+    tags = int64s_at(cache[CACHE_TAGS], 4 * sets)
+    here = _set_of(cache, c)
+    if tags[here] == c + 1:
+        return tags[here + 1], True
+    slot = tags[here + 3]  # of the chunk that was used longer ago
+    held = tags[here + 2] == c + 1
+    if not held:
+        ghosts = int64s_at(cache[CACHE_GHOSTS], 2 * sets)
+        ghost = (here >> 1) + (c & 1)
+        if ghosts[ghost] != c + 1:
+            ghosts[ghost] = c + 1
+            return 0, False
+    tags[here + 2], tags[here + 3] = tags[here], tags[here + 1]
+    tags[here], tags[here + 1] = c + 1 if held else 0, slot  # without a tag until it is filled
+    return slot, held
 
 
 @inner
 def _keep(cache: Any, c: int) -> None:
     """The slot that `_slot_of` gave for chunk c is filled."""
-    sets = cache[CACHE_SETS]
-    mixed = (np.uint64(c) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)
-    int64s_at(cache[CACHE_TAGS], 4 * sets)[4 * np.int64(mixed % np.uint64(sets))] = c + 1
+    int64s_at(cache[CACHE_TAGS], 4 * cache[CACHE_SETS])[_set_of(cache, c)] = c + 1
 
 
 # ---- values and ids

@@ -74,12 +74,11 @@ SMALLEST_PLANE, LARGEST_PLANE = 128, 1 << 16
 # ---- a cache of decoded chunks
 (
     CACHE_VALUES,  # memory for decoded chunks: scratch, then the slots
-    CACHE_SETS,  # 0: nothing is kept
-    CACHE_TAGS,  # two chunk numbers + 1 a set, the one used last first
-    CACHE_GHOSTS,  # chunk numbers + 1 that were decoded lately and not kept
-    CACHE_GHOST_COUNT,
+    CACHE_SETS,  # a power of two; 0: nothing is kept
+    CACHE_TAGS,  # per set two pairs of chunk number + 1 and slot, the one used last first
+    CACHE_GHOSTS,  # per set two chunk numbers + 1 that were decoded lately and not kept
     CACHE_SIZE,
-) = range(6)
+) = range(5)
 
 # ---- answers
 (
