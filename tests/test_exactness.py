@@ -24,7 +24,7 @@ from hypothesis.extra import numpy as hnp
 import scdl_zarr
 from scdl_zarr.conversion.values import checksum
 from scdl_zarr.dataset import SingleCellZarrDataset
-from scdl_zarr.reading.general import ZarrColumns
+from scdl_zarr.reading.general import CsrColumns
 from scdl_zarr.storage.schema import PROFILES
 from tests.toys import csr, encoded_rows, write_h5ad
 
@@ -34,7 +34,7 @@ def through(data: SingleCellZarrDataset, path: str) -> SingleCellZarrDataset:
     if path == "general":
         for matrix in ("X", *(f"layers/{name}" for name in data.layers)):
             reader = data._reader(None if matrix == "X" else matrix.removeprefix("layers/"))
-            reader._columns = ZarrColumns(data._location, reader.layout)
+            reader._columns = CsrColumns(data._location, reader.layout)
     return data
 
 

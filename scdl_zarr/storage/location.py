@@ -27,7 +27,7 @@ from scdl_zarr.storage.schema import BUILD_FOLDER
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-__all__ = ["StoreLocation", "local_path", "locate", "read_metadata"]
+__all__ = ["ROOT_KEY", "StoreLocation", "local_path", "locate", "read_metadata"]
 
 ROOT_KEY = "zarr.json"
 LARGEST_ROOT_BYTES = 1 << 30
@@ -78,6 +78,24 @@ class StoreLocation:
             raise NotAStoreError(f"{self.path / key} is a folder, expected a Zarr v3 document") from None
         except PermissionError as error:
             raise StoreAccessError(f"{self.path / key} cannot be read: {error.strerror}") from None
+
+    def folders(self, key: str) -> list[str]:
+        """Names of what lies in the folder `key` and may be a group or an array, sorted."""
+        if self.path is None:
+            names = _list_folder(self.store, key)
+        else:
+            with os.scandir(self.path / key) as entries:
+                names = [entry.name for entry in entries if entry.is_dir()]
+        return sorted({name for name in names if not name.startswith(".z") and name != ROOT_KEY})
+
+
+def _list_folder(store: Store, key: str) -> list[str]:
+    from zarr.core.sync import sync
+
+    async def names() -> list[str]:
+        return [name.strip("/").rsplit("/", 1)[-1] async for name in store.list_dir(key)]
+
+    return sync(names())
 
 
 def _read_object(store: Store, key: str) -> bytes | None:

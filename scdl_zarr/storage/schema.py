@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ __all__ = [
     "ATTRIBUTE",
     "ArrayLayout",
     "BUILD_FOLDER",
+    "Encoding",
     "FORMAT_VERSION",
     "INDEX_CODECS",
     "INDEX_DTYPES",
@@ -46,6 +47,7 @@ INDPTR_CHUNK: Final = 1 << 13
 INDPTR_SHARD: Final = 1 << 20
 LARGEST_CHUNK_BYTES: Final = (1 << 31) - 1024  # what a blosc block header can say
 
+Encoding = Literal["csr_matrix", "csc_matrix", "array"]
 Shuffle = Literal["noshuffle", "shuffle", "bitshuffle"]
 Width = Literal["plain", "narrow"]
 
@@ -216,7 +218,13 @@ class ArrayLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixLayout:
-    """A CSR matrix in a store.  A part is ``None`` where only the general path can read it."""
+    """A matrix in a store.  A part is ``None`` where only the general path can read it.
+
+    ``encoding`` is AnnData's.  Stores of ours hold ``csr_matrix`` alone, others may hold ``csc_matrix`` or (dense) ``array``, for
+    which ``nnz`` is rows times genes: how many values a dense matrix stores is known once they are read.  ``nodes`` has the
+    metadata documents of the matrix's arrays by path.  With ``absent_is_fill`` a shard or chunk that is not there equals the
+    fill value, as Zarr has it; without, it is damage, because our writer leaves none out.
+    """
 
     path: str
     n_obs: int
@@ -227,6 +235,9 @@ class MatrixLayout:
     indptr: ArrayLayout | None
     data_dtype: np.dtype[Any]
     float32_exact: bool = False
+    encoding: Encoding = "csr_matrix"
+    absent_is_fill: bool = False
+    nodes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def mappable(self) -> bool:
