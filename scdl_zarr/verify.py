@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdl_zarr.errors import CorruptStoreError, NotAStoreError, ScdlZarrError
+from scdl_zarr.errors import CorruptStoreError, ScdlZarrError
 from scdl_zarr.reading.blocks import Blocks
 from scdl_zarr.reading.csr import open_columns
 from scdl_zarr.reading.passes import row_plans
-from scdl_zarr.reading.tables import LazyTable, read_element
+from scdl_zarr.reading.tables import LazyTable, read_element, refuse_pickles
 from scdl_zarr.reading.zarr_arrays import open_root
-from scdl_zarr.storage.foreign import chunk_shape, needs_pickle, open_metadata
+from scdl_zarr.storage.foreign import chunk_shape, open_metadata
 from scdl_zarr.storage.location import StoreLocation
 
 if TYPE_CHECKING:
@@ -254,8 +254,7 @@ def _read_array(location: StoreLocation, path: str, node: Mapping[str, Any], our
     if ours:
         read_element(location, path)
         return
-    if needs_pickle(node):
-        raise NotAStoreError(f"{location}: {path} is stored in pickles, which are never opened")
+    refuse_pickles(location, {path: node})
     try:
         array = open_root(location)[path]
         if not array.shape:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scdl_zarr.storage.foreign import chunk_shape, dtype_name
+from scdl_zarr.storage.foreign import chunk_shape, codec_names, dtype_name, shard_shape
 
 if TYPE_CHECKING:
     from scdl_zarr.dataset import SingleCellZarrDataset
@@ -63,18 +63,12 @@ def _array(path: str, layout: MatrixLayout, stored: int | None) -> dict[str, Any
 
 def _any_array(node: Mapping[str, Any], stored: int | None) -> dict[str, Any]:
     """An array in whatever codecs, from its metadata document."""
-    chunk, chain = chunk_shape(node), node.get("codecs")
-    outer = node.get("chunk_grid", {}).get("configuration", {}).get("chunk_shape", chunk)
-    if chain is None:  # Zarr v2
-        chain = [*(node.get("filters") or []), *([node["compressor"]] if node.get("compressor") else [])]
-    elif chain and chain[0].get("name") == "sharding_indexed":
-        chain = chain[0]["configuration"].get("codecs", [])
     return {
         "dtype": dtype_name(node),
         "values": math.prod(node["shape"]),
-        "chunk_values": math.prod(chunk),
-        "shard_values": math.prod(outer),
-        "codecs": [str(codec.get("name", codec.get("id"))) for codec in chain],
+        "chunk_values": math.prod(chunk_shape(node)),
+        "shard_values": math.prod(shard_shape(node)),
+        "codecs": codec_names(node),
         "stored_bytes": stored,
     }
 

@@ -17,10 +17,9 @@ from typing import Any, NoReturn, Protocol
 
 import numpy.typing as npt
 
-from scdl_zarr.errors import CorruptStoreError, NotAStoreError, ScdlZarrError, StoreAccessError
+from scdl_zarr.errors import CorruptStoreError, ScdlZarrError, StoreAccessError
 from scdl_zarr.reading.first_use import FIRST_USE
 from scdl_zarr.reading.plan import Int64Array
-from scdl_zarr.storage.foreign import needs_pickle
 from scdl_zarr.storage.location import StoreLocation
 from scdl_zarr.storage.schema import MatrixLayout
 
@@ -84,9 +83,6 @@ class MatrixArrays:
         from scdl_zarr.reading.tensorstore_arrays import open_in_tensorstore
         from scdl_zarr.reading.zarr_arrays import open_in_zarr
 
-        for path, node in self._layout.nodes.items():
-            if needs_pickle(node):
-                raise NotAStoreError(f"{self._location}: {path} is stored in pickles, which are never opened")
         found = open_in_tensorstore(self._location, self._layout.nodes, self._threads)
         missing = [path for path in self._layout.nodes if path not in found]
         return {**found, **open_in_zarr(self._location, missing)}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Blocks", "OneBlock"]
 
 ROOT = "uns/scdl"
-SOURCE_COLUMNS = {"name": object, "matrix": object, "n_obs": "i8", "nnz": "i8", "size_bytes": "i8", "checksum": "u8"}
+SOURCE_COLUMNS = {"name": object, "matrix": object, "n_obs": "i8", "nnz": "i8", "checksum": "u8", "size_bytes": "i8"}
 
 
 class Blocks:

@@ -142,7 +142,7 @@ def read_whole(
     size = int(node["shape"][0])
     try:
         whole = np.empty(size, dtype)
-    except MemoryError:
+    except (MemoryError, ValueError):  # the latter where the bytes do not fit a number
         raise CorruptStoreError(f"{location}: {path} claims {size} values, more than memory holds") from None
     (chunk,) = chunk_shape(node)
     borders = np.array([0]), np.array([size])

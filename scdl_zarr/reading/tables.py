@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from scdl_zarr.storage.location import StoreLocation
 
-__all__ = ["LazyTable", "read_element"]
+__all__ = ["LazyTable", "read_element", "refuse_pickles"]
 
 
 class LazyTable:
@@ -169,7 +169,9 @@ class LazyTable:
     def _values(self, column: str) -> Any:
         found = self._kept.get(column)
         if found is None:
-            found = read_element(self._location, f"{self._path}/{column}", whole=self._whole)
+            path = f"{self._path}/{column}"
+            refuse_pickles(self._location, {at: node for at, node in self._nodes.items() if f"{at}/".startswith(f"{path}/")})
+            found = read_element(self._location, path, whole=self._whole)
             if len(found) != self._length:
                 raise CorruptStoreError(
                     f"{self._location}: {self._path}/{column} has {len(found)} entries, expected {self._length}"
@@ -198,11 +200,10 @@ def read_element(location: StoreLocation, path: str, *, whole: bool = True) -> A
         with FIRST_USE:
             root = open_root(location)
             element = root[path]
-            for array in arrays_of(element):
-                if needs_pickle(array.metadata.to_dict()):
-                    raise NotAStoreError(f"{location}: {array.path} is stored in pickles, which are never opened")
-                if whole:
-                    require_objects(location, array)
+            arrays = list(arrays_of(element))
+            refuse_pickles(location, {array.path: array.metadata.to_dict() for array in arrays})
+            for array in arrays if whole else ():
+                require_objects(location, array)
             if "categories" in element.attrs and hasattr(element, "chunks"):
                 return decode_old_categorical(location, root, element, path)
             return decode_element(element)
@@ -210,6 +211,13 @@ def read_element(location: StoreLocation, path: str, *, whole: bool = True) -> A
         raise
     except Exception as error:  # zarr, numcodecs, pandas and anndata have errors of many kinds for bytes that make no sense
         raise CorruptStoreError(f"{location}: {path} cannot be read: {error}") from error
+
+
+def refuse_pickles(location: StoreLocation, nodes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse before anything is read: an object array in pickles runs whatever code it holds."""
+    for path, node in nodes.items():
+        if needs_pickle(node):
+            raise NotAStoreError(f"{location}: {path} is stored in pickles, which are never opened")
 
 
 def arrays_of(element: Any) -> Iterator[Any]:

@@ -9,7 +9,8 @@
     .zgroup without: every node's own ─────┘
 
 A node of Zarr v2 becomes its ``.zarray`` or ``.zgroup`` document with ``attributes`` and ``node_type`` added, so that the rooms
-above ask both formats the same questions.  As in the rest of this folder, every number that will become a length is checked.
+above ask both formats the same questions.  All nodes are of the root's format.  As in the rest of this folder, every number that
+will become a length is checked.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, read_metadata
 from scdl_zarr.storage.metadata import StoreMetadata, as_count, describe_store, is_ours, node_attributes, parse_root
 from scdl_zarr.storage.schema import Encoding, MatrixLayout
 
-__all__ = ["chunk_shape", "dtype_name", "needs_pickle", "open_metadata"]
+__all__ = ["chunk_shape", "codec_names", "dtype_name", "needs_pickle", "open_metadata", "shard_shape"]
 
 Nodes = dict[str, dict[str, Any]]
 
@@ -63,7 +64,8 @@ def _nodes_v3(location: StoreLocation, root: dict[str, Any]) -> Nodes:
     if not isinstance(found, dict):
         _require_anndata(root, lambda path: _own_node(location, path, 3), str(location))
         found = dict(_walk(location, "", 3))
-    return _checked({"": root, **found}, str(location))
+    nodes = {path: {**node, "zarr_format": 3} if isinstance(node, dict) else node for path, node in found.items()}
+    return _checked({"": root, **nodes}, str(location))
 
 
 def _nodes_v2(location: StoreLocation, root: dict[str, Any]) -> Nodes:
@@ -82,6 +84,7 @@ def _nodes_v2(location: StoreLocation, root: dict[str, Any]) -> Nodes:
             attributes = files.get(f"{path}/.zattrs" if path else ".zattrs")
             nodes[path] = {
                 **value,
+                "zarr_format": 2,
                 "node_type": name.removeprefix(".z"),
                 "attributes": attributes if isinstance(attributes, dict) else {},
             }
@@ -125,6 +128,7 @@ def _own_node(location: StoreLocation, path: str, zarr_format: int) -> dict[str,
 def _node_v2(node: dict[str, Any], attributes: bytes | None, kind: str, where: str) -> dict[str, Any]:
     return {
         **node,
+        "zarr_format": 2,
         "node_type": kind,
         "attributes": {} if attributes is None else _parse(attributes, f"{where}: .zattrs"),
     }
@@ -287,18 +291,46 @@ def _dtype(node: Mapping[str, Any], kinds: str) -> np.dtype[Any] | None:
 
 def chunk_shape(node: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape of the smallest piece that is decoded on its own; ones where the document does not say it in a way known here."""
-    dimensions = len(node["shape"])
+    try:
+        return _positive(_sharding(node)["chunk_shape"], node)
+    except (KeyError, IndexError, TypeError):
+        return shard_shape(node)
+
+
+def shard_shape(node: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of the piece that is stored as one object; ones where the document does not say it in a way known here."""
+    try:
+        found = node["chunks"] if node["zarr_format"] == 2 else node["chunk_grid"]["configuration"]["chunk_shape"]
+        return _positive(found, node)
+    except (KeyError, TypeError):
+        return (1,) * len(node["shape"])
+
+
+def codec_names(node: Mapping[str, Any]) -> list[str]:
+    """The codecs that a chunk goes through, in order."""
     try:
         if node["zarr_format"] == 2:
-            chunks = node["chunks"]
-        else:
-            first = node["codecs"][0]
-            grid = first if first["name"] == "sharding_indexed" else node["chunk_grid"]
-            chunks = grid["configuration"]["chunk_shape"]
-        known = len(chunks) == dimensions and all(type(n) is int and 0 < n < LARGEST_CELLS for n in chunks)
-    except (KeyError, IndexError, TypeError):
-        known = False
-    return tuple(chunks) if known else (1,) * dimensions
+            chain = [*(node.get("filters") or []), *([node["compressor"]] if node.get("compressor") else [])]
+            return [str(codec["id"]) for codec in chain]
+        try:
+            chain = _sharding(node)["codecs"]
+        except (KeyError, IndexError, TypeError):
+            chain = node["codecs"]
+        return [str(codec["name"]) for codec in chain]
+    except (KeyError, TypeError):
+        return ["unknown"]
+
+
+def _sharding(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the sharding codec, if it is the first; a KeyError or the like if not."""
+    codec = node["codecs"][0]
+    return codec["configuration"] if codec["name"] == "sharding_indexed" else {}
+
+
+def _positive(shape: Any, node: Mapping[str, Any]) -> tuple[int, ...]:
+    if len(shape) != len(node["shape"]) or not all(type(n) is int and 0 < n < LARGEST_CELLS for n in shape):
+        raise TypeError("not the shape of a chunk")
+    return tuple(shape)
 
 
 def needs_pickle(node: Mapping[str, Any]) -> bool:

@@ -47,6 +47,7 @@ class StoreLocation:
     def zarr_store(self) -> Store:
         """The store as zarr-python opens it, read-only."""
         if self.path is None:
+            _require_open(self.store)
             return self.store  # type: ignore[no-any-return]
         from zarr.storage import LocalStore
 
@@ -61,12 +62,12 @@ class StoreLocation:
             return (self.path / key).is_file()
         from zarr.core.sync import sync
 
-        return bool(sync(self.store.exists(key)))
+        return bool(sync(self.zarr_store.exists(key)))
 
     def read(self, key: str) -> bytes | None:
         """The whole object under `key`, or None if there is none."""
         if self.path is None:
-            return _read_object(self.store, key)
+            return _read_object(self.zarr_store, key)
         try:
             with open(self.path / key, "rb") as file:
                 if os.fstat(file.fileno()).st_size > LARGEST_ROOT_BYTES:
@@ -82,11 +83,19 @@ class StoreLocation:
     def folders(self, key: str) -> list[str]:
         """Names of what lies in the folder `key` and may be a group or an array, sorted."""
         if self.path is None:
-            names = _list_folder(self.store, key)
+            names = _list_folder(self.zarr_store, key)
         else:
             with os.scandir(self.path / key) as entries:
                 names = [entry.name for entry in entries if entry.is_dir()]
         return sorted({name for name in names if not name.startswith(".z") and name != ROOT_KEY})
+
+
+def _require_open(store: Store) -> None:
+    """Some stores (a ZipStore) are made closed; zarr's own functions open them first, too."""
+    if not getattr(store, "_is_open", True):
+        from zarr.core.sync import sync
+
+        sync(store._open())
 
 
 def _list_folder(store: Store, key: str) -> list[str]:
