@@ -51,7 +51,8 @@ def write_by_node(
         if attributes:
             root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         for name, length in (("obs", matrix.shape[0]), ("var", matrix.shape[1])):
-            frame = pd.DataFrame(index=pd.Index([f"{name}{k}" for k in range(length)], dtype=object))
+            index = pd.Index([f"{name}{k}" for k in range(length)], dtype=object)
+            frame = pd.DataFrame({"number": np.arange(length)}, index=index)
             ad.io.write_elem(root, name, frame)
         if encoding == "array":
             put(root, "X", dense_of(matrix).astype(matrix.data.dtype.newbyteorder(byte_order)), **options)
