@@ -163,4 +163,4 @@ def read_metadata(location: StoreLocation) -> StoreMetadata:
     if not path.exists():
         raise StoreNotFoundError(f"no store at {path}")
     kind = "a file" if path.is_file() else "a folder without zarr.json"
-    raise NotAStoreError(f"{path} is {kind}, expected a Zarr v3 store (scdl-zarr convert makes one from an H5AD file)")
+    raise NotAStoreError(f"{path} is {kind}, expected an AnnData Zarr store (scdl-zarr convert makes one from an H5AD file)")
