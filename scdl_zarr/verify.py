@@ -210,7 +210,7 @@ def _verify_generally(location: StoreLocation, layout: MatrixLayout, threads: in
             stored += plan.total
             first = int(plan.starts[0]) if rows[0] == 0 else first
             stop = int(plan.starts[-1] + plan.lengths[-1])
-    except ScdlZarrError as error:
+    except (ScdlZarrError, MemoryError) as error:  # a forged length may be more than memory holds
         return chunks, stored, [Fault(where=layout.path, what=str(error))]
     if layout.encoding != "array" and (first, stop) != (0, layout.nnz):
         what = f"{location}: {layout.path}/indptr does not rise from 0 to {layout.nnz}, but from {first} to {stop}"

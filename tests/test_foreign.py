@@ -413,7 +413,7 @@ def places(node: Any) -> Iterator[tuple[Any, Any]]:
 @pytest.mark.parametrize("name", [".zmetadata", "zarr.json"])
 @pytest.mark.parametrize("first", [0, 3, 5])
 def test_no_value_in_the_metadata_is_trusted(name: str, first: int, tmp_path: Path) -> None:
-    """Whatever stands there (eight values take turns), opening and describing succeed or are refused in our words."""
+    """Whatever stands there (eight values take turns), opening, describing and reading succeed or are refused in our words."""
     values: list[Any] = [None, "x", -1, 2**70, 1.5, [], [1], {}]
     path = tmp_path / "s.zarr"
     write_by_node(str(path), MATRIX, zarr_format=2 if name == ".zmetadata" else 3)
@@ -426,6 +426,8 @@ def test_no_value_in_the_metadata_is_trusted(name: str, first: int, tmp_path: Pa
             data = scdl_zarr.open(path)
             assert (data.n_obs, data.n_vars) == MATRIX.shape
             describe(data)
+            if turn % 2:
+                data.read_rows([0, 5])
         except errors.ScdlZarrError:
             pass
         except Exception as error:
@@ -457,3 +459,21 @@ def test_pointers_that_no_memory_holds(tmp_path: Path) -> None:
     data = scdl_zarr.open(path)
     with pytest.raises(errors.CorruptStoreError, match="more than memory holds"):
         data.read_rows([0])
+
+
+@pytest.mark.parametrize("encoding", ["csr_matrix", "array"])
+def test_chunks_and_rows_that_no_memory_holds(encoding: str, tmp_path: Path) -> None:
+    """TensorStore would abort the process, so it does not get to see them."""
+    path = tmp_path / "s.zarr"
+    write_by_node(str(path), MATRIX, encoding=encoding)
+    array = "X" if encoding == "array" else "X/data"
+    for name in ("zarr.json", f"{array}/zarr.json"):
+        document = json.loads((path / name).read_text())
+        metadata = document.get("consolidated_metadata", {"metadata": {array: document}})["metadata"]
+        if encoding == "array":
+            metadata[array]["shape"][1] = metadata[array]["chunk_grid"]["configuration"]["chunk_shape"][1] = 2**40
+            metadata.get("var/_index", {}).update(shape=[2**40])
+        else:
+            metadata[array]["chunk_grid"]["configuration"]["chunk_shape"] = [2**36]
+        (path / name).write_text(json.dumps(document))
+    refused(path, errors.CorruptStoreError, f"{array}, ", "cannot be read")

@@ -7,6 +7,7 @@ such a child.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from scdl_zarr.reading.arrays import ArrayReader, Selection
 from scdl_zarr.reading.first_use import FIRST_USE, was_forked_with
+from scdl_zarr.storage.foreign import chunk_shape, shard_shape
 from scdl_zarr.storage.location import StoreLocation
 
 __all__ = ["TensorStoreArray", "open_in_tensorstore"]
@@ -24,6 +26,8 @@ V2_KEYS = ("zarr_format", "shape", "chunks", "dtype", "compressor", "fill_value"
 V3_KEYS = ("zarr_format", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
 CODEC_KEYS = {"sharding_indexed": ("chunk_shape", "codecs", "index_codecs"), "transpose": ("order",), "blosc": ("cname",)}
 FILES_AT_ONCE = 16
+LARGEST_CHUNK_BYTES = 1 << 31
+LARGEST_INDEX_BYTES = 1 << 28
 
 
 class TensorStoreArray:
@@ -40,7 +44,7 @@ class TensorStoreArray:
 def open_in_tensorstore(location: StoreLocation, nodes: Mapping[str, Mapping[str, Any]], threads: int) -> dict[str, ArrayReader]:
     """Those of the arrays that TensorStore can open here; none in a child of a fork, or of a store that is not a local folder.
 
-    The documents are the ones that were checked: TensorStore reads none of its own.
+    TensorStore reads each array's own document and holds it against the one that was checked: it opens nothing where they differ.
     """
     if location.path is None or was_forked_with("tensorstore"):
         return {}
@@ -58,18 +62,17 @@ def open_in_tensorstore(location: StoreLocation, nodes: Mapping[str, Mapping[str
     )
     found: dict[str, ArrayReader] = {}
     for path, node in nodes.items():
-        if not _is_complete(node):
+        if not (_is_complete(node) and _is_bounded(node)):
             continue
         folder = os.path.join(location.path, *path.split("/"), "")
         spec = {
             "driver": "zarr" if node["zarr_format"] == 2 else "zarr3",
             "kvstore": {"driver": "file", "path": folder},
             "metadata": _document(node),
-            "assume_metadata": True,
         }
         try:
             array = tensorstore.open(spec, open=True, read=True, context=context).result()
-        except ValueError:  # a codec, dtype or key that it does not know
+        except (ValueError, TypeError, OverflowError):  # a codec, dtype, key or number that it does not know
             continue
         found[path] = TensorStoreArray(array)
     return found
@@ -90,6 +93,15 @@ def _is_complete(node: Mapping[str, Any]) -> bool:
         return all(key in node for key in V3_KEYS) and "chunk_shape" in node["chunk_grid"]["configuration"]
     except (KeyError, TypeError, AttributeError):
         return False
+
+
+def _is_bounded(node: Mapping[str, Any]) -> bool:
+    """Whether memory holds a chunk, a row and a shard's index.
+
+    TensorStore allocates what a document says, and aborts the process where it cannot.
+    """
+    chunk, shard, row = math.prod(chunk_shape(node)), math.prod(shard_shape(node)), math.prod(node["shape"][1:])
+    return 8 * max(chunk, row) <= LARGEST_CHUNK_BYTES and 16 * (shard // chunk) <= LARGEST_INDEX_BYTES
 
 
 def _document(node: Mapping[str, Any]) -> dict[str, Any]:
