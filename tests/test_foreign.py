@@ -32,6 +32,7 @@ from scdl_zarr.reading.zarr_arrays import ZarrArray
 from scdl_zarr.storage.location import StoreLocation
 from tests.battery import assert_reads_exactly, assert_rows_equal
 from tests.stores_of_others import in_memory, write_by_node, write_with_anndata
+from tests.test_architecture import loaded_after
 from tests.toys import encoded_rows
 
 N_OBS, N_VARS, PER_ROW = 30, 40, 11
@@ -282,6 +283,13 @@ def test_opening_one_of_ours_is_one_read(real_store: Path, written: Any, monkeyp
     touched.clear()
     scdl_zarr.open(written("csr", 2))
     assert touched == ["zarr.json", ".zgroup", ".zattrs", ".zmetadata"]
+
+
+def test_opening_loads_no_reader_and_reading_only_its_own(written: Any) -> None:
+    heavy = {"torch", "dask", "anndata", "zarr", "tensorstore", "numba", "h5py"}
+    code = f"import scdl_zarr; d = scdl_zarr.open({str(written('csr', 2))!r})"
+    assert loaded_after(code) & heavy == set()
+    assert loaded_after(f"{code}; d.read_rows([1, 2])") & heavy == {"tensorstore"}
 
 
 # ---- what cannot be read

@@ -1,6 +1,6 @@
 """Arrays through TensorStore: many requests at once, decoded in its own threads.
 
-It opens local Zarr v2 and v3 arrays of the codecs it knows.  Loading it takes a quarter of a second, and a process that was
+It opens local Zarr v2 and v3 arrays of the codecs it knows.  Loading it takes a tenth of a second, and a process that was
 forked from one that had loaded it aborts when it calls it; so it is loaded only here, only when a matrix is read, and never in
 such a child.
 """
