@@ -20,7 +20,7 @@ def open_store(
     check: Check = "first",
     chunk_cache_bytes: str | int = "64MB",
 ) -> SingleCellZarrDataset:
-    """Open a store for reading.
+    """Open a store for reading: one that :func:`convert` made, or any other AnnData Zarr store.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def open_store(
     StoreNotFoundError
         Nothing lies there.
     NotAStoreError
-        Something else lies there.
+        Something else lies there, or an AnnData store without an X that can be read.
     UncommittedStoreError
         A conversion that did not finish; the message names the command that goes on with it.
     FormatVersionError
@@ -49,6 +49,23 @@ def open_store(
     Notes
     -----
     Costs one read of the root ``zarr.json``, whatever the number of rows.
+
+    A store that another program wrote (such as ``anndata.write_zarr``) may be Zarr v2 or v3, with or without consolidated
+    metadata (without, every node's own document is read), in any codecs that zarr-python has.  The same calls read it, with the
+    same results and more slowly than a converted one: a local folder through TensorStore; everything else, and everything in a
+    child of a fork, through zarr-python.  Its row pointers are read whole at the first read (8 bytes a row).  X and each layer
+    may be
+
+    * ``csr_matrix``, whose rows come as they are;
+    * a dense array, whose stored values are those not equal to zero, as ``scipy.sparse.csr_matrix`` takes them (NaN is stored,
+      -0.0 is not); their number is known once the whole matrix was read for it, which ``nnz`` does;
+    * ``csc_matrix``, which the first read turns into rows in memory (it takes 32 bytes and two values for each stored value,
+      and is refused above 8 GiB).  Storing it by rows once is better.
+
+    Values of 32-bit integers and float64 come as float64, because nobody has looked whether float32 holds them.  ``raw`` is not
+    X: it, ``uns``, ``varm``, ``obsp`` and ``varp`` are left aside, and ``scdl-zarr info`` lists them.  All rows are one var
+    block, and there are no sources.  A chunk that is absent equals the fill value, where in a store of ours it is damage.
+    Arrays of pickled objects are refused, never opened.
     """
     return SingleCellZarrDataset(store, threads=threads, check=check, chunk_cache_bytes=chunk_cache_bytes)
 

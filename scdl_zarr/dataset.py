@@ -13,7 +13,8 @@ from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError
 from scdl_zarr.reading.csr import CsrReader
 from scdl_zarr.reading.plan import resolve_rows
 from scdl_zarr.resources import parse_bytes, usable_cores
-from scdl_zarr.storage.location import StoreLocation, locate, read_metadata
+from scdl_zarr.storage.foreign import dtype_name, open_metadata
+from scdl_zarr.storage.location import StoreLocation, locate
 
 if TYPE_CHECKING:
     import anndata
@@ -41,7 +42,8 @@ class SingleCellZarrDataset:
     Parameters
     ----------
     data_path
-        The store: a path, a ``file://`` URL or an opened ``zarr.abc.store.Store``.
+        The store, or any other AnnData Zarr store (see :func:`scdl_zarr.open`): a path, a ``file://`` URL or an opened
+        ``zarr.abc.store.Store``.
     h5ad_path
         H5AD file to convert into `data_path`.  A finished store of the same conversion is opened and nothing is written.
     threads
@@ -55,8 +57,8 @@ class SingleCellZarrDataset:
 
     Notes
     -----
-    Opening reads the root ``zarr.json`` and nothing else.  Nothing is ever opened for writing.  The object may be shared by
-    threads, used after a fork and pickled (it pickles to its location).  It serves as a map-style dataset for
+    Opening a store of ours reads the root ``zarr.json`` and nothing else.  Nothing is ever opened for writing.  The object may
+    be shared by threads, used after a fork and pickled (it pickles to its location).  It serves as a map-style dataset for
     ``torch.utils.data.DataLoader``.
 
     Examples
@@ -117,8 +119,12 @@ class SingleCellZarrDataset:
 
     @property
     def nnz(self) -> int:
-        """Number of stored values of X (explicit zeros count)."""
-        return self._metadata.matrices["X"].nnz
+        """Number of stored values of X (explicit zeros count).
+
+        In a dense X of another program's store, values that are not zero are stored (NaN is, -0.0 is not); the first call reads
+        the whole matrix to count them.
+        """
+        return self._reader(None).count_values()
 
     @property
     def layers(self) -> list[str]:
@@ -159,14 +165,15 @@ class SingleCellZarrDataset:
     def blocks(self) -> Blocks:
         """The var blocks: runs of rows whose source had the same var table, and each source's own genes."""
         if self._blocks is None:
-            from scdl_zarr.reading.blocks import Blocks
+            from scdl_zarr.reading.blocks import Blocks, OneBlock
 
-            self._blocks = Blocks(self._location, self._metadata)
+            self._blocks = (Blocks if self._metadata.ours else OneBlock)(self._location, self._metadata)
         return self._blocks
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The store's ``scdl`` attribute: format version, profile, what the conversion left out, ..."""
+        """The store's ``scdl`` attribute: format version, profile, what the conversion left out, ...; empty for a store that
+        another program wrote."""
         import copy
 
         return copy.deepcopy(dict(self._metadata.header))
@@ -174,15 +181,19 @@ class SingleCellZarrDataset:
     @property
     def dtypes(self) -> dict[str, str]:
         """Dtypes on disk under BioNeMo-SCDL's file names."""
-        layout = self._metadata.matrices["X"]
-        parts = {"data.npy": layout.data, "col_ptr.npy": layout.indices, "row_ptr.npy": layout.indptr}
-        return {name: part.dtype.name for name, part in parts.items() if part is not None}
+        nodes = self._metadata.matrices["X"].nodes
+        parts = {"data.npy": "X/data", "col_ptr.npy": "X/indices", "row_ptr.npy": "X/indptr"}
+        return {name: dtype_name(nodes[path]) for name, path in parts.items() if path in nodes} or {
+            "data.npy": dtype_name(nodes["X"])
+        }
 
     def __len__(self) -> int:
         return self.n_obs
 
     def __repr__(self) -> str:
-        return f"SingleCellZarrDataset({self.path!r}: {self.n_obs} rows × {self.n_vars} genes, {self.nnz} stored values)"
+        layout = self._metadata.matrices["X"]
+        values = "dense" if layout.encoding == "array" else f"{layout.nnz} stored values"  # counting would read everything
+        return f"SingleCellZarrDataset({self.path!r}: {self.n_obs} rows × {self.n_vars} genes, {values})"
 
     def _repr_html_(self) -> str:
         from scdl_zarr.analysis.describe import describe, html_summary
@@ -415,7 +426,7 @@ class SingleCellZarrDataset:
     # ---- inside
 
     def _open(self) -> None:
-        self._metadata = read_metadata(self._location)
+        self._metadata = open_metadata(self._location)
         self._readers: dict[str, CsrReader] = {}
         self._tables: dict[str, LazyTable] = {}
         self._blocks = None
@@ -446,7 +457,8 @@ class SingleCellZarrDataset:
         if table is None:
             from scdl_zarr.reading.tables import LazyTable
 
-            table = self._tables[name] = LazyTable(self._location, name, self._metadata.nodes, length)
+            table = LazyTable(self._location, name, self._metadata.nodes, length, whole=self._metadata.ours)
+            self._tables[name] = table
         return table
 
     def _one_row(self, index: SupportsIndex) -> int:

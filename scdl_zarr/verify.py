@@ -5,7 +5,8 @@ Faults are collected, not raised: the report names each by array, shard, chunk a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,9 +18,11 @@ import numpy as np
 from scdl_zarr.errors import CorruptStoreError, ScdlZarrError
 from scdl_zarr.reading.blocks import Blocks
 from scdl_zarr.reading.csr import open_columns
-from scdl_zarr.reading.plan import plan_rows
-from scdl_zarr.reading.tables import LazyTable, read_element
-from scdl_zarr.storage.location import StoreLocation, read_metadata
+from scdl_zarr.reading.passes import row_plans
+from scdl_zarr.reading.tables import LazyTable, read_element, refuse_pickles
+from scdl_zarr.reading.zarr_arrays import open_root
+from scdl_zarr.storage.foreign import chunk_shape, open_metadata
+from scdl_zarr.storage.location import StoreLocation
 
 if TYPE_CHECKING:
     from scdl_zarr.reading.kernels import Kernels
@@ -70,7 +73,8 @@ def verify_store(location: StoreLocation, threads: int | None = None) -> VerifyR
     """Check a store's structure, and read, checksum and decode every chunk of it.
 
     Structure: shapes, dtypes and encodings agree; row pointers rise from 0 to the number of stored values; gene ids lie in the
-    matrix; tables are as long as the matrix; blocks cover the rows.
+    matrix; tables are as long as the matrix; blocks cover the rows.  Of a store that another program wrote, the same as far as it
+    goes: it may have no checksums, and a chunk that is not there equals the fill value.
 
     Raises
     ------
@@ -82,12 +86,12 @@ def verify_store(location: StoreLocation, threads: int | None = None) -> VerifyR
     Reads the whole store once.  Memory: a few chunks per thread, the row pointers of one shard at a time, the tables one column
     at a time.
     """
-    metadata = read_metadata(location)
+    metadata = open_metadata(location)
     faults: list[Fault] = []
     chunks = values = 0
     for layout in metadata.matrices.values():
-        n, found = _verify_matrix(location, layout, threads or 2)
-        chunks, values = chunks + n, values + layout.nnz
+        n, stored, found = _verify_matrix(location, layout, threads or 2)
+        chunks, values = chunks + n, values + stored
         faults += found
     elements = 0
     for check in _element_checks(location, metadata):
@@ -99,12 +103,13 @@ def verify_store(location: StoreLocation, threads: int | None = None) -> VerifyR
 # ---- matrices
 
 
-def _verify_matrix(location: StoreLocation, layout: MatrixLayout, threads: int) -> tuple[int, list[Fault]]:
+def _verify_matrix(location: StoreLocation, layout: MatrixLayout, threads: int) -> tuple[int, int, list[Fault]]:
+    """How many chunks and stored values were read, and what is wrong with them."""
     from scdl_zarr.reading import kernels
 
     loaded = kernels.load() if location.path is not None and layout.mappable else None
     if loaded is None:
-        return 0, _verify_generally(location, layout)
+        return _verify_generally(location, layout, threads)
     faults: list[Fault] = []
     chunks = 0
     for part in (layout.data, layout.indices, layout.indptr):
@@ -121,7 +126,7 @@ def _verify_matrix(location: StoreLocation, layout: MatrixLayout, threads: int) 
                 faults += found
     if not faults:
         faults += _verify_joins(location, layout)
-    return chunks, faults
+    return chunks, layout.nnz, faults
 
 
 class _ShardCheck:
@@ -185,16 +190,27 @@ def _verify_joins(location: StoreLocation, layout: MatrixLayout) -> list[Fault]:
     return []
 
 
-def _verify_generally(location: StoreLocation, layout: MatrixLayout, block: int = 1 << 14) -> list[Fault]:
-    columns = open_columns(location, layout, threads=1, check="always")
+def _verify_generally(location: StoreLocation, layout: MatrixLayout, threads: int) -> tuple[int, int, list[Fault]]:
+    """Every value is read, which decodes every chunk and checks every id; row pointers rise from 0 to the stored values."""
+    columns = open_columns(location, layout, threads=threads, check="always")
+    chunks = sum(_count_chunks(node) for node in layout.nodes.values())
+    stored, first, stop = 0, 0, 0
     try:
-        for start in range(0, layout.n_obs, block):
-            rows = np.arange(start, min(start + block, layout.n_obs), dtype=np.int64)
-            plan = plan_rows(*columns.bounds(rows))
+        for rows, plan in row_plans(columns, layout):
             columns.gather(plan, np.empty(plan.total, layout.data_dtype), np.empty(plan.total, np.int64))
-    except CorruptStoreError as error:
-        return [Fault(where=layout.path, what=str(error))]
-    return []
+            stored += plan.total
+            first = int(plan.starts[0]) if rows[0] == 0 else first
+            stop = int(plan.starts[-1] + plan.lengths[-1])
+    except (ScdlZarrError, MemoryError) as error:  # a forged length may be more than memory holds
+        return chunks, stored, [Fault(where=layout.path, what=str(error))]
+    if layout.encoding != "array" and (first, stop) != (0, layout.nnz):
+        what = f"{location}: {layout.path}/indptr does not rise from 0 to {layout.nnz}, but from {first} to {stop}"
+        return chunks, stored, [Fault(where=f"{layout.path}/indptr", what=what)]
+    return chunks, stored, []
+
+
+def _count_chunks(node: Mapping[str, Any]) -> int:
+    return math.prod(-(-n // size) for n, size in zip(node["shape"], chunk_shape(node), strict=True))
 
 
 # ---- tables and arrays
@@ -204,11 +220,12 @@ def _element_checks(location: StoreLocation, metadata: StoreMetadata) -> Iterato
     """One check per table column and array that is not a part of a matrix."""
     for name, length in (("obs", metadata.n_obs), ("var", metadata.n_vars)):
         yield _guarded(name, partial(_read_table, location, metadata, name, length))
-    yield _guarded("uns/scdl", partial(_read_blocks, location, metadata))
+    if metadata.ours:
+        yield _guarded("uns/scdl", partial(_read_blocks, location, metadata))
     taken = {part for path in metadata.matrices for part in (path, f"{path}/data", f"{path}/indices", f"{path}/indptr")}
     for path, node in metadata.nodes.items():
         if path not in taken and not path.startswith(("obs/", "var/")) and node.get("node_type") == "array":
-            yield _guarded(path, partial(read_element, location, path))
+            yield _guarded(path, partial(_read_array, location, path, node, metadata.ours))
     yield _guarded("obsm", partial(_check_obsm, location, metadata))
 
 
@@ -223,8 +240,26 @@ def _guarded(where: str, read: Callable[[], object]) -> Callable[[], list[Fault]
     return check
 
 
+def _read_array(location: StoreLocation, path: str, node: Mapping[str, Any], ours: bool) -> None:
+    """Read an array whole; one of another program's, which may be of any size, a row of chunks after the other."""
+    if ours:
+        read_element(location, path)
+        return
+    refuse_pickles(location, {path: node})
+    try:
+        array = open_root(location)[path]
+        if not array.shape:
+            array[...]
+            return
+        step = max(array.chunks[0], 1)
+        for start in range(0, array.shape[0], step):
+            array[start : start + step]
+    except Exception as error:  # zarr and numcodecs have errors of many kinds for bytes that make no sense
+        raise CorruptStoreError(f"{location}: {path} cannot be read: {error}") from error
+
+
 def _read_table(location: StoreLocation, metadata: StoreMetadata, name: str, length: int) -> None:
-    table = LazyTable(location, name, metadata.nodes, length)
+    table = LazyTable(location, name, metadata.nodes, length, whole=metadata.ours)
     for column in (*table.columns, f"{name}_names"):
         table.lookup(column)
 

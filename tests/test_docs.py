@@ -22,6 +22,8 @@ def readme_cells() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
+# what anndata 0.12 says to whoever writes a store
+@pytest.mark.filterwarnings("ignore:Writing zarr v2 data will no longer be the default")
 def test_readme_cells_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

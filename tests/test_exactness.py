@@ -7,7 +7,6 @@ width; hypothesis draws the matrices.
 from __future__ import annotations
 
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 import scdl_zarr
 from scdl_zarr.conversion.values import checksum
 from scdl_zarr.dataset import SingleCellZarrDataset
-from scdl_zarr.reading.general import ZarrColumns
+from scdl_zarr.reading.general import CsrColumns
 from scdl_zarr.storage.schema import PROFILES
+from tests.battery import as_matrix, assert_reads_exactly, assert_rows_equal, matrices
 from tests.toys import csr, encoded_rows, write_h5ad
 
 
@@ -34,28 +33,8 @@ def through(data: SingleCellZarrDataset, path: str) -> SingleCellZarrDataset:
     if path == "general":
         for matrix in ("X", *(f"layers/{name}" for name in data.layers)):
             reader = data._reader(None if matrix == "X" else matrix.removeprefix("layers/"))
-            reader._columns = ZarrColumns(data._location, reader.layout)
+            reader._columns = CsrColumns(data._location, reader.layout)
     return data
-
-
-def same_numbers(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
-    """Equal as numbers: NaN equals NaN, and -0.0 is not 0.0."""
-    assert len(found) == len(expected)
-    wide_found, wide = found.astype(np.longdouble), expected.astype(np.longdouble)
-    assert np.array_equal(wide_found, wide, equal_nan=True)
-    assert np.array_equal(np.signbit(wide_found[wide == 0]), np.signbit(wide[wide == 0]))
-
-
-def assert_rows_equal(data: SingleCellZarrDataset, matrix: sp.csr_matrix, rows: npt.NDArray[np.int64]) -> None:
-    """The rows read as one batch equal the matrix's rows, entry by entry, in their order."""
-    batch = data.read_rows(rows)
-    assert batch.shape == (len(rows), matrix.shape[1])
-    assert batch.rows.tolist() == rows.tolist()
-    for k, row in enumerate(rows.tolist()):
-        start, stop = matrix.indptr[row], matrix.indptr[row + 1]
-        values, ids = batch[k]
-        assert ids.tolist() == matrix.indices[start:stop].tolist()
-        same_numbers(values, matrix.data[start:stop])
 
 
 # ---- real files
@@ -163,38 +142,6 @@ def test_chunks_that_were_never_written_are_zeros(tmp_path: Path) -> None:
 
 # ---- drawn matrices
 
-VALUES = {
-    "u1": hnp.arrays(np.uint8, 60, elements=st.integers(0, 255)),
-    "u2": hnp.arrays(np.uint16, 60, elements=st.integers(0, 65_535)),
-    "u4": hnp.arrays(np.uint32, 60, elements=st.integers(0, 2**32 - 1)),
-    "u8": hnp.arrays(np.uint64, 60, elements=st.integers(0, 2**64 - 1)),
-    "i1": hnp.arrays(np.int8, 60, elements=st.integers(-128, 127)),
-    "i2": hnp.arrays(np.int16, 60, elements=st.integers(-(2**15), 2**15 - 1)),
-    "i4": hnp.arrays(np.int32, 60, elements=st.integers(-(2**31), 2**31 - 1)),
-    "i8": hnp.arrays(np.int64, 60, elements=st.integers(-(2**63), 2**63 - 1)),
-    "b1": hnp.arrays(np.bool_, 60),
-    "f2": hnp.arrays(np.float16, 60, elements=st.floats(width=16)),
-    "f4": hnp.arrays(np.float32, 60, elements=st.floats(width=32)),
-    "f8": hnp.arrays(np.float64, 60, elements=st.floats()),
-    "counts": hnp.arrays(np.float32, 60, elements=st.integers(0, 500).map(float)),
-    "large counts": hnp.arrays(np.float64, 60, elements=st.integers(0, 2**53).map(float)),
-}
-
-
-@st.composite
-def matrices(draw: st.DrawFn) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
-    """Values, ids, row pointers and the number of genes: empty rows, unsorted and repeated ids, zeros stored."""
-    values = draw(VALUES[draw(st.sampled_from(sorted(VALUES)))])
-    n_vars = draw(st.sampled_from([1, 2, 13, 300, 65_536, 65_537, 70_000]))
-    cuts = draw(st.lists(st.integers(0, len(values)), max_size=12))
-    nnz = draw(st.sampled_from([0, 1, 7, len(values)]))
-    indptr = np.array([0, *sorted(min(cut, nnz) for cut in cuts), nnz], np.int64)
-    ids = draw(hnp.arrays(np.int64, nnz, elements=st.integers(0, n_vars - 1)))
-    if draw(st.booleans()):
-        for a, b in pairwise(indptr.tolist()):
-            ids[a:b] = np.sort(ids[a:b])
-    return values[:nnz], ids, indptr, n_vars
-
 
 def write_parts(
     path: Path, values: npt.NDArray[Any], ids: npt.NDArray[np.int64], indptr: npt.NDArray[np.int64], n_vars: int
@@ -231,13 +178,7 @@ def test_anything_comes_back_exactly(
             source, target, profile=profile, width=width, chunk_values=sizes[0], shard_values=sizes[1], progress=False
         )
         data = through(scdl_zarr.open(target, threads=threads, check=check), path)
-        rng = np.random.default_rng(seed)
-        rows = rng.integers(0, n_obs, rng.integers(0, 2 * n_obs + 1))
-        batch = data.read_rows(rows)
-        for k, row in enumerate(rows.tolist()):
-            found, genes = batch[k]
-            assert genes.tolist() == ids[indptr[row] : indptr[row + 1]].tolist()
-            same_numbers(found, values[indptr[row] : indptr[row + 1]])
+        assert_reads_exactly(data, as_matrix(parts), seed)
         assert data.sources["checksum"].tolist() == [checksum(values, ids)]
         unsorted = [r for r in range(n_obs) if (np.diff(ids[indptr[r] : indptr[r + 1]]) < 0).any()]
         assert data.blocks.unsorted_rows().tolist() == unsorted

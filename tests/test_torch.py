@@ -27,12 +27,11 @@ import numpy.typing as npt
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from zarr.core.buffer import cpu
-from zarr.storage import MemoryStore
 
 import scdl_zarr
 from scdl_zarr import SingleCellZarrDataset, collate_sparse_matrix_batch
 from scdl_zarr.errors import OptionError
+from tests.stores_of_others import in_memory, write_by_node
 from tests.toys import csr, encoded_rows, write_h5ad
 
 torch = pytest.importorskip("torch")
@@ -71,12 +70,6 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> SingleCellZarrDataset:
     folder = tmp_path_factory.mktemp("odd")
     matrix = csr([([], []), ([3, 1, 2], [5, 0, 2]), ([1, 4], [2, 2]), ([], []), ([0, 7], [1, 4])], 6)
     return scdl_zarr.convert(write_h5ad(folder / "odd.h5ad", matrix), folder / "odd.zarr", progress=False)
-
-
-def in_memory(folder: Path) -> MemoryStore:
-    """A store's files in a zarr MemoryStore: what the general path reads."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return MemoryStore({key: cpu.Buffer.from_bytes(path.read_bytes()) for key, path in files.items()})
 
 
 def same(left: Any, right: Any) -> bool:
@@ -622,6 +615,46 @@ def scenario_fork_while_a_thread_reads_the_general_path(store: Path) -> None:
     with reading_in_a_thread(lambda: data.read_rows(slice(0, 200))):
         for _ in range(3):
             worker_epoch(data, "fork", 130)
+
+
+def foreign(store: Path, zarr_format: int) -> SingleCellZarrDataset:
+    """The rows as another program might have stored them: TensorStore reads them, where it may."""
+    path = store.parent / f"foreign{os.getpid()}.zarr"
+    write_by_node(str(path), encoded_rows(N_OBS, N_VARS, PER_ROW), zarr_format=zarr_format, chunks=(5000,))
+    return scdl_zarr.open(path)
+
+
+def scenario_fork_after_tensorstore(store: Path) -> None:
+    """A process that was forked from one that uses TensorStore must not call it: workers read through zarr-python."""
+    data = foreign(store, 2)
+    use(data, slice(0, 300))
+    assert "tensorstore" in sys.modules
+    worker_epoch(data, "fork", 130)
+    worker_epoch(scdl_zarr.open(data.path), "fork", 130)  # opened here, first read there
+    with reading_in_a_thread(lambda: data.read_rows(slice(0, 300))):
+        worker_epoch(data, "fork", 130)
+    assert len(data.read_rows(slice(None)).data) == N_OBS * PER_ROW  # the parent reads on
+
+
+def scenario_fork_after_a_tensorstore_of_the_users(store: Path) -> None:
+    import tensorstore
+
+    data = foreign(store, 3)
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{data.path}/X/data/"}}
+    assert len(tensorstore.open(spec).result().read().result()) == N_OBS * PER_ROW
+    worker_epoch(data, "fork", 130)
+
+
+def scenario_spawn_after_tensorstore(store: Path) -> None:
+    data = foreign(store, 3)
+    use(data, slice(0, 300))
+    worker_epoch(data, "spawn", 130)
+
+
+def scenario_forkserver_after_tensorstore(store: Path) -> None:
+    data = foreign(store, 2)
+    use(data, slice(0, 300))
+    worker_epoch(data, "forkserver", 130)
 
 
 def scenario_fork_while_a_thread_makes_the_first_read(store: Path) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scdl_zarr.errors import CorruptStoreError, RowIndexError
+from scdl_zarr.reading.csr import open_columns
+from scdl_zarr.reading.passes import row_plans
 from scdl_zarr.reading.plan import Int64Array
 from scdl_zarr.reading.tables import LazyTable, read_element
 from scdl_zarr.storage.metadata import node_attributes
@@ -22,9 +24,10 @@ if TYPE_CHECKING:
     from scdl_zarr.storage.location import StoreLocation
     from scdl_zarr.storage.metadata import StoreMetadata
 
-__all__ = ["Blocks"]
+__all__ = ["Blocks", "OneBlock"]
 
 ROOT = "uns/scdl"
+SOURCE_COLUMNS = {"name": object, "matrix": object, "n_obs": "i8", "nnz": "i8", "checksum": "u8", "size_bytes": "i8"}
 
 
 class Blocks:
@@ -146,3 +149,55 @@ class Blocks:
         if name not in arrays:
             arrays[name] = read_element(self._location, f"{ROOT}/{name}")
         return arrays[name]
+
+
+class OneBlock(Blocks):
+    """The same questions to a store that no conversion of ours made: all rows are one block, and there are no sources."""
+
+    def __len__(self) -> int:
+        return 1 if self._metadata.n_obs else 0
+
+    def block_of(self, row: int) -> int:
+        if not 0 <= row < self._metadata.n_obs:
+            raise RowIndexError(f"row {row} is out of range for {self._metadata.n_obs} rows")
+        return 0
+
+    def rows(self, block: int) -> range:
+        self._require(block)
+        return range(self._metadata.n_obs)
+
+    def n_vars_per_block(self) -> list[int]:
+        return [self._metadata.n_vars] * len(self)
+
+    def number_of_values(self) -> int:
+        return self._metadata.n_obs * self._metadata.n_vars
+
+    def var(self, block: int) -> pd.DataFrame:
+        self._require(block)
+        return LazyTable(self._location, "var", self._metadata.nodes, self._metadata.n_vars, whole=False).to_pandas()
+
+    def gene_ids(self, block: int) -> Int64Array:
+        self._require(block)
+        return np.arange(self._metadata.n_vars)
+
+    def unsorted_rows(self, matrix: str = "X") -> Int64Array:
+        """Rows whose gene ids are not sorted, ascending.  No list of them is kept: the whole matrix is read."""
+        layout = self._metadata.matrices[matrix]
+        columns = open_columns(self._location, layout, threads=1, check="first")
+        found = []
+        for rows, plan in row_plans(columns, layout):
+            ids = np.empty(plan.total, np.int64)
+            columns.gather(plan, np.empty(plan.total, layout.data_dtype), ids)
+            of_row = np.repeat(rows, plan.lengths)
+            found.append(np.unique(of_row[1:][(ids[1:] < ids[:-1]) & (of_row[1:] == of_row[:-1])]))
+        return np.concatenate(found or [np.empty(0, np.int64)])
+
+    def sources(self) -> pd.DataFrame:
+        """No rows, and the columns that a store of ours has."""
+        import pandas as pd
+
+        return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in SOURCE_COLUMNS.items()})
+
+    def _require(self, block: int) -> None:
+        if not 0 <= block < len(self):
+            raise RowIndexError(f"block {block} is out of range for {len(self)} blocks")

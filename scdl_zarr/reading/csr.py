@@ -1,6 +1,7 @@
 """Rows of one CSR matrix: what to read is planned, then one of two paths reads it.
 
-``MappedColumns`` (local shards, our codecs, libblosc2 at hand) or ``ZarrColumns`` (everything else) fill the same buffers.
+``MappedColumns`` (local shards, our codecs, libblosc2 at hand) or the columns of the general path (everything else) fill the same
+buffers.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def open_columns(location: StoreLocation, layout: MatrixLayout, *, threads: int,
         loaded = kernels.load()
         if loaded is not None:
             return mapped.MappedColumns(location.path, layout, loaded, threads=threads, check=check, cache_bytes=cache_bytes)
-    from scdl_zarr.reading.general import ZarrColumns
+    from scdl_zarr.reading.general import general_columns
 
-    return ZarrColumns(location, layout)
+    return general_columns(location, layout, threads=threads)
 
 
 def _mappable(layout: MatrixLayout) -> bool:
@@ -122,6 +123,17 @@ class CsrReader:
     def row_lengths(self, rows: Int64Array) -> Int64Array:
         """How many values each row stores."""
         return self.columns.bounds(rows)[1]
+
+    def count_values(self) -> int:
+        """How many values the matrix stores.  A dense matrix is read whole for that, once."""
+        if self.layout.encoding != "array":
+            return self.layout.nnz
+        from scdl_zarr.reading.general import DenseColumns
+
+        with FIRST_USE:
+            columns = self.columns
+        assert isinstance(columns, DenseColumns)
+        return columns.count()
 
     def _outputs(self, total: int, wanted: np.dtype[Any], out: Buffers | None) -> Buffers:
         if out is None:

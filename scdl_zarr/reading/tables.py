@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.errors import CorruptStoreError, FeatureNameError, RowIndexError, ScdlZarrError
+from scdl_zarr.errors import CorruptStoreError, FeatureNameError, NotAStoreError, RowIndexError, ScdlZarrError
 from scdl_zarr.reading.first_use import FIRST_USE
 from scdl_zarr.reading.plan import resolve_rows
+from scdl_zarr.reading.zarr_arrays import open_root
+from scdl_zarr.storage.foreign import dtype_name, needs_pickle
 from scdl_zarr.storage.metadata import node_attributes
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from scdl_zarr.storage.location import StoreLocation
 
-__all__ = ["LazyTable", "read_element"]
+__all__ = ["LazyTable", "read_element", "refuse_pickles"]
 
 
 class LazyTable:
@@ -43,7 +45,9 @@ class LazyTable:
     (2, 2)
     """
 
-    def __init__(self, location: StoreLocation, path: str, nodes: Mapping[str, Mapping[str, Any]], length: int) -> None:
+    def __init__(
+        self, location: StoreLocation, path: str, nodes: Mapping[str, Mapping[str, Any]], length: int, *, whole: bool = True
+    ) -> None:
         attributes = node_attributes(nodes, path)
         columns, index = attributes.get("column-order"), attributes.get("_index")
         if attributes.get("encoding-type") != "dataframe" or not isinstance(columns, list) or not isinstance(index, str):
@@ -55,6 +59,7 @@ class LazyTable:
         self._path = path
         self._nodes = nodes
         self._length = length
+        self._whole = whole
         self._columns = [str(name) for name in columns]
         self._index_name = index
         self._kept: dict[str, Any] = {}
@@ -83,8 +88,9 @@ class LazyTable:
         """How a column is stored: ``"array (float32)"``, ``"categorical"``, ``"string-array"``, ..."""
         self._require(column)
         node = self._nodes[f"{self._path}/{column}"]
-        kind = str(node_attributes(self._nodes, f"{self._path}/{column}").get("encoding-type", "array"))
-        return f"array ({node.get('data_type')})" if kind == "array" else kind
+        attributes = node_attributes(self._nodes, f"{self._path}/{column}")
+        kind = str(attributes.get("encoding-type", "categorical" if "categories" in attributes else "array"))
+        return f"array ({dtype_name(node)})" if kind == "array" else kind
 
     def __len__(self) -> int:
         return self._length
@@ -163,7 +169,9 @@ class LazyTable:
     def _values(self, column: str) -> Any:
         found = self._kept.get(column)
         if found is None:
-            found = read_element(self._location, f"{self._path}/{column}")
+            path = f"{self._path}/{column}"
+            refuse_pickles(self._location, {at: node for at, node in self._nodes.items() if f"{at}/".startswith(f"{path}/")})
+            found = read_element(self._location, path, whole=self._whole)
             if len(found) != self._length:
                 raise CorruptStoreError(
                     f"{self._location}: {self._path}/{column} has {len(found)} entries, expected {self._length}"
@@ -172,25 +180,32 @@ class LazyTable:
         return found
 
 
-def open_root(location: StoreLocation) -> Any:
-    """The store's zarr group, through the root document only."""
-    import zarr
-
-    return zarr.open_group(location.zarr_store, mode="r", use_consolidated=True)
-
-
-def read_element(location: StoreLocation, path: str) -> Any:
+def read_element(location: StoreLocation, path: str, *, whole: bool = True) -> Any:
     """One AnnData element (a column, an array) as numpy or pandas values.
+
+    Parameters
+    ----------
+    whole
+        Whether the writer left out no chunk, so that one that is not there is damage (as in every store of ours).  Otherwise it
+        equals the fill value, as Zarr has it.
 
     Raises
     ------
     CorruptStoreError
         A chunk does not match its checksum or does not decode, or the parts of the element contradict each other.
+    NotAStoreError
+        The element is stored in pickles: they are never opened, because they run whatever code they hold.
     """
     try:
         with FIRST_USE:
-            element = open_root(location)[path]
-            require_objects(location, element)
+            root = open_root(location)
+            element = root[path]
+            arrays = list(arrays_of(element))
+            refuse_pickles(location, {array.path: array.metadata.to_dict() for array in arrays})
+            for array in arrays if whole else ():
+                require_objects(location, array)
+            if "categories" in element.attrs and hasattr(element, "chunks"):
+                return decode_old_categorical(location, root, element, path)
             return decode_element(element)
     except ScdlZarrError:
         raise
@@ -198,18 +213,43 @@ def read_element(location: StoreLocation, path: str) -> Any:
         raise CorruptStoreError(f"{location}: {path} cannot be read: {error}") from error
 
 
-def require_objects(location: StoreLocation, element: Any) -> None:
-    """Refuse an array of which a chunk is gone: zarr would make up fill values, and the writer left none out."""
-    if not hasattr(element, "chunks"):
+def refuse_pickles(location: StoreLocation, nodes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse before anything is read: an object array in pickles runs whatever code it holds."""
+    for path, node in nodes.items():
+        if needs_pickle(node):
+            raise NotAStoreError(f"{location}: {path} is stored in pickles, which are never opened")
+
+
+def arrays_of(element: Any) -> Iterator[Any]:
+    """The arrays that an element is made of."""
+    if hasattr(element, "chunks"):
+        yield element
+    else:
         for _, part in element.members():
-            require_objects(location, part)
-        return
-    pieces = element.shards or element.chunks
-    counts = [range(-(-n // size)) for n, size in zip(element.shape, pieces, strict=True)]
+            yield from arrays_of(part)
+
+
+def require_objects(location: StoreLocation, array: Any) -> None:
+    """Refuse an array of which a chunk is gone: zarr would make up fill values, and the writer left none out."""
+    pieces = array.shards or array.chunks
+    counts = [range(-(-n // size)) for n, size in zip(array.shape, pieces, strict=True)]
     for place in itertools.product(*counts):
-        key = "/".join(map(str, (element.path, "c", *place)))
+        key = "/".join(map(str, (array.path, "c", *place)))
         if not location.exists(key):
             raise CorruptStoreError(f"{location}: {key} is missing: the store has lost a part")
+
+
+def decode_old_categorical(location: StoreLocation, root: Any, codes: Any, path: str) -> Any:
+    """A categorical of anndata 0.7: codes with an attribute that names the array of categories in the same table."""
+    import pandas as pd
+
+    name = str(codes.attrs["categories"])
+    table = path.split("/")[0]
+    if not name.startswith("__categories/") or ".." in name:
+        raise CorruptStoreError(f"{location}: {path} has its categories at {name!r}, expected a place in __categories")
+    categories = read_element(location, f"{table}/{name}", whole=False)
+    ordered = bool(root[f"{table}/{name}"].attrs.get("ordered", False))
+    return pd.Categorical.from_codes(np.asarray(codes[...]), categories=categories, ordered=ordered)
 
 
 def decode_element(element: Any) -> Any:

@@ -27,7 +27,7 @@ from scdl_zarr.storage.schema import BUILD_FOLDER
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-__all__ = ["StoreLocation", "local_path", "locate", "read_metadata"]
+__all__ = ["ROOT_KEY", "StoreLocation", "local_path", "locate", "read_metadata"]
 
 ROOT_KEY = "zarr.json"
 LARGEST_ROOT_BYTES = 1 << 30
@@ -47,6 +47,7 @@ class StoreLocation:
     def zarr_store(self) -> Store:
         """The store as zarr-python opens it, read-only."""
         if self.path is None:
+            _require_open(self.store)
             return self.store  # type: ignore[no-any-return]
         from zarr.storage import LocalStore
 
@@ -61,12 +62,12 @@ class StoreLocation:
             return (self.path / key).is_file()
         from zarr.core.sync import sync
 
-        return bool(sync(self.store.exists(key)))
+        return bool(sync(self.zarr_store.exists(key)))
 
     def read(self, key: str) -> bytes | None:
         """The whole object under `key`, or None if there is none."""
         if self.path is None:
-            return _read_object(self.store, key)
+            return _read_object(self.zarr_store, key)
         try:
             with open(self.path / key, "rb") as file:
                 if os.fstat(file.fileno()).st_size > LARGEST_ROOT_BYTES:
@@ -78,6 +79,32 @@ class StoreLocation:
             raise NotAStoreError(f"{self.path / key} is a folder, expected a Zarr v3 document") from None
         except PermissionError as error:
             raise StoreAccessError(f"{self.path / key} cannot be read: {error.strerror}") from None
+
+    def folders(self, key: str) -> list[str]:
+        """Names of what lies in the folder `key` and may be a group or an array, sorted."""
+        if self.path is None:
+            names = _list_folder(self.zarr_store, key)
+        else:
+            with os.scandir(self.path / key) as entries:
+                names = [entry.name for entry in entries if entry.is_dir()]
+        return sorted({name for name in names if not name.startswith(".z") and name != ROOT_KEY})
+
+
+def _require_open(store: Store) -> None:
+    """Some stores (a ZipStore) are made closed; zarr's own functions open them first, too."""
+    if not getattr(store, "_is_open", True):
+        from zarr.core.sync import sync
+
+        sync(store._open())
+
+
+def _list_folder(store: Store, key: str) -> list[str]:
+    from zarr.core.sync import sync
+
+    async def names() -> list[str]:
+        return [name.strip("/").rsplit("/", 1)[-1] async for name in store.list_dir(key)]
+
+    return sync(names())
 
 
 def _read_object(store: Store, key: str) -> bytes | None:
@@ -136,4 +163,4 @@ def read_metadata(location: StoreLocation) -> StoreMetadata:
     if not path.exists():
         raise StoreNotFoundError(f"no store at {path}")
     kind = "a file" if path.is_file() else "a folder without zarr.json"
-    raise NotAStoreError(f"{path} is {kind}, expected a Zarr v3 store (scdl-zarr convert makes one from an H5AD file)")
+    raise NotAStoreError(f"{path} is {kind}, expected an AnnData Zarr store (scdl-zarr convert makes one from an H5AD file)")

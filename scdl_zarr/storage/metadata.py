@@ -25,18 +25,32 @@ from scdl_zarr.storage.schema import (
     MatrixLayout,
 )
 
-__all__ = ["StoreMetadata", "node_attributes", "parse_store"]
+__all__ = ["StoreMetadata", "as_count", "describe_store", "is_ours", "node_attributes", "parse_root", "parse_store"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreMetadata:
-    """What the root document of a store says: one read opens everything."""
+    """What the metadata of a store say; for one of ours, one read of the root document.
+
+    ``left_aside`` names what a store of another program has and this package does not read.
+    """
 
     n_obs: int
     n_vars: int
     nodes: Mapping[str, Mapping[str, Any]]
     header: Mapping[str, Any]  # the "scdl" attribute
     matrices: Mapping[str, MatrixLayout] = field(default_factory=dict)
+    left_aside: tuple[str, ...] = ()
+
+    @property
+    def zarr_format(self) -> int:
+        """2 or 3."""
+        return int((self.nodes.get("") or {}).get("zarr_format", 3))
+
+    @property
+    def ours(self) -> bool:
+        """Whether scdl-zarr wrote the store."""
+        return bool(self.header)
 
     def children(self, path: str) -> list[str]:
         prefix = f"{path}/" if path else ""
@@ -45,41 +59,57 @@ class StoreMetadata:
 
 
 def parse_store(document: bytes, where: str) -> StoreMetadata:
-    """Check a root ``zarr.json`` and describe the store.
+    """Check the root ``zarr.json`` of a store of ours and describe the store.
 
     Raises
     ------
     NotAStoreError
-        It is not the root of an AnnData store in Zarr v3.
+        It is not the root of a store of ours.
     FormatVersionError
         The format's major version is not this package's.
     CorruptStoreError
         Its numbers contradict each other.
     """
+    root = parse_root(document, where)
+    if not is_ours(root):
+        _check_anndata(root, where)
+        raise NotAStoreError(f"{where} is an AnnData store that scdl-zarr did not make (its root has no {ATTRIBUTE!r} attribute)")
+    return describe_store(root, where)
+
+
+def parse_root(document: bytes, where: str) -> dict[str, Any]:
+    """The root document of any Zarr v3 group; its attributes are a dictionary."""
     try:
         root = json.loads(document)
-        attributes = root["attributes"]
-        if root["zarr_format"] != 3 or root["node_type"] != "group" or not isinstance(attributes, dict):
+        if root["zarr_format"] != 3 or root["node_type"] != "group" or not isinstance(root["attributes"], dict):
             raise KeyError("zarr_format")
     except (ValueError, KeyError, TypeError, RecursionError):
         raise NotAStoreError(f"{where} is not the root of a Zarr v3 group: its zarr.json does not read as one") from None
-    header = attributes.get(ATTRIBUTE, {})
+    return root  # type: ignore[no-any-return]
+
+
+def is_ours(root: Mapping[str, Any]) -> bool:
+    """Whether a root document says that scdl-zarr wrote the store."""
+    return bool(root["attributes"].get(ATTRIBUTE, {}) != {})
+
+
+def describe_store(root: Mapping[str, Any], where: str) -> StoreMetadata:
+    """What the root document of a store of ours says, checked; see :func:`parse_store`."""
+    header = root["attributes"][ATTRIBUTE]
     if not isinstance(header, dict):
         raise CorruptStoreError(f"{where}: the root attribute {ATTRIBUTE!r} is not an object")
-    if header:
-        _check_version(header.get("format_version"), where)
-    if attributes.get("encoding-type") != "anndata":
-        raise NotAStoreError(f"{where} is a Zarr group but not an AnnData store (encoding-type is not 'anndata')")
-    if not header:
-        raise NotAStoreError(
-            f"{where} is an AnnData store that scdl-zarr did not make (its root has no {ATTRIBUTE!r} attribute); "
-            "convert the H5AD file that it came from"
-        )
+    _check_version(header.get("format_version"), where)
+    _check_anndata(root, where)
     consolidated = root.get("consolidated_metadata") or {}
     nodes = consolidated.get("metadata") if isinstance(consolidated, dict) else None
     if not isinstance(nodes, dict) or not all(isinstance(n, dict) for n in nodes.values()):
         raise CorruptStoreError(f"{where}: the root zarr.json holds no consolidated metadata")
     return _describe(nodes, header, where)
+
+
+def _check_anndata(root: Mapping[str, Any], where: str) -> None:
+    if root["attributes"].get("encoding-type") != "anndata":
+        raise NotAStoreError(f"{where} is a Zarr group but not an AnnData store (encoding-type is not 'anndata')")
 
 
 def _check_version(version: object, where: str) -> None:
@@ -94,8 +124,8 @@ def _check_version(version: object, where: str) -> None:
 
 
 def _describe(nodes: Mapping[str, Any], header: Mapping[str, Any], where: str) -> StoreMetadata:
-    n_obs = _count(header.get("n_obs"), f"{where}: n_obs")
-    n_vars = _count(header.get("n_vars"), f"{where}: n_vars")
+    n_obs = as_count(header.get("n_obs"), f"{where}: n_obs")
+    n_vars = as_count(header.get("n_vars"), f"{where}: n_vars")
     facts = header.get("matrices")
     if not isinstance(facts, dict) or "X" not in facts:
         raise CorruptStoreError(f"{where}: the root attribute lists no matrix X")
@@ -129,7 +159,7 @@ def _matrix(path: str, nodes: Mapping[str, Any], n_obs: int, n_vars: int, fact: 
         shape = node.get("shape")
         if not isinstance(shape, list) or len(shape) != 1:
             raise CorruptStoreError(f"{at} has shape {shape!r}, expected one dimension")
-        size[part] = _count(shape[0], f"{at}: shape")
+        size[part] = as_count(shape[0], f"{at}: shape")
         dtype[part] = _dtype(node.get("data_type"), allowed, at)
     if size["data"] != size["indices"] or size["indptr"] != n_obs + 1:
         raise CorruptStoreError(
@@ -146,6 +176,7 @@ def _matrix(path: str, nodes: Mapping[str, Any], n_obs: int, n_vars: int, fact: 
         indptr=layouts["indptr"] if layouts["indptr"] and layouts["indptr"].codec == "raw" else None,
         data_dtype=dtype["data"],
         float32_exact=fact.get("float32_exact") is True,
+        nodes={f"{path}/{part}": nodes[f"{path}/{part}"] for part in size},
     )
 
 
@@ -156,7 +187,8 @@ def node_attributes(nodes: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     return attributes if isinstance(attributes, dict) else {}
 
 
-def _count(value: object, at: str) -> int:
+def as_count(value: object, at: str) -> int:
+    """A number that may become a length; anything else is a :class:`CorruptStoreError`."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
         raise CorruptStoreError(f"{at} is {value!r}, expected a count")
     return value

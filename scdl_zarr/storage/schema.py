@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ __all__ = [
     "ATTRIBUTE",
     "ArrayLayout",
     "BUILD_FOLDER",
+    "Encoding",
     "FORMAT_VERSION",
     "INDEX_CODECS",
     "INDEX_DTYPES",
@@ -47,6 +48,7 @@ INDPTR_CHUNK: Final = 1 << 13
 INDPTR_SHARD: Final = 1 << 20
 LARGEST_CHUNK_BYTES: Final = (1 << 31) - 1024  # what a blosc block header can say
 
+Encoding = Literal["csr_matrix", "csc_matrix", "array"]
 Shuffle = Literal["noshuffle", "shuffle", "bitshuffle"]
 Width = Literal["plain", "narrow"]
 
@@ -217,9 +219,14 @@ class ArrayLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixLayout:
-    """A CSR matrix in a store.  A part is ``None`` where only the general path can read it.
+    """A matrix in a store.  A part is ``None`` where only the general path can read it.
 
     ``n_vars`` is its number of columns: genes for X and layers, cells for ``obsp/<name>``.
+
+    ``encoding`` is AnnData's.  Stores of ours hold ``csr_matrix`` alone, others may hold ``csc_matrix`` or (dense) ``array``, for
+    which ``nnz`` is rows times genes: how many values a dense matrix stores is known once they are read.  ``nodes`` has the
+    metadata documents of the matrix's arrays by path.  With ``absent_is_fill`` a shard or chunk that is not there equals the
+    fill value, as Zarr has it; without, it is damage, because our writer leaves none out.
     """
 
     path: str
@@ -231,6 +238,9 @@ class MatrixLayout:
     indptr: ArrayLayout | None
     data_dtype: np.dtype[Any]
     float32_exact: bool = False
+    encoding: Encoding = "csr_matrix"
+    absent_is_fill: bool = False
+    nodes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def mappable(self) -> bool:
