@@ -64,6 +64,8 @@ from scdl_zarr.reading.kernels.state import (
 
 __all__ = ["decode_chunk", "decode_values", "find_chunk", "planes_of", "put_together", "verify_chunk"]
 
+LARGEST_REPEAT = 256  # bytes of a stream that is compared with the one before it
+
 decompress = types.ExternalFunction(
     "blosc2_decompress_ctx", types.int32(types.intp, types.intp, types.int32, types.intp, types.int32)
 )
@@ -120,7 +122,7 @@ def decode_chunk(part: Any, decoder: Any, base: int, end: int, verified: int, k:
         return OK
     code = _decompress(decoder[DECODER_CONTEXT], address, size, target, nbytes)
     if code == OK and part[PART_DELTA]:
-        _add_up(part, part[PART_CHUNK], target)
+        _add_up(part, 0, part[PART_CHUNK], target)
     return code
 
 
@@ -130,25 +132,28 @@ def _clear(target: int, nbytes: int) -> None:
 
 
 @inner
-def _add_up(part: Any, n: int, target: int) -> None:
-    """Differences to values, which wrap around in the array's own width."""
+def _add_up(part: Any, first: int, stop: int, target: int) -> None:
+    """Differences to values for [first, stop); what lies before is only summed.  Wraps around in the array's own width."""
     itemsize = part[PART_ITEMSIZE]
-    if itemsize == 1:
-        bytes_ = uint8s_at(target, n)
-        for j in range(1, n):
-            bytes_[j] += bytes_[j - 1]
-    elif itemsize == 2:
-        shorts = uint16s_at(target, n)
-        for j in range(1, n):
-            shorts[j] += shorts[j - 1]
+    if itemsize == 2:
+        _add_up_array(uint16s_at(target, stop), first)
     elif itemsize == 4:
-        words = uint32s_at(target, n)
-        for j in range(1, n):
-            words[j] += words[j - 1]
+        _add_up_array(uint32s_at(target, stop), first)
+    elif itemsize == 8:
+        _add_up_array(uint64s_at(target, stop), first)
     else:
-        longs = uint64s_at(target, n)
-        for j in range(1, n):
-            longs[j] += longs[j - 1]
+        _add_up_array(uint8s_at(target, stop), first)
+
+
+@inner
+def _add_up_array(values: Any, first: int) -> None:
+    before, wanted = values[:first], values[first:]
+    total = np.uint64(0)
+    for j in range(len(before)):
+        total += np.uint64(before[j])
+    for j in range(len(wanted)):
+        total += np.uint64(wanted[j])
+        wanted[j] = total
 
 
 @inner
@@ -168,21 +173,22 @@ def _decompress(context: int, address: int, size: int, target: int, nbytes: int)
 def decode_values(part: Any, decoder: Any, used: int, address: int, size: int, first: int, stop: int, target: int) -> int:
     """Values [first, stop) of a chunk, as they are stored, to their places from `target` on, where there is room for all of it.
 
-    `used` is what :func:`planes_of` said of the chunk, with the same range.
+    `used` is what :func:`planes_of` said of the chunk, with the same range (from 0 on where it holds differences).
     """
     nbytes = part[PART_CHUNK] * part[PART_ITEMSIZE]
     if size == 0:
         _clear(target, nbytes)
         return OK
+    start = np.int64(0) if part[PART_DELTA] else first
     if used:
-        put_together(part, decoder, first, stop, target + first * part[PART_ITEMSIZE])
+        put_together(part, decoder, start, stop, target + start * part[PART_ITEMSIZE])
     else:
         decoder[DECODER_DECODED] += 1
         code = _decompress(decoder[DECODER_CONTEXT], address, size, target, nbytes)
         if code != OK:
             return code
     if part[PART_DELTA]:
-        _add_up(part, stop if used else part[PART_CHUNK], target)
+        _add_up(part, first, stop, target)
     return OK
 
 
@@ -211,6 +217,7 @@ def planes_of(part: Any, decoder: Any, address: int, size: int, first: int, stop
     planes = int64s_at(decoder[DECODER_PLANES], 8)
     at, end = address + 20, address + size
     used = 1
+    before, before_size = at, np.int64(-1)
     for s in range(itemsize):
         if at + 4 > end:
             return -BAD_CHUNK
@@ -218,10 +225,14 @@ def planes_of(part: Any, decoder: Any, address: int, size: int, first: int, stop
         at += 4
         if stored > end - at:  # a negative number, which only blosc 2 writes, reads as a large one
             return -BAD_CHUNK
+        repeats = False
         if stored == chunk:
             plane = at
         elif _is_zero_block(decoder, at, stored):
             plane = 0
+        elif stored == before_size and used == s and _same_bytes(at, before, stored):
+            plane = planes[s - 1]  # the sign of small differences fills several planes with the same
+            repeats = True
         else:
             plane = decoder[DECODER_STREAMS] + s * decoder[DECODER_STRIDE]
             needed = chunk if bits else stop
@@ -231,14 +242,25 @@ def planes_of(part: Any, decoder: Any, address: int, size: int, first: int, stop
             planes[s] = decoder[DECODER_ZEROS]
         else:
             used = s + 1
-            if bits:
+            if bits and not repeats:
                 sorted_bits = decoder[DECODER_STREAMS] + (8 + s) * decoder[DECODER_STRIDE]
                 _transpose(plane, chunk >> 3, first >> 3, (stop + 7) >> 3, sorted_bits)
                 plane = sorted_bits
             planes[s] = plane
+        before, before_size = at, stored
         at += stored
     decoder[DECODER_DECODED] += 1
     return used
+
+
+@inner
+def _same_bytes(a: int, b: int, size: int) -> bool:
+    if size > LARGEST_REPEAT:
+        return False
+    same = True
+    for k in range(size):
+        same &= load8(a + k) == load8(b + k)
+    return same
 
 
 @inner

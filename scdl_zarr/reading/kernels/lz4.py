@@ -96,6 +96,8 @@ def decode_block(source: int, size: int, target: int, length: int, needed: int, 
                 back = distance if distance >= 16 else (15 + distance) // distance * distance
                 for k in range(32, match, 16):
                     copy16(o + k, o + k - back)
+                    if 2 * back <= k:  # bytes just written are slow to read
+                        back *= 2
         o += match
         if o >= goal:
             return o - target

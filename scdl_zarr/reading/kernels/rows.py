@@ -252,11 +252,9 @@ def _read_chunk(
             stop = max(stop, pieces[k, PIECE_FIRST] + pieces[k, PIECE_COUNT])
         if slot:
             first, stop = np.int64(0), part[PART_CHUNK]
-        elif part[PART_DELTA]:
-            first = np.int64(0)
         if size:
             size -= 4 * part[PART_CHECKSUM]
-        used = planes_of(part, decoder, address, size, first, stop)
+        used = planes_of(part, decoder, address, size, np.int64(0) if part[PART_DELTA] else first, stop)
         if used < 0:
             return -used
         if slot == 0 and part[PART_DELTA] == 0 and can_copy_planes(part, used, kind):
