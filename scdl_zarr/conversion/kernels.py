@@ -20,7 +20,17 @@ from numba.extending import intrinsic
 
 from scdl_zarr.reading.kernels import _crc32c  # numba compiles it in, so it takes the function itself
 
-__all__ = ["BLOSC_OVERHEAD", "CHECKSUM_BYTES", "blosc_address", "difference", "encode_chunks"]
+__all__ = [
+    "BLOSC_OVERHEAD",
+    "CHECKSUM_BYTES",
+    "blosc_address",
+    "difference",
+    "encode_chunks",
+    "map_rows",
+    "take_floats",
+    "take_integers",
+    "unshuffle",
+]
 
 BLOSC_OVERHEAD = 16  # what blosc adds, at most, to a chunk
 CHECKSUM_BYTES = 4
@@ -79,6 +89,16 @@ def blosc_address() -> int | None:
     return ctypes.cast(function, ctypes.c_void_p).value
 
 
+@intrinsic
+def _binary64(typingctx: Any, value: Any) -> Any:
+    """The bits of a float64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        return builder.bitcast(given[0], ir.IntType(64))
+
+    return types.uint64(types.float64), codegen
+
+
 # ---- chunks
 
 
@@ -121,3 +141,117 @@ def encode_chunks(
         at += CHECKSUM_BYTES
         sizes[k] = size + CHECKSUM_BYTES
     return at
+
+
+# ---- HDF5's byte shuffle
+
+
+@nb.njit(nogil=True, inline="always")
+def _word(first: int, second: int, third: int, fourth: int) -> int:
+    low = np.uint32(first) | np.uint32(second) << np.uint32(8)
+    return low | np.uint32(third) << np.uint32(16) | np.uint32(fourth) << np.uint32(24)
+
+
+@nb.njit(nogil=True, cache=True)
+def unshuffle(planes: npt.NDArray[np.uint8], length: int, first: int, out: Any) -> None:
+    """Elements from `first` on of a chunk of `length` that is stored as all first bytes, all second bytes, and so on.
+
+    `out` has 2, 4 or 8 bytes an element and is unsigned.  Written out plane by plane, because only so it is vectorised (0.1 ns
+    an element of 4 bytes against 3).
+    """
+    n = len(out)
+    p0, p1 = planes[first:], planes[length + first :]
+    if out.itemsize == 2:
+        for j in range(n):
+            out[j] = np.uint16(p0[j]) | np.uint16(p1[j]) << np.uint16(8)
+        return
+    p2, p3 = planes[2 * length + first :], planes[3 * length + first :]
+    if out.itemsize == 4:
+        for j in range(n):
+            out[j] = _word(p0[j], p1[j], p2[j], p3[j])
+        return
+    p4, p5, p6, p7 = (
+        planes[4 * length + first :],
+        planes[5 * length + first :],
+        planes[6 * length + first :],
+        planes[7 * length + first :],
+    )
+    for j in range(n):
+        out[j] = np.uint64(_word(p0[j], p1[j], p2[j], p3[j])) | np.uint64(_word(p4[j], p5[j], p6[j], p7[j])) << np.uint64(32)
+
+
+# ---- rows and values
+#
+# The loops over elements are written so that they are vectorised: no early exit, no sum of floats, minima of integers, and flags
+# that are or-ed.
+
+
+@nb.njit(nogil=True, cache=True)
+def map_rows(
+    ids: Any, pointers: npt.NDArray[np.int64], lookup: Any, identity: bool, out: Any, in_order: npt.NDArray[np.bool_]
+) -> int:
+    """Map source ids to store ids; `in_order[r]` says whether row r was sorted.  A row with an id out of range, or -1."""
+    n = len(lookup)
+    for r in range(len(pointers) - 1):
+        row, mapped = ids[pointers[r] : pointers[r + 1]], out[pointers[r] : pointers[r + 1]]
+        outside = falls = False
+        for j in range(len(row)):
+            outside |= (row[j] < 0) | (row[j] >= n)
+            mapped[j] = row[j]
+        if outside:
+            return r
+        for j in range(1, len(row)):
+            falls |= row[j] < row[j - 1]
+        in_order[r] = not falls
+        if not identity:
+            for j in range(len(row)):
+                mapped[j] = lookup[row[j]]
+    return -1
+
+
+@nb.njit(nogil=True, inline="always")
+def _term(bits: int, gene: int) -> int:
+    """What an entry adds to the checksum."""
+    return (bits + np.uint64(1)) * (np.uint64(2) * np.uint64(gene) + np.uint64(1))
+
+
+@nb.njit(nogil=True, cache=True)
+def take_floats(values: Any, keys: Any, shift: int, mask: int, ids: Any, out: Any) -> tuple[int, int, bool, bool, int]:
+    """Cast values to `out`; their lowest and highest key, whether one is no integer, or none of float32, and the checksum.
+
+    `keys` are the same bytes as integers.  With all bits but the sign flipped where the sign is set they are in the order of the
+    values, -0.0 (which counts as no integer) being -1.
+    """
+    flipped = (keys[0] >> shift) & mask
+    low = high = keys[0] ^ flipped
+    fraction = inexact = False
+    total = np.uint64(0)
+    for j in range(len(values)):
+        value = values[j]
+        key = keys[j] ^ ((keys[j] >> shift) & mask)
+        low, high = min(low, key), max(high, key)
+        fraction |= (np.floor(value) != value) | (key == -1)  # NaN differs from everything
+        wide = np.float64(value)
+        inexact |= (np.float64(np.float32(value)) != wide) & (value == value)
+        total += _term(_binary64(wide), ids[j])
+        out[j] = value
+    return low, high, fraction, inexact, total
+
+
+@nb.njit(nogil=True, cache=True)
+def take_integers(values: Any, ids: Any, out: Any) -> tuple[int, int, int]:
+    """Cast values to `out`; the lowest, the highest and the checksum."""
+    low = high = values[0]
+    total = np.uint64(0)
+    for j in range(len(values)):
+        value = values[j]
+        low, high = min(low, value), max(high, value)
+        wide = np.float64(value)
+        bits = _binary64(wide)
+        if values.itemsize == 8:
+            size = abs(wide)
+            if size >= 2.0**53 and (size >= 2.0**63 or np.int64(wide) != value):
+                bits = np.uint64(value)
+        total += _term(bits, ids[j])
+        out[j] = value
+    return low, high, total

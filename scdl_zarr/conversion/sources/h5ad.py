@@ -224,8 +224,11 @@ class H5adMatrix:
         with reading(self._where, f"row pointers {start} to {stop - 1}"):
             return np.asarray(self._indptr[start:stop]).astype(np.int64, copy=False)
 
-    def elements(self, start: int, stop: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        return self._data.read(start, stop), self._indices.read(start, stop)
+    def elements(
+        self, start: int, stop: int, out: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        values, ids = out or (None, None)
+        return self._data.read(start, stop, values), self._indices.read(start, stop, ids)
 
 
 @contextlib.contextmanager
