@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from scdl_zarr.conversion import encode
 from scdl_zarr.conversion.encode import ShardEncoder
-from scdl_zarr.conversion.kernels import blosc_address
-from scdl_zarr.storage.schema import ArrayLayout
+from scdl_zarr.conversion.hdf5_chunks import ElementReader
+from scdl_zarr.conversion.kernels import blosc_address, map_rows
+from scdl_zarr.conversion.values import checksum, narrow, surely_exact, take_values, value_stats
+from scdl_zarr.errors import SourceError
+from scdl_zarr.storage.schema import VALUE_DTYPES, ArrayLayout
 
 # ---- shards
 
@@ -72,3 +78,131 @@ def test_a_shard_does_not_depend_on_how_its_values_arrive(shard: Any, data: st.D
     values = np.concatenate(pieces)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(values)), max_size=5)))
     assert shard_bytes(layout, np.split(values, cuts)) == shard_bytes(layout, [values])
+
+
+# ---- values and ids
+
+NUMBERS: dict[str, Any] = {
+    "f4": st.one_of(st.floats(width=32), st.integers(-(2**25), 2**25).map(np.float32)),
+    "f8": st.one_of(st.floats(), st.integers(-(2**54), 2**54).map(float), st.floats(width=32)),
+    "i4": st.integers(-(2**31), 2**31 - 1),
+    "i8": st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(2**53 - 4, 2**53 + 4), st.integers(-9, 9)),
+    "u8": st.integers(0, 2**64 - 1),
+    "u2": st.integers(0, 2**16 - 1),
+    "b1": st.booleans(),
+}
+
+
+@given(data=st.data(), source=st.sampled_from(sorted(NUMBERS)), stored=st.sampled_from(sorted(VALUE_DTYPES, key=str)))
+def test_the_compiled_pass_over_values_equals_the_plain_ones(data: st.DataObject, source: str, stored: np.dtype[Any]) -> None:
+    values = data.draw(hnp.arrays(np.dtype(source), st.integers(0, 40), elements=NUMBERS[source]))
+    ids = data.draw(
+        hnp.arrays(np.dtype(data.draw(st.sampled_from(["i4", "i8", "u2"]))), len(values), elements=st.integers(0, 999))
+    )
+    out = np.empty(len(values), stored)
+    stats, total = take_values(values, ids, out)
+    assert stats == value_stats(values)
+    assert total == checksum(values, ids)
+    if surely_exact(values.dtype, stats, stored):
+        assert out.tobytes() == narrow(values, stored).tobytes()
+
+
+@pytest.mark.parametrize(
+    "values", [[-0.0], [np.nan], [np.inf, 1], [-np.inf], [0.5, -3], [2.0**24 + 1, -(2.0**70)], [-0.0, 1e-320]]
+)
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_values_that_are_no_counts(values: list[float], dtype: str) -> None:
+    array = np.array(values, dtype)
+    stats, _ = take_values(array, np.zeros(len(array), np.int32), np.empty(len(array), np.float64))
+    assert stats == value_stats(array)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 6), max_size=6),
+    seed=st.integers(0, 2**32 - 1),
+    dtypes=st.tuples(st.sampled_from(["i4", "i8"]), st.sampled_from(["u2", "u4", "i4", "i8"])),
+    identity=st.booleans(),
+    spoilt=st.sampled_from([None, -1, 20, 2**31 - 1, -(2**31)]),
+)
+def test_ids_are_mapped_row_by_row(
+    lengths: list[int], seed: int, dtypes: tuple[str, str], identity: bool, spoilt: int | None
+) -> None:
+    rng = np.random.default_rng(seed)
+    pointers = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = rng.integers(0, 20, pointers[-1]).astype(dtypes[0])
+    if rng.random() < 0.5:
+        ids.sort()
+    lookup = np.arange(20) if identity else rng.permutation(20)
+    out, in_order = np.empty(len(ids), dtypes[1]), np.empty(len(lengths), bool)
+    if spoilt is not None and len(ids):
+        at = int(rng.integers(len(ids)))
+        ids[at] = spoilt
+        row = map_rows(ids, pointers, lookup.astype(dtypes[1]), identity, out, in_order)
+        assert pointers[row] <= at < pointers[row + 1]
+        return
+    assert map_rows(ids, pointers, lookup.astype(dtypes[1]), identity, out, in_order) == -1
+    assert out.tolist() == lookup[ids].tolist()
+    for r, (a, b) in enumerate(pairwise(pointers.tolist())):
+        assert in_order[r] == (np.diff(ids[a:b]) >= 0).all()
+
+
+# ---- HDF5 chunks
+
+
+@given(
+    length=st.integers(1, 70),
+    chunk=st.integers(1, 80),
+    dtype=st.sampled_from(["u1", "i2", "u4", "f4", "f8", "i8", "f2"]),
+    order=st.sampled_from("<>"),
+    filters=st.sampled_from([{}, {"compression": "gzip"}, {"shuffle": True}, {"compression": "gzip", "shuffle": True}]),
+    written=st.booleans(),
+    userblock=st.sampled_from([0, 512]),
+    ranges=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, max_size=5),
+)
+def test_chunks_read_around_hdf5_are_what_hdf5_reads(
+    length: int, chunk: int, dtype: str, order: str, filters: Any, written: bool, userblock: int, ranges: list[tuple[int, int]]
+) -> None:
+    values = np.random.default_rng(length).integers(0, 120, length).astype(order + dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.h5"
+        with h5py.File(path, "w", userblock_size=userblock) as file:
+            dataset = file.create_dataset("x", (length,), order + dtype, chunks=(chunk,), maxshape=(None,), **filters)
+            part = slice(None) if written else slice(length // 2, length // 2 + chunk)  # the other chunks stay absent
+            dataset[part] = values[part]
+        with h5py.File(path) as file:
+            reader, expected = ElementReader(file["x"], str(path)), file["x"][:]
+            for a, b in ranges:
+                start, stop = min(a, length), min(max(a, b), length)
+                out = np.full(max(stop - start, 0), 99, reader.dtype)
+                assert reader.read(start, stop, out) is out
+                assert out.tolist() == reader.read(start, stop).tolist() == expected[start:stop].tolist()
+
+
+@pytest.mark.parametrize(("stored", "shown"), [(b"x" * 44, "holds 44 bytes, expected 40"), (b"x" * 36, "holds 36 bytes")])
+def test_an_uncompressed_chunk_of_another_length_is_refused(tmp_path: Path, stored: bytes, shown: str) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset("x", (10,), "f4", chunks=(10,), shuffle=True)
+        dataset.id.write_direct_chunk((0,), stored)
+    with h5py.File(tmp_path / "a.h5") as file, pytest.raises(SourceError, match=shown):
+        ElementReader(file["x"], "a.h5").read(0, 10)
+
+
+@pytest.mark.parametrize("elements", [0, 9, 11, 10_000_000])
+def test_a_stream_never_inflates_to_more_or_less_than_a_chunk(tmp_path: Path, elements: int) -> None:
+    import zlib
+
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset("x", (10,), "f4", chunks=(10,), compression="gzip")
+        dataset.id.write_direct_chunk((0,), zlib.compress(bytes(4 * elements)))
+    with h5py.File(tmp_path / "a.h5") as file, pytest.raises(SourceError, match="cannot be read"):
+        ElementReader(file["x"], "a.h5").read(0, 10)
+
+
+def test_a_chunk_whose_filters_were_skipped_is_left_to_hdf5(tmp_path: Path) -> None:
+    values = np.arange(20, dtype="<f4")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset("x", data=values, chunks=(10,), compression="gzip", shuffle=True)
+        dataset.id.write_direct_chunk((0,), values[:10][::-1].tobytes(), filter_mask=3)
+    with h5py.File(tmp_path / "a.h5") as file:
+        found = ElementReader(file["x"], "a.h5").read(0, 20)
+    assert found.tolist() == [*range(9, -1, -1), *range(10, 20)]
