@@ -11,7 +11,9 @@ from unittest import mock
 import h5py
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
+from anndata.io import read_elem, write_elem
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -20,6 +22,7 @@ from scdl_zarr.conversion import encode
 from scdl_zarr.conversion.encode import ShardEncoder
 from scdl_zarr.conversion.hdf5_chunks import ElementReader
 from scdl_zarr.conversion.kernels import blosc_address, map_rows
+from scdl_zarr.conversion.sources.h5ad_frames import read_frame
 from scdl_zarr.conversion.values import checksum, narrow, surely_exact, take_values, value_stats
 from scdl_zarr.errors import SourceError
 from scdl_zarr.storage.schema import VALUE_DTYPES, ArrayLayout
@@ -206,3 +209,44 @@ def test_a_chunk_whose_filters_were_skipped_is_left_to_hdf5(tmp_path: Path) -> N
     with h5py.File(tmp_path / "a.h5") as file:
         found = ElementReader(file["x"], "a.h5").read(0, 20)
     assert found.tolist() == [*range(9, -1, -1), *range(10, 20)]
+
+
+# ---- tables
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_tables_are_read_as_anndata_reads_them(tmp_path: Path, named: bool) -> None:
+    frame = pd.DataFrame(
+        {
+            "text": ["a", "", "ü"],
+            "number": [0.5, np.nan, -1],
+            "flag": [True, False, True],
+            "small": np.array([1, 2, 3], np.uint8),
+            "kind": pd.Categorical(["x", None, "y"]),
+            "rank": pd.Categorical([3, 1, 3], [1, 2, 3], ordered=True),
+            "count": pd.array([1, None, 3], dtype="Int32"),
+            "seen": pd.array([True, None, False], dtype="boolean"),
+        },
+        index=pd.Index(["r0", "r1", "r0"], name="cell" if named else None),
+    )
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        write_elem(file, "full", frame)
+        write_elem(file, "bare", frame[[]])
+        write_elem(file, "none", frame.iloc[:0])
+        for name in ("full", "bare", "none"):
+            found = read_frame(file[name])
+            assert found is not None
+            pd.testing.assert_frame_equal(found, read_elem(file[name]), check_exact=True)
+
+
+def test_a_table_with_another_encoding_is_left_to_anndata(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        write_elem(file, "t", pd.DataFrame({"a": [1, 2], "kind": pd.Categorical(["x", "y"])}))
+        file["t/a"].attrs["encoding-version"] = "9.0"
+        assert read_frame(file["t"]) is None
+        file["t/a"].attrs["encoding-version"] = "0.2.0"
+        assert read_frame(file["t"]) is not None
+        file["t/kind/categories"].attrs["encoding-type"] = "nullable-string-array"
+        assert read_frame(file["t"]) is None
+        file["t"].attrs["encoding-version"] = "0.1.0"
+        assert read_frame(file["t"]) is None

@@ -23,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.kernels import BLOSC_OVERHEAD, CHECKSUM_BYTES, blosc_address, difference, encode_chunks
+from scdl_zarr.conversion.plan import SLAB_BYTES
 from scdl_zarr.storage.schema import ArrayLayout
 
 __all__ = ["ShardEncoder", "replace_file", "sync_folder"]
 
-SLAB_BYTES = 1 << 18  # of values that are encoded by one call: they stay in the processor's cache
 _ABSENT = 2**64 - 1
 _SHUFFLES = {
     "noshuffle": numcodecs.blosc.NOSHUFFLE,
