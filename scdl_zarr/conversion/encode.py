@@ -157,7 +157,10 @@ class ShardEncoder:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a whole file so that it is either the old one or the new one, also after a crash."""
+    """Write a whole file so that it is either the old one or the new one, also after a crash.
+
+    That it is the new one is certain once its folder was synced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -168,7 +171,6 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
