@@ -21,7 +21,7 @@ from hypothesis.extra import numpy as hnp
 from scdl_zarr.conversion import encode
 from scdl_zarr.conversion.encode import ShardEncoder
 from scdl_zarr.conversion.hdf5_chunks import ElementReader
-from scdl_zarr.conversion.kernels import blosc_address, map_rows
+from scdl_zarr.conversion.kernels import blosc_address, map_rows, sort_rows
 from scdl_zarr.conversion.sources.h5ad_frames import read_frame
 from scdl_zarr.conversion.values import checksum, narrow, surely_exact, take_values, value_stats
 from scdl_zarr.errors import SourceError
@@ -147,6 +147,28 @@ def test_ids_are_mapped_row_by_row(
     assert out.tolist() == lookup[ids].tolist()
     for r, (a, b) in enumerate(pairwise(pointers.tolist())):
         assert in_order[r] == (np.diff(ids[a:b]) >= 0).all()
+
+
+@given(
+    lengths=st.lists(st.integers(0, 120), max_size=5),
+    top=st.sampled_from([1, 3, 200, 300, 70_000, 2**24 + 9]),
+    dtype=st.sampled_from(["u2", "u4", "i4", "i8"]),
+    width=st.sampled_from([1, 2, 4, 8]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_rows_are_sorted_stably(lengths: list[int], top: int, dtype: str, width: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pointers = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = rng.integers(0, min(top, np.iinfo(dtype).max), pointers[-1]).astype(dtype)
+    values = np.arange(len(ids)).astype(f"u{width}")  # different within a row: what was first stays first
+    in_order = rng.random(len(lengths)) < 0.8
+    found, carried = ids.copy(), values.copy()
+    longest = max(lengths, default=0)
+    sort_rows(pointers, in_order, found, carried, np.empty(longest, dtype), np.empty(longest, values.dtype))
+    for r, (a, b) in enumerate(pairwise(pointers.tolist())):
+        order = np.argsort(ids[a:b], kind="stable") if in_order[r] else np.arange(b - a)
+        assert found[a:b].tolist() == ids[a:b][order].tolist()
+        assert carried[a:b].tolist() == values[a:b][order].tolist()
 
 
 # ---- HDF5 chunks

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.encode import ShardEncoder
-from scdl_zarr.conversion.kernels import map_rows
+from scdl_zarr.conversion.kernels import map_rows, sort_rows
 from scdl_zarr.conversion.plan import PIECE_VALUES, Part, ShardTask
 from scdl_zarr.conversion.sources import MatrixReader, open_source
 from scdl_zarr.conversion.sources.h5ad import matrix_name
-from scdl_zarr.conversion.values import COMPILED_IDS, ValueStats, narrow, sort_rows, surely_exact, take_values
+from scdl_zarr.conversion.values import COMPILED_IDS, ValueStats, narrow, surely_exact, take_values
 from scdl_zarr.errors import InexactValueError, SourceError
 from scdl_zarr.reading.exactness import inexact_positions
 from scdl_zarr.storage.schema import ArrayLayout
@@ -106,7 +106,7 @@ def _write_values(task: ShardTask) -> ShardResult:
                     narrowed = buffers.take("narrowed", inside.stop - inside.start, data.dtype)
                     found, total = take_values(values[inside], ids[inside], narrowed)
                     if not part.rising:  # the checksum is that of the source's order, what is stored is sorted
-                        sort_rows(piece.local, in_order, mapped, values)
+                        _sort(piece, in_order, mapped, values, buffers)
                         found, _ = take_values(values[inside], ids[inside], narrowed)
                     sums[part.source] = (sums.get(part.source, 0) + total) % 2**64
                     stats |= found
@@ -215,6 +215,16 @@ class _Mapping:
                 f"but there are {len(part.lookup)} genes"
             )
         return in_order
+
+
+def _sort(
+    piece: _Piece, in_order: npt.NDArray[np.bool_], ids: npt.NDArray[Any], values: npt.NDArray[Any], buffers: _Buffers
+) -> None:
+    """Sort the rows that were sorted in the source, by store id; values are moved as the words they are."""
+    words = values.view(f"u{values.dtype.itemsize}")
+    longest = int(np.diff(piece.pointers).max())
+    scratch = buffers.take("other ids", longest, ids.dtype), buffers.take("other values", longest, words.dtype)
+    sort_rows(piece.local, in_order, ids, words, *scratch)
 
 
 def _note_unsorted(

@@ -22,7 +22,6 @@ __all__ = [
     "checksum",
     "choose_dtype",
     "narrow",
-    "sort_rows",
     "surely_exact",
     "take_values",
     "union_stats",
@@ -184,20 +183,3 @@ def checksum(values: npt.NDArray[Any], ids: npt.NDArray[Any]) -> int:
             inexact: Any = (np.abs(wide) >= 2.0**53) & ((np.abs(wide) >= 2.0**63) | (wide.astype(values.dtype) != values))
         bits = np.where(inexact, values.view(np.uint64), bits)
     return int(_checksum(bits, ids))
-
-
-@nb.njit(nogil=True, cache=True)
-def sort_rows(pointers: npt.NDArray[np.int64], in_order: Any, ids: Any, values: Any) -> None:
-    """Sort, stably and by store id, the rows that were sorted in their source."""
-    for r in range(len(pointers) - 1):
-        start, stop = pointers[r], pointers[r + 1]
-        if not in_order[r]:
-            continue
-        rising = True
-        for j in range(start + 1, stop):
-            rising &= ids[j] >= ids[j - 1]
-        if rising:
-            continue
-        order = np.argsort(ids[start:stop], kind="mergesort")
-        ids[start:stop] = ids[start:stop][order]
-        values[start:stop] = values[start:stop][order]
