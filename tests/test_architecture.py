@@ -185,6 +185,11 @@ def test_opening_and_reading_load_no_more_than_they_need(real_store: Path) -> No
     assert loaded_after(code) & {"torch", "dask", "anndata", "zarr", "tensorstore", "obstore", "zarrs", "h5py"} == set()
 
 
+def test_converting_loads_no_more_than_it_needs(real_h5ad: Path, tmp_path: Path) -> None:
+    code = f"import scdl_zarr; scdl_zarr.convert({str(real_h5ad)!r}, {str(tmp_path / 's.zarr')!r}, progress=False)"
+    assert loaded_after(code) & {"torch", "matplotlib", "anndata", "xarray"} == set()
+
+
 def test_importing_takes_less_than_three_tenths_of_a_second() -> None:
     script = "import time; t = time.perf_counter(); import scdl_zarr; scdl_zarr.open; print(time.perf_counter() - t)"
     took = [

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -613,12 +614,15 @@ class FailingSync:
     def __init__(self, target: Path, at: int = 0) -> None:
         self._target, self._at, self._sync = target, at, os.fsync
         self.calls = self.committed_at = 0
+        self._counting = threading.Lock()  # files are synced side by side
 
     def __call__(self, descriptor: int) -> None:
-        self.calls += 1
-        if not self.committed_at and (self._target / "zarr.json").exists():
-            self.committed_at = self.calls
-        if self.calls == self._at:
+        with self._counting:
+            self.calls += 1
+            number = self.calls
+            if not self.committed_at and (self._target / "zarr.json").exists():
+                self.committed_at = number
+        if number == self._at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._sync(descriptor)
 

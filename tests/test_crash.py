@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,10 +204,13 @@ class FailingReplace:
     def __init__(self, at: int) -> None:
         self._at, self._replace = at, replace_file
         self.paths: list[Path] = []
+        self._counting = threading.Lock()  # files are written side by side
 
     def __call__(self, path: Path, content: bytes) -> None:
-        self.paths.append(path)
-        if len(self.paths) == self._at:
+        with self._counting:
+            self.paths.append(path)
+            number = len(self.paths)
+        if number == self._at:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         self._replace(path, content)
 

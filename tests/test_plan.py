@@ -49,7 +49,7 @@ class FakeMatrix:
     def indptr(self, start: int, stop: int) -> Any:
         return self.pointers[start:stop]
 
-    def elements(self, start: int, stop: int) -> Any:  # noqa: ARG002
+    def elements(self, start: int, stop: int, out: Any = None) -> Any:  # noqa: ARG002
         raise AssertionError("a plan reads no values")
 
 

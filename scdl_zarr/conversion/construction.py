@@ -19,7 +19,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,19 @@ __all__ = [
 ]
 
 PLAN_VERSION = 1
+SYNC_THREADS = 8  # they wait, they do not work
 # what a conversion makes at its target: nothing else there is ever removed
 OWN_NAMES = {"X", "layers", "obs", "var", "obsm", "obsp", "varm", "varp", "uns", "zarr.json"}
 
 
 def run_task(task: ShardTask) -> ShardResult:
-    """Write a task's shard and then its mark."""
+    """Write a task's shard and then its mark, which need not survive a crash of the machine: the shard is then written again."""
     result = write_shard(task)
-    record = asdict(result)
-    replace_file(_mark_path(Path(task.root), task), json.dumps(record).encode())
+    mark = _mark_path(Path(task.root), task)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    temporary = mark.with_name(f"{mark.name}.{os.getpid()}.part")
+    temporary.write_text(json.dumps(asdict(result)))
+    os.replace(temporary, mark)
     return result
 
 
@@ -147,6 +152,7 @@ class Construction:
     def save_dtypes(self, dtypes: Mapping[str, str]) -> None:
         with explained_errors(self.root):
             replace_file(self._build / "plan.json", json.dumps({**self._plan, "dtypes": dict(dtypes)}).encode())
+            sync_folder(self._build)
 
     def finished(self, task: ShardTask) -> ShardResult | None:
         """What the task reported when it was done, if its shard is still there in the dtype that is wanted now."""
@@ -168,11 +174,10 @@ class Construction:
     def commit(self, root_document: bytes, nodes: Mapping[str, Mapping[str, Any]], objects: Mapping[str, bytes]) -> None:
         """Write what is small, then the root document (the commit), then the documents of the parts."""
         with explained_errors(self.root):
-            for key in sorted(objects):
-                replace_file(self.root / key, objects[key])
-            for folder in sorted((p for p in self.root.rglob("*") if p.is_dir()), reverse=True):
-                sync_folder(folder)
+            _replace_files({self.root / key: objects[key] for key in sorted(objects)})
+            _side_by_side(sync_folder, [self.root, *(path for path in self.root.rglob("*") if path.is_dir())])
             replace_file(self.root / "zarr.json", root_document)
+            sync_folder(self.root)
             finish_documents(self.root, nodes)
 
     def discard(self) -> None:
@@ -185,10 +190,24 @@ class Construction:
 
 def finish_documents(root: Path, nodes: Mapping[str, Mapping[str, Any]]) -> None:
     """The parts' own ``zarr.json``, after the commit; then the build folder goes.  Run again if it was interrupted."""
+    documents = {}
     for path in sorted(nodes):
         own = {key: value for key, value in nodes[path].items() if key != "consolidated_metadata"}
-        replace_file(root / path / "zarr.json", node_document(own))
+        documents[root / path / "zarr.json"] = node_document(own)
+    _replace_files(documents)
+    _side_by_side(sync_folder, {path.parent for path in documents})
     shutil.rmtree(root / BUILD_FOLDER, ignore_errors=True)
+
+
+def _replace_files(contents: Mapping[Path, bytes]) -> None:
+    _side_by_side(lambda path: replace_file(path, contents[path]), contents)
+
+
+def _side_by_side(act: Callable[[Path], None], paths: Iterable[Path]) -> None:
+    """Do something that waits for the disk to each path, several at a time: the disk then waits for all of them at once."""
+    with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="scdl-zarr-sync") as pool:
+        for done in [pool.submit(act, path) for path in paths]:
+            done.result()
 
 
 def finish_interrupted(root: Path, nodes: Mapping[str, Mapping[str, Any]]) -> None:

@@ -269,31 +269,43 @@ def _run(construction: Construction, survey: Survey, options: ConversionOptions,
     total = sum(plan.layout.nnz for plan in survey.plans.values())
     with tqdm(total=total, unit="value", unit_scale=True, disable=not options.progress, desc="converting") as bar:
         for path in survey.plans:
-            seen = ValueStats()
-            while path not in results:
-                plan = survey.plans[path]
-                dtypes = [source.header.dtype for source in plan.sources]
-                at = bar.n
-                try:
-                    done = _run_tasks(
-                        construction, list(plan.tasks(str(construction.root), survey.maps(path), options)), workers, bar
-                    )
-                    stats = union_stats(result.stats for result in done)
-                except DtypeTooNarrowError as found:
-                    done, stats = [], found.stats
-                seen |= stats
-                auto = plan.asked_dtype(options) == "auto"
-                wanted = choose_dtype(seen, dtypes, survey.width) if auto else plan.layout.data_dtype
-                if not done and wanted == plan.layout.data_dtype:
-                    raise SourceError(f"{path}: no dtype holds every value of these sources exactly; give dtype=")
-                if done and wanted == plan.layout.data_dtype:
-                    results[path] = done
-                    continue
-                survey.plans[path] = plan.with_dtype(wanted)
+            seen, began_at = ValueStats(), bar.n
+            results[path], seen = _attempt(construction, survey, path, options, workers, bar, seen)
+            while (wanted := _wanted_dtype(survey, path, options, seen)) != survey.plans[path].layout.data_dtype:
+                survey.plans[path] = survey.plans[path].with_dtype(wanted)
                 saved[path] = wanted.name
                 construction.save_dtypes(saved)
-                bar.update(at - bar.n)
+                bar.update(began_at - bar.n)
+                results[path], seen = _attempt(construction, survey, path, options, workers, bar, seen)
+            if not results[path]:
+                raise SourceError(f"{path}: no dtype holds every value of these sources exactly; give dtype=")
     return results
+
+
+def _attempt(
+    construction: Construction,
+    survey: Survey,
+    path: str,
+    options: ConversionOptions,
+    workers: int,
+    bar: Any,
+    seen: ValueStats,
+) -> tuple[list[ShardResult], ValueStats]:
+    """Every shard of a matrix in the dtype it has now, none if a value did not fit; and the stats of all values seen so far."""
+    tasks = list(survey.plans[path].tasks(str(construction.root), survey.maps(path), options))
+    try:
+        done = _run_tasks(construction, tasks, workers, bar)
+    except DtypeTooNarrowError as found:
+        return [], seen | found.stats
+    return done, seen | union_stats(result.stats for result in done)
+
+
+def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: ValueStats) -> np.dtype[Any]:
+    """The dtype that a matrix whose values have these stats is stored in."""
+    plan = survey.plans[path]
+    if plan.asked_dtype(options) != "auto":
+        return plan.layout.data_dtype
+    return choose_dtype(seen, [source.header.dtype for source in plan.sources], survey.width)
 
 
 def _run_tasks(construction: Construction, tasks: list[ShardTask], workers: int, bar: Any) -> list[ShardResult]:

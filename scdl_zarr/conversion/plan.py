@@ -18,10 +18,11 @@ from scdl_zarr.errors import OptionError
 from scdl_zarr.resources import parse_bytes
 from scdl_zarr.storage.schema import SHARD_VALUES, ArrayLayout, MatrixLayout, profile_named
 
-__all__ = ["ConversionOptions", "MatrixPlan", "Part", "ShardTask", "SourceMatrix", "projected_bytes"]
+__all__ = ["ConversionOptions", "MatrixPlan", "Part", "SLAB_BYTES", "ShardTask", "SourceMatrix", "projected_bytes"]
 
-PIECE_VALUES = 1 << 19  # elements a task holds decoded at a time (more where one row or one HDF5 chunk is longer)
-BASE_BYTES = 280_000_000  # interpreter, NumPy, pandas, zarr, anndata, numba and HDF5: measured, with room
+PIECE_VALUES = 1 << 17  # elements a task holds decoded at a time (more where one row or one HDF5 chunk is longer)
+SLAB_BYTES = 1 << 18  # values that are compressed by one call
+BASE_BYTES = 280_000_000  # interpreter, NumPy, pandas, zarr, numba and HDF5 (250 MB measured), anndata where tables need it
 VALUE_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float32", "float64")
 
 
@@ -267,19 +268,18 @@ def cut_shards(
 def projected_bytes(plans: list[MatrixPlan], workers: int, tables_bytes: int, longest_row: int) -> int:
     """Peak memory of a conversion in this process: what everything takes, plus what each running task takes.
 
-    A task holds one piece: ids and values as they come out of HDF5, in the store's dtypes, once more while rows are sorted and
-    checked, and the compressed chunks of the shards it is writing go to their files at once.
+    A task holds one piece: values and ids as they come out of HDF5 and in the store's dtypes, and what rare dtypes take beside;
+    of both arrays a chunk, raw and inflated, and a slab of chunks on its way to the file.
     """
     per_task = 0
     for plan in plans:
         assert plan.layout.data is not None and plan.layout.indices is not None
+        stored = (plan.layout.data, plan.layout.indices)
+        slabs = sum(4 * max(SLAB_BYTES, layout.chunk_bytes) + layout.index_bytes for layout in stored)
         for source in plan.sources:
             piece = min(max(PIECE_VALUES, longest_row), max(source.header.nnz, 1))
             read = source.header.dtype.itemsize + source.header.index_dtype.itemsize
-            written = plan.layout.data.dtype.itemsize + plan.layout.indices.dtype.itemsize
-            transient = 3 * 8  # the checksum's binary64 copy, the mapped ids, a mask
-            chunks = 6 * source.header.chunk_bytes  # of data and of indices: raw, inflated, unshuffled
-            index = plan.layout.data.index_bytes + plan.layout.indices.index_bytes
-            stored = 8 * (plan.layout.data.chunk_bytes + plan.layout.indices.chunk_bytes)
-            per_task = max(per_task, piece * (2 * read + 2 * written + transient) + chunks + index + stored)
+            written = sum(layout.dtype.itemsize for layout in stored)
+            rare = 3 * 8  # a binary64 copy, ids as int64, a mask
+            per_task = max(per_task, piece * (read + written + rare) + 4 * source.header.chunk_bytes + slabs)
     return BASE_BYTES + tables_bytes + workers * per_task

@@ -2,8 +2,8 @@
 
 ::
 
-    source rows ──► ids mapped to the vocabulary ──► rows that were sorted, sorted ──► dtype checked ──► chunks
-                    (range checked)                  (stably)                          and narrowed     (encode.py)
+    source rows ──► ids mapped to the vocabulary ──► rows that were sorted, sorted ──► values narrowed, ──► chunks
+                    (range checked)                  (stably)                          summed, checked      (encode.py)
 """
 
 from __future__ import annotations
@@ -17,16 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.encode import ShardEncoder
+from scdl_zarr.conversion.kernels import map_rows, sort_rows
 from scdl_zarr.conversion.plan import PIECE_VALUES, Part, ShardTask
 from scdl_zarr.conversion.sources import MatrixReader, open_source
 from scdl_zarr.conversion.sources.h5ad import matrix_name
-from scdl_zarr.conversion.values import (
-    ValueStats,
-    checksum,
-    map_rows,
-    sort_rows,
-    value_stats,
-)
+from scdl_zarr.conversion.values import COMPILED_IDS, ValueStats, narrow, surely_exact, take_values
 from scdl_zarr.errors import InexactValueError, SourceError
 from scdl_zarr.reading.exactness import inexact_positions
 from scdl_zarr.storage.schema import ArrayLayout
@@ -96,25 +91,31 @@ def _write_values(task: ShardTask) -> ShardResult:
     sums: dict[int, int] = {}
     unsorted: list[tuple[int, int]] = []
     written = 0
+    buffers = _Buffers()
     with ShardEncoder(_path(task, data), data) as data_out, ShardEncoder(_path(task, indices), indices) as indices_out:
         for part in task.parts:
+            mapping = _Mapping(part, indices.dtype)
             with open_source(part.spec) as source:
                 matrix = source.matrix(part.key)
                 for piece in _pieces(matrix, part):
-                    values, ids = matrix.elements(int(piece.pointers[0]), int(piece.pointers[-1]))
-                    if values.dtype == np.float16:  # compiled code has none; float32 holds all of it
-                        values = values.astype(np.float32)
+                    values, ids = _elements(matrix, piece, buffers)
                     inside = piece.inside(task, part)
-                    sums[part.source] = (sums.get(part.source, 0) + checksum(values[inside], ids[inside])) % 2**64
-                    mapped = _map(part, piece, ids, values, task, unsorted)
-                    values = values[inside]
-                    found = value_stats(values)
+                    mapped = buffers.take("mapped", len(ids), indices.dtype)
+                    in_order = mapping.map(piece, ids, mapped)
+                    _note_unsorted(unsorted, in_order, task, part, piece)
+                    narrowed = buffers.take("narrowed", inside.stop - inside.start, data.dtype)
+                    found, total = take_values(values[inside], ids[inside], narrowed)
+                    if not part.rising:  # the checksum is that of the source's order, what is stored is sorted
+                        _sort(piece, in_order, mapped, values, buffers)
+                        found, _ = take_values(values[inside], ids[inside], narrowed)
+                    sums[part.source] = (sums.get(part.source, 0) + total) % 2**64
                     stats |= found
-                    if not _surely_exact(values.dtype, found, data.dtype):
-                        _check_values(values, stats, task, part, piece, inside)
-                    data_out.add(_narrow(values, data.dtype))
-                    indices_out.add(mapped[inside].astype(indices.dtype, copy=False))
-                    written += len(values)
+                    if not surely_exact(values.dtype, found, data.dtype):
+                        _check_values(values[inside], stats, task, part, piece, inside)
+                        narrowed[:] = narrow(values[inside], data.dtype)
+                    data_out.add(narrowed)
+                    indices_out.add(mapped[inside])
+                    written += len(narrowed)
         if written != task.stop - task.start:
             raise SourceError(f"{task.name}: the sources gave {written} values, {task.stop - task.start} were planned")
     return ShardResult(
@@ -138,6 +139,12 @@ class _Piece:
     row: int
     pointers: npt.NDArray[np.int64]
 
+    @property
+    def local(self) -> npt.NDArray[np.int64]:
+        """The row pointers within the piece."""
+        local: npt.NDArray[np.int64] = self.pointers - self.pointers[0]
+        return local
+
     def inside(self, task: ShardTask, part: Part) -> slice:
         """Which of the piece's elements the task owns."""
         first = part.value_start + int(self.pointers[0])
@@ -160,42 +167,79 @@ def _pieces(matrix: MatrixReader, part: Part) -> Iterator[_Piece]:
             row = stop
 
 
-def _map(
-    part: Part, piece: _Piece, ids: npt.NDArray[Any], values: npt.NDArray[Any], task: ShardTask, unsorted: list[tuple[int, int]]
-) -> npt.NDArray[np.int64]:
-    """Store ids of the piece's elements; `values` are permuted along where rows are sorted."""
-    local = piece.pointers - piece.pointers[0]
-    mapped = np.empty(len(ids), np.int64)
-    in_order = np.empty(len(local) - 1, np.bool_)
-    bad = map_rows(ids, local, part.lookup, mapped, in_order)
-    if bad >= 0:
-        row = int(np.searchsorted(local, bad, side="right")) - 1
-        raise SourceError(
-            f"{part.spec.path}: row {piece.row + row} of {matrix_name(part.key)} has "
-            f"{'neighbor' if part.key.startswith('obsp/') else 'gene id'} {ids[bad]}, "
-            f"but there are {len(part.lookup)} {'cells' if part.key.startswith('obsp/') else 'genes'}"
-        )
-    if not part.rising:
-        sort_rows(local, in_order, mapped, values)
+class _Buffers:
+    """Arrays that a task fills again for each piece: memory that was touched once is much faster than fresh one."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, npt.NDArray[np.uint8]] = {}
+
+    def take(self, name: str, length: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """The buffer of that name as an array; what it held before is lost."""
+        nbytes = length * dtype.itemsize
+        held = self._held.get(name)
+        if held is None or len(held) < nbytes:
+            held = self._held[name] = np.empty(nbytes, np.uint8)
+        return held[:nbytes].view(dtype)
+
+
+def _elements(matrix: MatrixReader, piece: _Piece, buffers: _Buffers) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Values and source ids of a piece."""
+    start, stop = int(piece.pointers[0]), int(piece.pointers[-1])
+    header = matrix.header
+    room = buffers.take("values", stop - start, header.dtype), buffers.take("ids", stop - start, header.index_dtype)
+    values, ids = matrix.elements(start, stop, out=room)
+    if values.dtype == np.float16:  # compiled code has none; float32 holds all of it
+        values = values.astype(np.float32)
+    return values, ids
+
+
+class _Mapping:
+    """The source's gene ids to the store's."""
+
+    def __init__(self, part: Part, dtype: np.dtype[Any]) -> None:
+        self._part = part
+        self._lookup = part.lookup.astype(dtype)
+        self._identity = bool((part.lookup == np.arange(len(part.lookup))).all())
+
+    def map(self, piece: _Piece, ids: npt.NDArray[Any], out: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Write the store ids of the piece's elements; which of its rows are sorted in the source."""
+        part, local = self._part, piece.local
+        in_order = np.empty(len(local) - 1, np.bool_)
+        usual = ids if ids.dtype in COMPILED_IDS else ids.astype(np.int64)
+        row = map_rows(usual, local, self._lookup, self._identity, out, in_order)
+        if row >= 0:
+            there = usual[local[row] : local[row + 1]]
+            bad = ids[local[row] + int(np.argmax((there < 0) | (there >= len(part.lookup))))]
+            raise SourceError(
+                f"{part.spec.path}: row {piece.row + row} of {matrix_name(part.key)} has "
+                f"{'neighbor' if part.key.startswith('obsp/') else 'gene id'} {bad}, "
+                f"but there are {len(part.lookup)} {'cells' if part.key.startswith('obsp/') else 'genes'}"
+            )
+        return in_order
+
+
+def _sort(
+    piece: _Piece, in_order: npt.NDArray[np.bool_], ids: npt.NDArray[Any], values: npt.NDArray[Any], buffers: _Buffers
+) -> None:
+    """Sort the rows that were sorted in the source, by store id; values are moved as the words they are."""
+    words = values.view(f"u{values.dtype.itemsize}")
+    longest = int(np.diff(piece.pointers).max())
+    scratch = buffers.take("other ids", longest, ids.dtype), buffers.take("other values", longest, words.dtype)
+    sort_rows(piece.local, in_order, ids, words, *scratch)
+
+
+def _note_unsorted(
+    runs: list[tuple[int, int]], in_order: npt.NDArray[np.bool_], task: ShardTask, part: Part, piece: _Piece
+) -> None:
+    """Add the rows that were not sorted, and start in the task, to `runs` of store rows."""
     first_row = part.first_row + piece.row - part.row_start
     starts = part.value_start + piece.pointers[:-1]
     owned = ~in_order & (starts >= task.start)
     for row in (first_row + np.flatnonzero(owned)).tolist():
-        if unsorted and unsorted[-1][1] == row:
-            unsorted[-1] = (unsorted[-1][0], row + 1)
+        if runs and runs[-1][1] == row:
+            runs[-1] = (runs[-1][0], row + 1)
         else:
-            unsorted.append((row, row + 1))
-    return mapped
-
-
-def _surely_exact(source: np.dtype[Any], stats: ValueStats, dtype: np.dtype[Any]) -> bool:
-    """Whether values of that dtype and these stats survive without looking at each (NumPy calls int64 to float64 safe)."""
-    if dtype.kind != "f":
-        info = np.iinfo(dtype)
-        return stats.integral and info.min <= stats.low and stats.high <= info.max
-    if source.kind == "f":
-        return source.itemsize <= dtype.itemsize or stats.float32_exact
-    return max(-stats.low, stats.high) <= 1 << (24 if dtype.itemsize == 4 else 53)
+            runs.append((row, row + 1))
 
 
 def _check_values(values: npt.NDArray[Any], stats: ValueStats, task: ShardTask, part: Part, piece: _Piece, inside: slice) -> None:
@@ -216,10 +260,3 @@ def _check_values(values: npt.NDArray[Any], stats: ValueStats, task: ShardTask, 
         f"{part.spec.path}: row {piece.row + row} of {matrix_name(part.key)} holds {values[bad[0]].item()!r}, "
         f"which does not survive dtype {dtype.name}; {advice}"
     )
-
-
-def _narrow(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The values, which were checked, in the store's dtype (what a tolerance allowed is rounded to the nearest)."""
-    if dtype.kind in "iu" and values.dtype.kind == "f":
-        values = np.rint(values)
-    return values.astype(dtype, copy=False)

@@ -1,7 +1,8 @@
 """What the stored values are, and which dtype holds all of them exactly.
 
 A pass over each piece of values finds their range and nature (:class:`ValueStats`); the dtype is a function of the union over
-all pieces, so it does not depend on the order in which they were seen.
+all pieces, so it does not depend on the order in which they were seen.  For the usual dtypes that pass is compiled, sums and
+narrows as well (:func:`take_values`), with the results of the plain functions beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,22 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ValueStats", "checksum", "choose_dtype", "map_rows", "sort_rows", "union_stats", "value_stats"]
+from scdl_zarr.conversion.kernels import take_floats, take_integers
+
+__all__ = [
+    "ValueStats",
+    "checksum",
+    "choose_dtype",
+    "narrow",
+    "surely_exact",
+    "take_values",
+    "union_stats",
+    "value_stats",
+]
+
+# what the compiled pass is made for; other dtypes take the plain way, rather than minutes of compiling all combinations
+COMPILED_VALUES = frozenset(np.dtype(c) for c in ("f4", "f8", "i4", "i8"))
+COMPILED_IDS = frozenset(np.dtype(c) for c in ("i4", "i8"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +77,51 @@ def value_stats(values: npt.NDArray[Any]) -> ValueStats:
         )
     low, high = int(values.min()), int(values.max())
     return ValueStats(count=len(values), low=low, high=high, float32_exact=max(-low, high) <= 1 << 24)
+
+
+def take_values(values: npt.NDArray[Any], ids: npt.NDArray[Any], out: npt.NDArray[Any]) -> tuple[ValueStats, int]:
+    """The stats and the checksum of some values, which are cast to `out` in the same pass.
+
+    What does not fit `out` becomes something; :func:`surely_exact` tells from the stats whether all fit.
+    """
+    if not len(values):
+        return ValueStats(), 0
+    if values.dtype not in COMPILED_VALUES or ids.dtype not in COMPILED_IDS:
+        with np.errstate(all="ignore"):
+            out[:] = narrow(values, out.dtype)
+        return value_stats(values), checksum(values, ids)
+    if values.dtype.kind == "i":
+        low, high, total = take_integers(values, ids, out)
+        return ValueStats(count=len(values), low=low, high=high, float32_exact=max(-low, high) <= 1 << 24), total
+    bits = 8 * values.dtype.itemsize
+    shift, mask = bits - 1, (1 << (bits - 1)) - 1
+    low, high, fraction, inexact, total = take_floats(values, values.view(f"i{bits // 8}"), shift, mask, ids, out)
+    ends = np.array([low ^ (low >> shift & mask), high ^ (high >> shift & mask)], f"i{bits // 8}").view(values.dtype)
+    integral = not fraction and bool(np.isfinite(ends).all())
+    return ValueStats(
+        count=len(values),
+        low=int(ends[0]) if integral else 0,
+        high=int(ends[1]) if integral else 0,
+        integral=integral,
+        float32_exact=not inexact,
+    ), total
+
+
+def surely_exact(source: np.dtype[Any], stats: ValueStats, dtype: np.dtype[Any]) -> bool:
+    """Whether values of that dtype and these stats survive without looking at each (NumPy calls int64 to float64 safe)."""
+    if dtype.kind != "f":
+        info = np.iinfo(dtype)
+        return stats.integral and info.min <= stats.low and stats.high <= info.max
+    if source.kind == "f":
+        return source.itemsize <= dtype.itemsize or stats.float32_exact
+    return max(-stats.low, stats.high) <= 1 << (24 if dtype.itemsize == 4 else 53)
+
+
+def narrow(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The values in the store's dtype (what a tolerance allows is rounded to the nearest)."""
+    if dtype.kind in "iu" and values.dtype.kind == "f":
+        values = np.rint(values)
+    return values.astype(dtype, copy=False)
 
 
 def choose_dtype(stats: ValueStats, source_dtypes: list[np.dtype[Any]], width: str) -> np.dtype[Any]:
@@ -122,38 +183,3 @@ def checksum(values: npt.NDArray[Any], ids: npt.NDArray[Any]) -> int:
             inexact: Any = (np.abs(wide) >= 2.0**53) & ((np.abs(wide) >= 2.0**63) | (wide.astype(values.dtype) != values))
         bits = np.where(inexact, values.view(np.uint64), bits)
     return int(_checksum(bits, ids))
-
-
-@nb.njit(nogil=True, cache=True)
-def map_rows(ids: Any, pointers: npt.NDArray[np.int64], lookup: npt.NDArray[np.int64], out: Any, in_order: Any) -> int:
-    """Map source ids to store ids; `in_order[r]` says whether row r was sorted.  The position of an id out of range, or -1."""
-    n = len(lookup)
-    for r in range(len(pointers) - 1):
-        previous = np.int64(-1)
-        rising = True
-        for j in range(pointers[r], pointers[r + 1]):
-            value = np.int64(ids[j])
-            if value < 0 or value >= n:
-                return j
-            rising &= value >= previous
-            previous = value
-            out[j] = lookup[value]
-        in_order[r] = rising
-    return -1
-
-
-@nb.njit(nogil=True, cache=True)
-def sort_rows(pointers: npt.NDArray[np.int64], in_order: Any, ids: Any, values: Any) -> None:
-    """Sort, stably and by store id, the rows that were sorted in their source."""
-    for r in range(len(pointers) - 1):
-        start, stop = pointers[r], pointers[r + 1]
-        if not in_order[r]:
-            continue
-        rising = True
-        for j in range(start + 1, stop):
-            rising &= ids[j] >= ids[j - 1]
-        if rising:
-            continue
-        order = np.argsort(ids[start:stop], kind="mergesort")
-        ids[start:stop] = ids[start:stop][order]
-        values[start:stop] = values[start:stop][order]

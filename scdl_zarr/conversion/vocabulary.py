@@ -39,6 +39,7 @@ class Vocabulary:
     maps: list[npt.NDArray[np.int64]] = field(default_factory=list)
     _ids: dict[tuple[Any, int], int] = field(default_factory=dict)
     _frames: list[pd.DataFrame] = field(default_factory=list)
+    _joined: pd.DataFrame | None = None
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -49,6 +50,7 @@ class Vocabulary:
         if table == len(self.maps):
             self.maps.append(self._join(var, where))
             self._frames.append(var)
+            self._joined = None
         return table
 
     def _join(self, var: pd.DataFrame, where: str) -> npt.NDArray[np.int64]:
@@ -72,10 +74,15 @@ class Vocabulary:
 
         Each source's own table is kept beside it, so nothing that differs is lost.
         """
-        import pandas as pd
-
         if len(self._frames) == 1:
             return self._frames[0]
+        if self._joined is None:
+            self._joined = self._join_frames()
+        return self._joined
+
+    def _join_frames(self) -> pd.DataFrame:
+        import pandas as pd
+
         names: npt.NDArray[Any] = np.empty(len(self), object)
         known = np.zeros(len(self), bool)
         pieces: dict[str, list[pd.Series[Any]]] = {}

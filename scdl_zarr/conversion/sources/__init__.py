@@ -52,8 +52,10 @@ class MatrixReader(Protocol):
     def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Row pointers [start, stop) as int64."""
 
-    def elements(self, start: int, stop: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Values and gene ids of elements [start, stop), new arrays."""
+    def elements(
+        self, start: int, stop: int, out: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Values and gene ids of elements [start, stop), in `out` (arrays of that length and the header's dtypes) or new."""
 
 
 class Source(Protocol):

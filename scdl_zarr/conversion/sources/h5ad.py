@@ -1,7 +1,7 @@
 """H5AD files as sources: CSR matrices in X, raw.X and layers, written by any anndata from 0.6 on.
 
-Files are opened read-only.  What anndata can read element by element it reads; the compound tables that anndata wrote before 0.7
-are decoded here.
+Files are opened read-only.  Tables are read here, those of the usual encodings (``h5ad_frames.py``) and the compound ones that
+anndata wrote before 0.7; anndata is imported only for what is neither.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.hdf5_chunks import ElementReader, unavailable_filters
 from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
+from scdl_zarr.conversion.sources.h5ad_frames import read_frame
 from scdl_zarr.errors import ScdlZarrError, SourceError, StoreAccessError, StoreNotFoundError
 
 if TYPE_CHECKING:
@@ -172,13 +173,12 @@ class H5adSource:
 
     def _frame(self, key: str) -> pd.DataFrame:
         import pandas as pd
-        from anndata.io import read_elem
 
         node = self._node(key)
         if node is None:
             raise SourceError(f"{self.spec.path} has no {key}")
         with reading(self.spec.path, key):
-            frame = _compound_frame(node, self._file.get("uns")) if isinstance(node, h5py.Dataset) else read_elem(node)
+            frame = _compound_frame(node, self._file.get("uns")) if isinstance(node, h5py.Dataset) else _group_frame(node)
         if not isinstance(frame, pd.DataFrame):
             raise SourceError(f"{self.spec.path}: {key} is not a dataframe")
         if not frame.columns.is_unique:
@@ -235,8 +235,11 @@ class H5adMatrix:
         with reading(self._where, f"row pointers {start} to {stop - 1}"):
             return np.asarray(self._indptr[start:stop]).astype(np.int64, copy=False)
 
-    def elements(self, start: int, stop: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        return self._data.read(start, stop), self._indices.read(start, stop)
+    def elements(
+        self, start: int, stop: int, out: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        values, ids = out or (None, None)
+        return self._data.read(start, stop, values), self._indices.read(start, stop, ids)
 
 
 @contextlib.contextmanager
@@ -265,6 +268,15 @@ def _kind(node: h5py.Group | h5py.Dataset) -> str | None:
 
 def _text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _group_frame(group: h5py.Group) -> Any:
+    frame = read_frame(group)
+    if frame is None:
+        from anndata.io import read_elem
+
+        return read_elem(group)
+    return frame
 
 
 def _compound_frame(node: h5py.Dataset, uns: Mapping[str, Any] | None) -> pd.DataFrame:
