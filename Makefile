@@ -4,6 +4,8 @@ PYTHON312 ?= python3.12
 VENV := .venv
 VENV312 := .venv312
 DEMO_VENV := .venv-demo
+# test files run side by side, each one's tests in order
+SIDE_BY_SIDE := --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 .PHONY: demo test lint test-py312 notebooks benchmark clean full
 
@@ -11,7 +13,7 @@ demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/scdl-zarr demo --into .demo
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest tests
+	$(VENV)/bin/python -m pytest tests $(SIDE_BY_SIDE)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -22,7 +24,7 @@ notebooks: $(VENV)/ready
 	$(VENV)/bin/python -m notebooks.run notebooks/01_convert_and_explore.ipynb
 
 test-py312: $(VENV312)/ready
-	$(VENV312)/bin/python -m pytest tests
+	$(VENV312)/bin/python -m pytest tests $(SIDE_BY_SIDE)
 
 benchmark: $(VENV)/ready
 	$(VENV)/bin/python -m benchmarks

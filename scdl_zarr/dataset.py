@@ -426,7 +426,12 @@ class SingleCellZarrDataset:
     # ---- inside
 
     def _open(self) -> None:
-        self._metadata = open_metadata(self._location)
+        while True:
+            location = self._location.pinned()
+            self._metadata = open_metadata(location)
+            if location.is_same():  # else it was replaced at this very moment
+                break
+        self._location = location
         self._readers: dict[str, CsrReader] = {}
         self._tables: dict[str, LazyTable] = {}
         self._blocks = None

@@ -12,6 +12,7 @@
     ├── UncommittedStoreError     ValueError          a conversion that did not finish
     ├── FormatVersionError        ValueError          written by a format this version does not know
     ├── CorruptStoreError         ValueError          the bytes contradict their checksums or each other
+    ├── StoreReplacedError        OSError             another store lies now where this one was opened (errno is ESTALE)
     ├── SourceError               ValueError          a source file cannot be converted
     ├── InexactValueError         ValueError          a value does not survive the dtype that was asked for
     ├── OptionError               ValueError          an argument outside what a call accepts
@@ -42,6 +43,7 @@ __all__ = [
     "StoreExistsError",
     "StoreFullError",
     "StoreNotFoundError",
+    "StoreReplacedError",
     "UncommittedStoreError",
 ]
 
@@ -90,6 +92,16 @@ class FormatVersionError(ScdlZarrError, ValueError):
 
 class CorruptStoreError(ScdlZarrError, ValueError):
     """The bytes of a store contradict their checksums, their lengths or each other."""
+
+
+class StoreReplacedError(ScdlZarrError, OSError):
+    """Another store lies now where this one was opened: what was not read yet would come from that one."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.ESTALE, message)
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class SourceError(ScdlZarrError, ValueError):

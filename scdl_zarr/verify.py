@@ -148,7 +148,7 @@ class _ShardCheck:
             return [Fault(where=part.path, what=str(error))]
         decoder, found = self._kernels.decoder(part.chunk), []
         vector = np.zeros(PART_SIZE, np.int64)
-        describe(vector, part, ShardTable("", part), CHECKS["always"])
+        describe(vector, part, ShardTable("", part, StoreLocation()), CHECKS["always"])
         stop = part.chunks_in_shard(self.number)
         absent = np.flatnonzero((shard.index(part)[:stop] == 2**64 - 1).all(axis=1))
         if len(absent):

@@ -102,9 +102,11 @@ class MatrixArrays:
             values = result()
         except Exception as error:  # the readers have errors of many kinds for bytes that make no sense
             self._refuse(path, selection, error)
+        self._location.require_same()
         return values
 
     def _refuse(self, path: str, selection: Selection, error: Exception) -> NoReturn:
+        self._location.require_same()
         what = f"{self._location}: {path}, {_name(selection)}, cannot be read: {error}"
         if isinstance(error, PermissionError) or str(error).startswith("PERMISSION_DENIED"):
             raise StoreAccessError(what) from error
@@ -122,6 +124,7 @@ class MatrixArrays:
             key = f"{path}/c/{number}"
             if key not in self._there:
                 if not self._location.exists(key):
+                    self._location.require_same()
                     raise CorruptStoreError(f"{self._location}: {key} is missing: the store has lost a shard")
                 self._there.add(key)
 

@@ -49,7 +49,7 @@ def open_columns(location: StoreLocation, layout: MatrixLayout, *, threads: int,
 
         loaded = kernels.load()
         if loaded is not None:
-            return mapped.MappedColumns(location.path, layout, loaded, threads=threads, check=check, cache_bytes=cache_bytes)
+            return mapped.MappedColumns(location, layout, loaded, threads=threads, check=check, cache_bytes=cache_bytes)
     from scdl_zarr.reading.general import general_columns
 
     return general_columns(location, layout, threads=threads)

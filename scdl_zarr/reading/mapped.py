@@ -9,7 +9,6 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from scdl_zarr.reading.cache import ChunkCache
 from scdl_zarr.reading.kernels import FAULTS, Kernels
 from scdl_zarr.reading.kernels import state as st
 from scdl_zarr.reading.plan import Int64Array, RowPlan, split_rows, touched_pieces
+from scdl_zarr.storage.location import StoreLocation
 from scdl_zarr.storage.mapping import can_probe
 from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout
 from scdl_zarr.storage.shards import ShardTable, shard_table
@@ -129,7 +129,7 @@ class MappedColumns:
     """
 
     def __init__(
-        self, root: Path, layout: MatrixLayout, kernels: Kernels, *, threads: int, check: str, cache_bytes: int = 0
+        self, location: StoreLocation, layout: MatrixLayout, kernels: Kernels, *, threads: int, check: str, cache_bytes: int = 0
     ) -> None:
         self._layout = layout
         self._kernels = kernels
@@ -137,7 +137,7 @@ class MappedColumns:
         self._check = CHECKS[check]
         self._cache_bytes = 0 if check == "always" else cache_bytes // threads
         self._caches_left = threads
-        self._maps = Maps(layout, tuple(shard_table(root, array) for array in _arrays(layout)), self._check)
+        self._maps = Maps(layout, tuple(shard_table(location, array) for array in _arrays(layout)), self._check)
         self._idle: deque[Bench] = deque()  # append and pop are atomic; the last one used, whose cache is warm, goes first
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
         self._known_kinds: dict[tuple[int, int], Int64Array] = {}

@@ -195,7 +195,16 @@ def read_element(location: StoreLocation, path: str, *, whole: bool = True) -> A
         A chunk does not match its checksum or does not decode, or the parts of the element contradict each other.
     NotAStoreError
         The element is stored in pickles: they are never opened, because they run whatever code they hold.
+    StoreReplacedError
+        Another store has taken its place since it was opened.
     """
+    try:
+        return _read_element(location, path, whole)
+    finally:
+        location.require_same()
+
+
+def _read_element(location: StoreLocation, path: str, whole: bool) -> Any:
     try:
         with FIRST_USE:
             root = open_root(location)

@@ -7,7 +7,7 @@ travels to worker processes is a :class:`StoreLocation`, never a handle.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from scdl_zarr.errors import (
     OptionError,
     StoreAccessError,
     StoreNotFoundError,
+    StoreReplacedError,
     UncommittedStoreError,
 )
 from scdl_zarr.storage.metadata import StoreMetadata, parse_store
@@ -35,10 +36,15 @@ LARGEST_ROOT_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class StoreLocation:
-    """A store's place: a local folder, or an opened Zarr store object."""
+    """A store's place: a local folder, or an opened Zarr store object.
+
+    ``folder`` is which folder was there when the store was opened (device and inode), if that was asked for (:meth:`pinned`).  A
+    store is replaced by another one (a cast, ``overwrite=True``) in one rename, after which the same path is another folder.
+    """
 
     path: Path | None = None
     store: Any = None
+    folder: tuple[int, int] | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return str(self.path) if self.path is not None else str(self.store)
@@ -55,6 +61,31 @@ class StoreLocation:
 
     def __reduce__(self) -> tuple[type[StoreLocation], tuple[Path | None, Any]]:
         return type(self), (self.path, self.store)
+
+    def pinned(self) -> StoreLocation:
+        """This location, bound to the folder that is there now."""
+        return StoreLocation(path=self.path, store=self.store, folder=self._folder())
+
+    def require_same(self) -> None:
+        """Refuse to go on where another folder has taken the place of the one that was opened.
+
+        Called *after* something was read, because what was read before a replacement is right.
+        """
+        if not self.is_same():
+            raise StoreReplacedError(f"{self} was replaced while it was open; open it again to read what is there now")
+
+    def is_same(self) -> bool:
+        """Whether the folder that was there when the location was pinned is there still (True for one that was not pinned)."""
+        return self.folder is None or self._folder() == self.folder
+
+    def _folder(self) -> tuple[int, int] | None:
+        if self.path is None:
+            return None
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
     def exists(self, key: str) -> bool:
         """Whether there is an object under `key`."""

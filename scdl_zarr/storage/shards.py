@@ -12,13 +12,13 @@ time they are used, so that nothing from the file becomes an address unseen.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.errors import CorruptStoreError, StoreAccessError
+from scdl_zarr.storage.location import StoreLocation
 from scdl_zarr.storage.mapping import MappedFile
 from scdl_zarr.storage.schema import ArrayLayout
 
@@ -86,9 +86,10 @@ class ShardTable:
         was last used.
     """
 
-    def __init__(self, folder: str, layout: ArrayLayout) -> None:
+    def __init__(self, folder: str, layout: ArrayLayout, location: StoreLocation) -> None:
         self._folder = folder
         self._layout = layout
+        self._location = location
         self.addresses, self.ends, self.verified, self.stamps = np.zeros((4, max(layout.n_shards, 1)), np.int64)
         self._mapped: dict[int, MappedShard] = {}
 
@@ -99,7 +100,11 @@ class ShardTable:
         """Map shard `number`, if it is not."""
         if number in self._mapped:
             return
-        self._add(number, MappedShard(self.path(number), self._layout))
+        try:
+            shard = MappedShard(self.path(number), self._layout)
+        finally:
+            self._location.require_same()
+        self._add(number, shard)
 
     def _add(self, number: int, shard: MappedShard) -> None:
         kept = self._mapped.setdefault(number, shard)  # another thread may have been faster: its mapping is the one in use
@@ -119,13 +124,14 @@ class ShardTable:
 
     def trimmed(self, largest: int) -> ShardTable:
         """A table with the `largest` shards that were used last."""
-        table = ShardTable(self._folder, self._layout)
+        table = ShardTable(self._folder, self._layout, self._location)
         for number in sorted(self._mapped, key=lambda number: self.stamps[number])[-largest:]:
             table._add(number, self._mapped[number])
             table.stamps[number] = self.stamps[number]
         return table
 
 
-def shard_table(root: Path, layout: ArrayLayout) -> ShardTable:
-    """The table of an array's shards, with none mapped yet."""
-    return ShardTable(os.path.join(os.fspath(root), *layout.path.split("/"), "c"), layout)
+def shard_table(location: StoreLocation, layout: ArrayLayout) -> ShardTable:
+    """The table of an array's shards in a local store, with none mapped yet."""
+    assert location.path is not None
+    return ShardTable(os.path.join(location.path, *layout.path.split("/"), "c"), layout, location)
