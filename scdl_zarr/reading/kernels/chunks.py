@@ -244,7 +244,7 @@ def planes_of(part: Any, decoder: Any, address: int, size: int, first: int, stop
             used = s + 1
             if bits and not repeats:
                 sorted_bits = decoder[DECODER_STREAMS] + (8 + s) * decoder[DECODER_STRIDE]
-                _transpose(plane, chunk >> 3, first >> 3, (stop + 7) >> 3, sorted_bits)
+                _transpose_plane(s, plane, chunk >> 3, first >> 3, (stop + 7) >> 3, sorted_bits)
                 plane = sorted_bits
             planes[s] = plane
         before, before_size = at, stored
@@ -272,6 +272,23 @@ def _is_zero_block(decoder: Any, at: int, size: int) -> bool:
     for k in range(0, size - 7, 8):
         same &= load64(at + k) == load64(known + k)
     return same and load64(at + size - 8) == load64(known + size - 8)
+
+
+@inner
+def _transpose_plane(s: int, source: int, n: int, first: int, stop: int, target: int) -> None:
+    """:func:`_transpose`, for planes above the lowest in blocks of 256 values, because most of those are zero."""
+    if s == 0 or n % 32:
+        _transpose(source, n, first, stop, target)
+        return
+    for start in range(first & -32, stop, 32):
+        some = np.int64(0)
+        for bit in range(8):
+            at = source + bit * n + start
+            some |= load64(at) | load64(at + 8) | load64(at + 16) | load64(at + 24)
+        if some == 0:
+            uint64s_at(target + 8 * start, 32)[:] = 0
+        else:
+            _transpose(source, n, start, start + 32, target)
 
 
 @inner
