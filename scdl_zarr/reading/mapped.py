@@ -27,7 +27,8 @@ from scdl_zarr.storage.shards import ShardTable, shard_table
 __all__ = ["CHECKS", "MappedColumns", "chunk_fault"]
 
 CHECKS = {"never": st.CHECK_NEVER, "first": st.CHECK_FIRST, "always": st.CHECK_ALWAYS}
-SPLIT_VALUES = 1 << 18  # a batch smaller than this is faster on one thread
+SPLIT_VALUES = 1 << 16  # a batch smaller than this is faster on one thread
+SHARES = 4  # of a large batch, for each thread
 LARGEST_MAPPINGS = 32_768  # of a matrix; a Linux process may hold 65,530 in all
 DATA, INDICES, INDPTR = range(3)
 KINDS = {
@@ -165,9 +166,7 @@ class MappedColumns:
         if maps.parts[DATA, st.PART_AHEAD] or maps.parts[INDICES, st.PART_AHEAD]:
             self._read_ahead(maps, plan)
         if self._threads > 1 and plan.total >= SPLIT_VALUES:
-            orders = split_rows(plan, self._threads)
-            for _ in self._executor().map(lambda order: self._gather(maps, plan, order, kinds, outputs), orders):
-                pass  # the first error is raised here
+            self._gather_side_by_side(maps, plan, kinds, outputs)
         else:
             self._gather(maps, plan, plan.order, kinds, outputs)
         self._trim(maps)
@@ -241,6 +240,28 @@ class MappedColumns:
                 break
             self._map_or_raise(maps, code, bench.fault, touched)
         self._idle.append(bench)
+
+    def _gather_side_by_side(
+        self, maps: Maps, plan: RowPlan, kinds: Int64Array, outputs: tuple[npt.NDArray[Any], npt.NDArray[Any]]
+    ) -> None:
+        """The same in several threads, of which this is one; each takes the next share when it is done with one."""
+        shares = deque(split_rows(plan, SHARES * self._threads if plan.total >= SHARES * SPLIT_VALUES else self._threads))
+
+        def work() -> None:
+            while True:
+                try:
+                    order = shares.popleft()
+                except IndexError:
+                    return
+                self._gather(maps, plan, order, kinds, outputs)
+
+        helpers = [self._executor().submit(work) for _ in range(min(self._threads, len(shares)) - 1)]
+        try:
+            work()
+        finally:
+            shares.clear()  # after an error; else there is nothing left
+            for helper in helpers:
+                helper.result()
 
     def _map_or_raise(self, maps: Maps, code: int, fault: Int64Array, touched: Callable[[int], Int64Array]) -> None:
         """Map the shards that a part of the batch touches, if that is what a kernel asked for; else raise what it found wrong."""
