@@ -207,7 +207,7 @@ def test_codecs_of_v2(name: str, options: dict[str, Any], tmp_path: Path) -> Non
         {"chunk_key_encoding": {"name": "default", "separator": "."}},
         {"fill_value": 1},
     ],
-    ids=str,
+    ids=["blosc", "gzip", "zstd and crc32c", "none", "keys of v2", "dots", "fill value"],
 )
 def test_codecs_of_v3(options: dict[str, Any], tmp_path: Path) -> None:
     write_by_node(str(tmp_path / "s.zarr"), MATRIX, **options)
