@@ -79,7 +79,7 @@ def describe(vector: Int64Array, array: ArrayLayout, table: ShardTable, check: i
         st.PART_CHECKSUM: array.checksum,
         st.PART_CHECK: check,
         st.PART_DELTA: array.delta,
-        st.PART_INTEGERS: kind in "iu" and itemsize > 1,
+        st.PART_INTEGERS: array.codec == "blosc" and kind in "iu" and itemsize > 1,
         st.PART_TWO_PLANES: kind == "u" or itemsize > 2,
         st.PART_LIMIT: -1,
         st.PART_INDEX_BYTES: array.index_bytes,

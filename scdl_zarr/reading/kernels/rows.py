@@ -105,7 +105,7 @@ def _visit(part: Any, number: int) -> int:
 @inner
 def _find(part: Any, number: int, k: int) -> tuple[int, int, int]:
     shards = part[PART_SHARDS]
-    return find_chunk(int64s_at(part[PART_ADDRESSES], shards)[number], int64s_at(part[PART_ENDS], shards)[number], k)
+    return find_chunk(part, int64s_at(part[PART_ADDRESSES], shards)[number], int64s_at(part[PART_ENDS], shards)[number], k)
 
 
 @inner
