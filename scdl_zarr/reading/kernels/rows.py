@@ -67,6 +67,7 @@ PAGE = 4096
 MADV_WILLNEED, MADV_POPULATE_READ = 3, 22  # Linux
 RUSAGE_THREAD, INBLOCK_OFFSET = 1, 88  # Linux, 64 bits: where ru_inblock is in struct rusage
 NEAR_BYTES = 1 << 17  # ranges closer than this are read ahead as one
+AHEAD_READ = 2  # of PART_AHEAD: the reading ahead itself had to go to the disk, so that the batch did not
 
 
 if sys.platform == "win32":  # never called there, but a compiled function must find what it names
@@ -407,6 +408,8 @@ def advise_rows(part: Any, decoder: Any, cache: Any, order: Any, starts: Any, le
             _will_need(low, high)
             low, high = address, stop
         _will_need(low, high)
+    if _blocks_read(decoder) > before:
+        part[PART_AHEAD] = AHEAD_READ
     return OK
 
 
@@ -456,5 +459,7 @@ def read_rows(
         if code != OK:
             return code
         if watched:
-            parts[p, PART_AHEAD] = _blocks_read(decoders[p]) > before
+            waited = _blocks_read(decoders[p]) > before
+            if parts[p, PART_AHEAD] != AHEAD_READ:
+                parts[p, PART_AHEAD] = waited
     return OK
