@@ -168,9 +168,8 @@ def find_rows(part: Any, rows: Any, nnz: int, starts: Any, lengths: Any, fault: 
 
 @inner
 def _set_of(cache: Any, c: int) -> int:
-    """Where in the tags the set of chunk c is."""
-    mixed = (np.uint64(c) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)  # Fibonacci hashing
-    return 4 * (np.int64(mixed) & (cache[CACHE_SETS] - 1))
+    """Where in the tags the set of chunk c is.  Neighbours go to different sets: what fits as a whole is kept as a whole."""
+    return 4 * (c & (cache[CACHE_SETS] - 1))
 
 
 @inner
@@ -198,7 +197,7 @@ def _slot_of(cache: Any, c: int) -> tuple[int, bool]:
     held = tags[here + 2] == c + 1
     if not held:
         ghosts = int64s_at(cache[CACHE_GHOSTS], 2 * sets)
-        ghost = (here >> 1) + (c & 1)
+        ghost = (here >> 1) + (1 if c & sets else 0)
         if ghosts[ghost] != c + 1:
             ghosts[ghost] = c + 1
             return 0, False
@@ -393,6 +392,8 @@ def advise_rows(part: Any, decoder: Any, cache: Any, order: Any, starts: Any, le
     pieces = int64s_at(decoder[DECODER_PIECES], PIECES * PIECE_SIZE).reshape(PIECES, PIECE_SIZE)
     at = np.zeros(4, np.int64)
     at[0] = -1
+    before = _blocks_read(decoder)
+    part[PART_AHEAD] = 1
     while at[1] < len(order):
         code = _plan_pieces(part, cache, at, order, starts, lengths, offsets, pieces, fault)
         if code != OK:
