@@ -454,6 +454,42 @@ def test_a_file_that_is_gone_is_read_on(store: Path, change: str) -> None:
         scdl_zarr.open(store).read_rows(EVERY)
 
 
+def test_a_file_cut_within_its_last_page(store: Path) -> None:
+    """What is gone reads as zeros, which no probe tells from a file that is damaged."""
+    for part in ("data", "indices", "indptr"):
+        data = scdl_zarr.open(store, chunk_cache_bytes=0)
+        rows_right(data, EVERY)
+        path = store / f"X/{part}/c/0"
+        whole = path.read_bytes()
+        os.truncate(path, 8)
+        for _ in range(2):
+            with pytest.raises(CorruptStoreError, match="truncated while it was open") as caught:
+                data.read_rows(EVERY)
+            assert str(path) in str(caught.value)
+        with pytest.raises(CorruptStoreError, match="truncated while it was open"):
+            data.get_row(3)
+        path.unlink()
+        path.write_bytes(whole)
+
+
+# ---- on another processor
+
+
+def scenario_compiled_for_any_processor(store: Path) -> None:
+    from scdl_zarr.reading.kernels import memory
+
+    loaded, raw = kernels.load(), np.frombuffer((store / "X/data/c/0").read_bytes(), np.uint8)
+    assert loaded is not None
+    assert loaded.crc32c(raw.ctypes.data, len(raw)) == google_crc32c.value(raw.tobytes())
+    assert not memory.compiles_for("ssse3") and memory.spread16 is memory._picked16  # which test_kernels.py tries
+
+
+def test_compiled_for_any_processor(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba may be told to use nothing that only some processors have, as where machines share a home."""
+    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    run_apart("tests.test_mapped", "compiled_for_any_processor", str(made), log=tmp_path / "log")
+
+
 # ---- whose memory a batch is
 
 BIG = 1 << 15  # elements; what is smaller is not kept

@@ -263,6 +263,7 @@ class MappedColumns:
         """Map the shards that a part of the batch touches, if that is what a kernel asked for; else raise what it found wrong."""
         part = int(fault[2])
         if code != st.UNMAPPED:
+            maps.tables[part].check_sizes(fault[:1])  # what is missing from a file's last page reads as zeros
             raise chunk_fault(code, fault, _arrays(self._layout)[part], maps.tables[part].path(int(fault[0])))
         for number in touched(part).tolist():
             maps.tables[part].map(number)
