@@ -961,6 +961,7 @@ ENTRIES: list[tuple[int, int]] = [
     (2**63, 2**63),
     (0, 0),
     (0, 3),
+    (0, 4),  # nothing but a checksum
     (2**64 - 1, 20),
     (0, 2**64 - 1),
 ]

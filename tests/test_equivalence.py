@@ -35,7 +35,10 @@ from tests.stores_of_others import dense_of, in_memory, write_by_node
 from tests.toys import csr, encoded_rows, write_h5ad
 
 Check = Callable[[SingleCellZarrDataset], None]
+pytestmark = pytest.mark.usefixtures("careless_disk")
+
 FORK_SECONDS = 60.0
+SPARE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,21 @@ def mapped(**options: Any) -> Way:
         data = scdl_zarr.open(ours(folder, matrix, **options))
         check(data)
         assert isinstance(data._reader(None).columns, MappedColumns)
+
+    return Way(run=run)
+
+
+def opened(convert: dict[str, Any] | None = None, **options: Any) -> Way:
+    """A store of ours in chunks that are read as planes, opened with these options; twice more what may be kept then."""
+    sizes = {"chunk_values": 128, "shard_values": 256, **(convert or {})}
+
+    def run(folder: Path, matrix: sp.csr_matrix, check: Check) -> None:
+        data = scdl_zarr.open(ours(folder, matrix, **sizes), **options)
+        for _ in range(3):
+            check(data)
+        columns = data._reader(None).columns
+        assert isinstance(columns, MappedColumns)
+        assert (columns.counters()["hits"] > 0) == bool(options.get("chunk_cache_bytes") and columns.counters()["decoded"])
 
     return Way(run=run)
 
@@ -175,11 +193,42 @@ def in_child(check: Callable[[], None], log: Path) -> None:
     assert status == 0, log.read_text() if log.exists() else f"the child died of status {status}"
 
 
+def with_little_memory(way: Way) -> Way:
+    """A child of a fork that may take no more than a few MB on top of what its parent has."""
+
+    def run(folder: Path, matrix: sp.csr_matrix, check: Check) -> None:
+        resource = pytest.importorskip("resource", reason="limits are the system's")
+        statm = Path("/proc/self/statm")
+        if not statm.exists():
+            pytest.skip("how much memory a process has is read from /proc")
+
+        def check_in_child(data: SingleCellZarrDataset) -> None:
+            def limited() -> None:
+                taken = int(statm.read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (taken + SPARE_BYTES, taken + SPARE_BYTES))
+                with pytest.raises(MemoryError):
+                    np.empty(1 << 31, np.uint8)
+                check(data)
+                check(scdl_zarr.open(data._location.path or "", chunk_cache_bytes="1KB", threads=1))
+
+            check(data)
+            in_child(limited, folder / "child.log")
+
+        way.run(folder, matrix, check_in_child)
+
+    return Way(run=run, expected=way.expected)
+
+
 WAYS: dict[str, Way] = {
     "fast": mapped(),
     "compact": mapped(profile="compact"),
     "archive": mapped(profile="archive"),
     "narrow": mapped(width="narrow"),
+    "planes": opened(chunk_cache_bytes=0),
+    "planes, compact": opened({"profile": "compact"}, chunk_cache_bytes=0, check="never"),
+    "planes, narrow": opened({"width": "narrow"}, chunk_cache_bytes=0, check="always"),
+    "a cache of one set": opened(chunk_cache_bytes=5000, threads=1),
+    "a cache of all chunks": opened({"profile": "compact"}, chunk_cache_bytes="1GB", threads=1),
     "ours through TensorStore": Way(run=ours_through_tensorstore),
     "ours through TensorStore and zarr-python": Way(run=ours_through_both),
     "ours in memory": Way(run=ours_in_memory),
@@ -194,6 +243,7 @@ WAYS: dict[str, Way] = {
     "dense": written_by_others(encoding="array"),
     "dense, v2, F order": written_by_others(encoding="array", zarr_format=2, order="F"),
     "fast after a fork": after_fork(mapped()),
+    "fast with little memory": with_little_memory(mapped()),
     "ours through TensorStore, then in a fork": after_fork(Way(run=ours_through_tensorstore)),
     "in memory after a fork": after_fork(Way(run=ours_in_memory)),
     "v2 after a fork": after_fork(written_by_others(zarr_format=2)),

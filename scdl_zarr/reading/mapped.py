@@ -5,10 +5,11 @@ It skips work, it never gives another answer than the general path.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from scdl_zarr.errors import CorruptStoreError
 from scdl_zarr.reading.cache import ChunkCache
 from scdl_zarr.reading.kernels import FAULTS, Kernels
 from scdl_zarr.reading.kernels import state as st
-from scdl_zarr.reading.plan import Int64Array, RowPlan, split_rows, touched_pieces
+from scdl_zarr.reading.plan import Int64Array, RowPlan, plan_rows, split_rows, touched_pieces
 from scdl_zarr.storage.location import StoreLocation
 from scdl_zarr.storage.mapping import can_probe
 from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout
@@ -80,7 +81,7 @@ def describe(vector: Int64Array, array: ArrayLayout, table: ShardTable, check: i
         st.PART_CHECKSUM: array.checksum,
         st.PART_CHECK: check,
         st.PART_DELTA: array.delta,
-        st.PART_INTEGERS: kind in "iu" and itemsize > 1,
+        st.PART_INTEGERS: array.codec == "blosc" and kind in "iu" and itemsize > 1,
         st.PART_TWO_PLANES: kind == "u" or itemsize > 2,
         st.PART_LIMIT: -1,
         st.PART_INDEX_BYTES: array.index_bytes,
@@ -137,7 +138,7 @@ class MappedColumns:
         self._threads = threads
         self._check = CHECKS[check]
         self._cache_bytes = 0 if check == "always" else cache_bytes // threads
-        self._caches_left = threads
+        self._benches = itertools.count()
         self._maps = Maps(layout, tuple(shard_table(location, array) for array in _arrays(layout)), self._check)
         self._idle: deque[Bench] = deque()  # append and pop are atomic; the last one used, whose cache is warm, goes first
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
@@ -173,34 +174,38 @@ class MappedColumns:
 
     def row(self, row: int, dtype: np.dtype[Any], id_dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Values and ids of one row, as new arrays."""
+        if not can_probe():  # only the files' sizes tell then, and the row's shards are known once its range is
+            return self._row_as_batch(row, dtype, id_dtype)
         maps, kinds, bench = self._maps, self._kinds(dtype, id_dtype), self._bench()
         starts, lengths, fault, first = bench.starts, bench.lengths, bench.fault, bench.first
-        while True:
-            code = self._kernels.read_rows(
-                maps.parts,
-                bench.decoders,
-                bench.caches,
-                row,
-                self._layout.nnz,
-                first,
-                starts,
-                lengths,
-                first,
-                kinds,
-                bench.data,
-                bench.ids,
-                fault,
-            )
-            if code == st.OK:
-                break
-            if code == st.TOO_LONG:
-                bench.make_room(int(lengths[0]) * 5 // 4)
-            else:
-                self._map_or_raise(maps, code, fault, lambda _: fault[:1])
-        n = int(lengths[0])
-        values, ids = bench.typed(dtype, id_dtype)
-        row_values, row_ids = values[:n].copy(), ids[:n].copy()
-        self._idle.append(bench)
+        try:
+            while True:
+                code = self._kernels.read_rows(
+                    maps.parts,
+                    bench.decoders,
+                    bench.caches,
+                    row,
+                    self._layout.nnz,
+                    first,
+                    starts,
+                    lengths,
+                    first,
+                    kinds,
+                    bench.data,
+                    bench.ids,
+                    fault,
+                )
+                if code == st.OK:
+                    break
+                if code == st.TOO_LONG:
+                    bench.make_room(int(lengths[0]) * 5 // 4)
+                else:
+                    self._map_or_raise(maps, code, fault, lambda _: fault[:1])
+            n = int(lengths[0])
+            values, ids = bench.typed(dtype, id_dtype)
+            row_values, row_ids = values[:n].copy(), ids[:n].copy()
+        finally:
+            self._idle.append(bench)
         self._trim(maps)
         return row_values, row_ids
 
@@ -210,6 +215,12 @@ class MappedColumns:
         return {"decoded": int(totals[st.DECODER_DECODED]), "hits": int(totals[st.DECODER_HITS])}
 
     # ---- inside
+
+    def _row_as_batch(self, row: int, dtype: np.dtype[Any], id_dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        plan = plan_rows(*self.bounds(np.array([row], np.int64)))
+        values, ids = np.empty(plan.total, dtype), np.empty(plan.total, id_dtype)
+        self.gather(plan, values, ids)
+        return values, ids
 
     def _gather(
         self, maps: Maps, plan: RowPlan, order: Int64Array, kinds: Int64Array, outputs: tuple[npt.NDArray[Any], npt.NDArray[Any]]
@@ -221,25 +232,27 @@ class MappedColumns:
             for part in (DATA, INDICES):
                 maps.tables[part].check_sizes(touched(part))
         bench = self._bench()
-        while True:
-            code = self._kernels.read_rows(
-                maps.parts,
-                bench.decoders,
-                bench.caches,
-                -1,
-                self._layout.nnz,
-                order,
-                plan.starts,
-                plan.lengths,
-                plan.indptr,
-                kinds,
-                *outputs,
-                bench.fault,
-            )
-            if code == st.OK:
-                break
-            self._map_or_raise(maps, code, bench.fault, touched)
-        self._idle.append(bench)
+        try:
+            while True:
+                code = self._kernels.read_rows(
+                    maps.parts,
+                    bench.decoders,
+                    bench.caches,
+                    -1,
+                    self._layout.nnz,
+                    order,
+                    plan.starts,
+                    plan.lengths,
+                    plan.indptr,
+                    kinds,
+                    *outputs,
+                    bench.fault,
+                )
+                if code == st.OK:
+                    break
+                self._map_or_raise(maps, code, bench.fault, touched)
+        finally:
+            self._idle.append(bench)
 
     def _gather_side_by_side(
         self, maps: Maps, plan: RowPlan, kinds: Int64Array, outputs: tuple[npt.NDArray[Any], npt.NDArray[Any]]
@@ -260,8 +273,9 @@ class MappedColumns:
             work()
         finally:
             shares.clear()  # after an error; else there is nothing left
-            for helper in helpers:
-                helper.result()
+            wait(helpers)  # the buffers are the caller's again
+        for helper in helpers:
+            helper.result()
 
     def _map_or_raise(self, maps: Maps, code: int, fault: Int64Array, touched: Callable[[int], Int64Array]) -> None:
         """Map the shards that a part of the batch touches, if that is what a kernel asked for; else raise what it found wrong."""
@@ -292,14 +306,18 @@ class MappedColumns:
 
         bench = self._bench()
         ranges = (plan.order, plan.starts, plan.lengths, plan.indptr)
-        for part in (DATA, INDICES):
-            bench.fault[2] = part
-            while True:
-                code = self._kernels.advise_rows(maps.views[part], bench.decoders[part], bench.caches[part], *ranges, bench.fault)
-                if code == st.OK:
-                    break
-                self._map_or_raise(maps, code, bench.fault, touched)
-        self._idle.append(bench)
+        try:
+            for part in (DATA, INDICES):
+                bench.fault[2] = part
+                while True:
+                    code = self._kernels.advise_rows(
+                        maps.views[part], bench.decoders[part], bench.caches[part], *ranges, bench.fault
+                    )
+                    if code == st.OK:
+                        break
+                    self._map_or_raise(maps, code, bench.fault, touched)
+        finally:
+            self._idle.append(bench)
 
     def _trim(self, maps: Maps) -> None:
         if maps.count() <= LARGEST_MAPPINGS:
@@ -311,8 +329,7 @@ class MappedColumns:
         try:
             return self._idle.pop()
         except IndexError:
-            self._caches_left -= 1
-            return Bench(self._kernels, self._layout, self._cache_bytes if self._caches_left >= 0 else 0)
+            return Bench(self._kernels, self._layout, self._cache_bytes if next(self._benches) < self._threads else 0)
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None or self._pool[0] != os.getpid():  # the threads of a pool do not survive a fork

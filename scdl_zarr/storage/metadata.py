@@ -232,7 +232,7 @@ def _array(path: str, node: Mapping[str, Any], size: int, dtype: np.dtype[Any]) 
     if not known:
         return None
     delta = _take(chain, "numcodecs.delta")
-    if delta is not None and not (delta.get("dtype") == delta.get("astype", dtype.str) == dtype.str):
+    if delta is not None and (dtype.kind == "f" or not (delta.get("dtype") == delta.get("astype", dtype.str) == dtype.str)):
         return None
     order = _take(chain, "bytes")
     if order is None or order.get("endian", "little") != "little":  # left out for single bytes

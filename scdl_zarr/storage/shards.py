@@ -98,7 +98,7 @@ class ShardTable:
 
     def map(self, number: int) -> None:
         """Map shard `number`, if it is not."""
-        if number in self._mapped:
+        if self.addresses[number]:  # `_mapped` may know of it first, for ever if a fork came in between
             return
         try:
             shard = MappedShard(self.path(number), self._layout)
@@ -125,7 +125,7 @@ class ShardTable:
     def trimmed(self, largest: int) -> ShardTable:
         """A table with the `largest` shards that were used last."""
         table = ShardTable(self._folder, self._layout, self._location)
-        for number in sorted(self._mapped, key=lambda number: self.stamps[number])[-largest:]:
+        for number in sorted(self._mapped, key=lambda number: -self.stamps[number])[:largest]:
             table._add(number, self._mapped[number])
             table.stamps[number] = self.stamps[number]
         return table

@@ -72,13 +72,13 @@ decompress = types.ExternalFunction(
 
 
 @inner
-def find_chunk(base: int, end: int, k: int) -> tuple[int, int, int]:
-    """Address and size of chunk k in a mapped shard, both 0 where it is absent, and a code."""
+def find_chunk(part: Any, base: int, end: int, k: int) -> tuple[int, int, int]:
+    """Address and size of chunk k in a mapped shard, both 0 where it is absent, and a code; a checksum alone is no chunk."""
     entry = base + end + 16 * k
     offset, size = load64(entry), load64(entry + 8)
     if offset == -1 and size == -1:
         return 0, 0, OK
-    if size < 4 or size > end or offset < 0 or offset > end - size:
+    if size <= 4 * part[PART_CHECKSUM] or size > end or offset < 0 or offset > end - size:
         return 0, 0, BAD_ENTRY
     return base + offset, size, OK
 
@@ -104,7 +104,7 @@ def verify_chunk(check: int, verified: int, k: int, address: int, size: int) -> 
 def decode_chunk(part: Any, decoder: Any, base: int, end: int, verified: int, k: int, target: int) -> int:
     """Chunk k of a mapped shard, whole, to `target`, by libblosc2 alone: what a store is verified with."""
     nbytes = part[PART_CHUNK] * part[PART_ITEMSIZE]
-    address, size, code = find_chunk(base, end, k)
+    address, size, code = find_chunk(part, base, end, k)
     if code == OK and size != 0 and part[PART_CHECKSUM]:
         code = verify_chunk(part[PART_CHECK], verified, k, address, size)
         size -= 4
@@ -113,13 +113,8 @@ def decode_chunk(part: Any, decoder: Any, base: int, end: int, verified: int, k:
     if size == 0:
         _clear(target, nbytes)
         return OK
-    if not part[PART_BLOSC]:
-        if size != nbytes:
-            return BAD_HEADER
-        raw, stored = uint8s_at(target, nbytes), uint8s_at(address, nbytes)
-        for j in range(nbytes):
-            raw[j] = stored[j]
-        return OK
+    if part[PART_BLOSC] == 0:
+        return _copy_plain(address, size, target, nbytes)
     code = _decompress(decoder[DECODER_CONTEXT], address, size, target, nbytes)
     if code == OK and part[PART_DELTA]:
         _add_up(part, 0, part[PART_CHUNK], target)
@@ -129,6 +124,17 @@ def decode_chunk(part: Any, decoder: Any, base: int, end: int, verified: int, k:
 @inner
 def _clear(target: int, nbytes: int) -> None:
     uint8s_at(target, nbytes)[:] = 0  # an absent chunk is the fill value
+
+
+@inner
+def _copy_plain(address: int, size: int, target: int, nbytes: int) -> int:
+    """A chunk that is not compressed."""
+    if size != nbytes:
+        return BAD_HEADER
+    values, stored = uint8s_at(target, nbytes), uint8s_at(address, nbytes)
+    for j in range(nbytes):
+        values[j] = stored[j]
+    return OK
 
 
 @inner
@@ -184,6 +190,8 @@ def decode_values(part: Any, decoder: Any, used: int, address: int, size: int, f
         put_together(part, decoder, start, stop, target + start * part[PART_ITEMSIZE])
     else:
         decoder[DECODER_DECODED] += 1
+        if part[PART_BLOSC] == 0:
+            return _copy_plain(address, size, target, nbytes)
         code = _decompress(decoder[DECODER_CONTEXT], address, size, target, nbytes)
         if code != OK:
             return code

@@ -108,9 +108,14 @@ def copy_values(part: Any, source: int, n: int, kind: int, target: int) -> int:
             return _widen_ids(int32s_at(source, n), limit, ids)
         return _widen_ids(int64s_at(source, n), limit, ids)
     elif kind == OUT_IDS64:
+        longs = int64s_at(target, n)
+        if stored == KIND_UINT16:
+            return _widen_ids(uint16s_at(source, n), limit, longs)
         if stored == KIND_UINT32:
-            return _widen_ids(uint32s_at(source, n), limit, int64s_at(target, n))
-        return _widen_ids(int64s_at(source, n), limit, int64s_at(target, n))
+            return _widen_ids(uint32s_at(source, n), limit, longs)
+        if stored == KIND_INT32:
+            return _widen_ids(int32s_at(source, n), limit, longs)
+        return _widen_ids(int64s_at(source, n), limit, longs)
     else:
         nbytes = n * part[PART_ITEMSIZE]
         _widen(uint8s_at(source, nbytes), uint8s_at(target, nbytes))

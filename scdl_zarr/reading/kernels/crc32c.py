@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
@@ -12,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from scdl_zarr.reading.kernels.memory import inner, load8, load64
+from scdl_zarr.reading.kernels.memory import compiles_for, inner, load8, load64
 
 __all__ = ["crc32c_at"]
 
@@ -61,10 +60,9 @@ def _word_by_table(crc: int, word: int) -> int:
 
 def _choose_steps() -> tuple[Any, Any]:
     """The step for a byte and for a word of 8."""
-    features = llvm.get_host_cpu_features()
-    if features.get("sse4.2"):
+    if compiles_for("sse4.2") and compiles_for("crc32"):
         return _instruction("llvm.x86.sse42.crc32.32.8", 8), _instruction("llvm.x86.sse42.crc32.64.64", 64)
-    if features.get("crc"):
+    if compiles_for("crc"):
         # AArch64's byte form takes its operand in a 32-bit register
         return _byte_by_table, _instruction("llvm.aarch64.crc32cx", 64)
     return _byte_by_table, _word_by_table

@@ -12,6 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 __all__ = [
+    "compiles_for",
     "copy16",
     "float32s_at",
     "float64s_at",
@@ -35,6 +36,13 @@ __all__ = [
 
 # for functions that only other compiled code calls: nothing is made for Python to call them by
 inner = nb.njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def compiles_for(feature: str) -> bool:
+    """Whether code is compiled for processors with that feature: numba may be told to use less than this one has."""
+    told = nb.config.CPU_FEATURES  # NUMBA_CPU_FEATURES; no feature at all under NUMBA_CPU_NAME=generic
+    return bool(llvm.get_host_cpu_features().get(feature)) if told is None else f"+{feature}" in told.split(",")
+
 
 BYTES16 = ir.VectorType(ir.IntType(8), 16)
 
@@ -102,7 +110,7 @@ def _picked16(target: int, source: int, positions: int) -> None:
 
 
 # 16 bytes at `source`, picked by the 16 positions at `positions`, to `target`
-spread16 = _shuffled16 if llvm.get_host_cpu_features().get("ssse3") else _picked16
+spread16 = _shuffled16 if compiles_for("ssse3") else _picked16
 
 
 @intrinsic

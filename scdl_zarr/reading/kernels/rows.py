@@ -67,6 +67,7 @@ PAGE = 4096
 MADV_WILLNEED, MADV_POPULATE_READ = 3, 22  # Linux
 RUSAGE_THREAD, INBLOCK_OFFSET = 1, 88  # Linux, 64 bits: where ru_inblock is in struct rusage
 NEAR_BYTES = 1 << 17  # ranges closer than this are read ahead as one
+AHEAD_READ = 2  # of PART_AHEAD: the reading ahead itself had to go to the disk, so that the batch did not
 
 
 if sys.platform == "win32":  # never called there, but a compiled function must find what it names
@@ -105,7 +106,7 @@ def _visit(part: Any, number: int) -> int:
 @inner
 def _find(part: Any, number: int, k: int) -> tuple[int, int, int]:
     shards = part[PART_SHARDS]
-    return find_chunk(int64s_at(part[PART_ADDRESSES], shards)[number], int64s_at(part[PART_ENDS], shards)[number], k)
+    return find_chunk(part, int64s_at(part[PART_ADDRESSES], shards)[number], int64s_at(part[PART_ENDS], shards)[number], k)
 
 
 @inner
@@ -167,9 +168,8 @@ def find_rows(part: Any, rows: Any, nnz: int, starts: Any, lengths: Any, fault: 
 
 @inner
 def _set_of(cache: Any, c: int) -> int:
-    """Where in the tags the set of chunk c is."""
-    mixed = (np.uint64(c) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)  # Fibonacci hashing
-    return 4 * (np.int64(mixed) & (cache[CACHE_SETS] - 1))
+    """Where in the tags the set of chunk c is.  Neighbours go to different sets: what fits as a whole is kept as a whole."""
+    return 4 * (c & (cache[CACHE_SETS] - 1))
 
 
 @inner
@@ -197,7 +197,7 @@ def _slot_of(cache: Any, c: int) -> tuple[int, bool]:
     held = tags[here + 2] == c + 1
     if not held:
         ghosts = int64s_at(cache[CACHE_GHOSTS], 2 * sets)
-        ghost = (here >> 1) + (c & 1)
+        ghost = (here >> 1) + (1 if c & sets else 0)
         if ghosts[ghost] != c + 1:
             ghosts[ghost] = c + 1
             return 0, False
@@ -390,6 +390,8 @@ def advise_rows(part: Any, decoder: Any, cache: Any, order: Any, starts: Any, le
     pieces = int64s_at(decoder[DECODER_PIECES], PIECES * PIECE_SIZE).reshape(PIECES, PIECE_SIZE)
     at = np.zeros(4, np.int64)
     at[0] = -1
+    before = _blocks_read(decoder)
+    part[PART_AHEAD] = 1
     while at[1] < len(order):
         code = _plan_pieces(part, cache, at, order, starts, lengths, offsets, pieces, fault)
         if code != OK:
@@ -405,6 +407,8 @@ def advise_rows(part: Any, decoder: Any, cache: Any, order: Any, starts: Any, le
             _will_need(low, high)
             low, high = address, stop
         _will_need(low, high)
+    if _blocks_read(decoder) > before:
+        part[PART_AHEAD] = AHEAD_READ
     return OK
 
 
@@ -454,5 +458,7 @@ def read_rows(
         if code != OK:
             return code
         if watched:
-            parts[p, PART_AHEAD] = _blocks_read(decoders[p]) > before
+            waited = _blocks_read(decoders[p]) > before
+            if parts[p, PART_AHEAD] != AHEAD_READ:
+                parts[p, PART_AHEAD] = waited
     return OK

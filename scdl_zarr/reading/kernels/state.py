@@ -27,7 +27,7 @@ from __future__ import annotations
     PART_STAMPS,  # when each shard was last used (int64 each)
     PART_CLOCK,  # what is written there now
     PART_GUARD,  # 1: the end of a shard is probed before it is read, in case the file was truncated
-    PART_AHEAD,  # 1: the last batch had to wait for the disk
+    PART_AHEAD,  # not 0: the last batch had to wait for the disk, or would have
     PART_SIZE,
 ) = range(21)
 

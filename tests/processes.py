@@ -1,0 +1,31 @@
+"""Checks in a process of their own: one that dies or hangs is a failed test, not the end of all tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+__all__ = ["run_apart"]
+
+
+def run_apart(module: str, *arguments: str, log: Path, seconds: float = 120) -> None:
+    """``python -m module arguments...`` ends by itself and without an error, within the time limit."""
+    command = [sys.executable, "-X", "faulthandler", "-m", module, *arguments]
+    with log.open("wb") as output:  # a file: a pipe would be kept open by children that hang
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[1], start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # its children too
+            except ProcessLookupError:
+                pass
+            process.wait()
+    assert code == 0, f"{'hangs' if code is None else f'exit code {code}'}\n{log.read_text(errors='replace')[-4000:]}"
