@@ -895,6 +895,29 @@ def test_verify_names_every_damaged_table(store: Path, damage: str) -> None:
     assert [path for path in TABLES if not any(path in fault.where or path in fault.what for fault in faults)] == []
 
 
+PARTS = ["obs", "uns", "X", "X/indptr", "obs/_index", "uns/scdl", "uns/scdl/blocks/table"]
+
+
+def test_verify_names_every_document_that_is_not_there(store: Path) -> None:
+    for path in PARTS:
+        (store / path / "zarr.json").unlink()
+    (store / "X/data/zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    (store / "var/zarr.json").write_text("{")
+    report = scdl_zarr.open(store).verify()
+    assert {fault.where for fault in report.faults} == {f"{path}/zarr.json" for path in [*PARTS, "X/data", "var"]}
+    found = {fault.where: fault.what for fault in report.faults}
+    assert "X/indptr directly" in found["X/indptr/zarr.json"]
+    assert "differs from the copy" in found["X/data/zarr.json"]
+    assert "cannot be read" in found["var/zarr.json"]
+    assert len(scdl_zarr.open(store).read_rows(slice(None))) == N_OBS  # which goes through the root
+
+
+def test_verify_asks_no_second_copy_of_a_store_of_others(good: Path, target: Path) -> None:
+    write_with_anndata(good, target)
+    (target / "uns/zarr.json").unlink(missing_ok=True)
+    assert scdl_zarr.open(target).verify()
+
+
 @pytest.mark.parametrize("damage", ["deleted", "cut in half", "first chunk flipped"])
 @pytest.mark.parametrize("table", ["obs", "var"])
 def test_names_from_a_damaged_table_are_not_made_up(store: Path, table: str, damage: str) -> None:

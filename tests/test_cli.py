@@ -61,6 +61,9 @@ def test_verify_finds_damage_and_says_so_with_its_exit_code(tmp_path: Path) -> N
     report = json.loads(run("verify", target, "--json", code=1).stdout)
     assert report["ok"] is False
     assert len(report["faults"]) == 1
+    shard.write_bytes(bytes(raw[:20]) + bytes([raw[20] ^ 1]) + bytes(raw[21:]))
+    (target / "obs/zarr.json").unlink()
+    assert "obs/zarr.json: is missing" in run("verify", target, code=1).stdout
 
 
 def test_left_out_elements_are_named(tmp_path: Path) -> None:
