@@ -70,6 +70,10 @@ def open_store(
     return SingleCellZarrDataset(store, threads=threads, check=check, chunk_cache_bytes=chunk_cache_bytes)
 
 
+# public as scdl_zarr.open: help() and pickle go by these names
+open_store.__module__, open_store.__name__, open_store.__qualname__ = "scdl_zarr", "open", "open"
+
+
 def convert(
     sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     target: str | os.PathLike[str],

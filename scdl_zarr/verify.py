@@ -21,7 +21,7 @@ from scdl_zarr.reading.blocks import Blocks
 from scdl_zarr.reading.csr import open_columns
 from scdl_zarr.reading.passes import row_plans
 from scdl_zarr.reading.tables import LazyTable, read_element, refuse_pickles
-from scdl_zarr.reading.zarr_arrays import open_root
+from scdl_zarr.reading.zarr_arrays import open_part
 from scdl_zarr.storage.foreign import chunk_shape, open_metadata
 from scdl_zarr.storage.location import ROOT_KEY, StoreLocation
 from scdl_zarr.storage.schema import BUILD_FOLDER
@@ -252,7 +252,7 @@ def _element_checks(location: StoreLocation, metadata: StoreMetadata) -> Iterato
     taken = {part for path in metadata.matrices for part in (path, f"{path}/data", f"{path}/indices", f"{path}/indptr")}
     for path, node in metadata.nodes.items():
         if path not in taken and not path.startswith(("obs/", "var/")) and node.get("node_type") == "array":
-            yield _guarded(path, partial(_read_array, location, path, node, metadata.ours))
+            yield _guarded(path, partial(_read_array, location, path, metadata))
     yield _guarded("obsm", partial(_check_obsm, location, metadata))
 
 
@@ -267,14 +267,14 @@ def _guarded(where: str, read: Callable[[], object]) -> Callable[[], list[Fault]
     return check
 
 
-def _read_array(location: StoreLocation, path: str, node: Mapping[str, Any], ours: bool) -> None:
+def _read_array(location: StoreLocation, path: str, metadata: StoreMetadata) -> None:
     """Read an array whole; one of another program's, which may be of any size, a row of chunks after the other."""
-    if ours:
-        read_element(location, path)
+    if metadata.ours:
+        read_element(location, path, metadata.nodes)
         return
-    refuse_pickles(location, {path: node})
+    refuse_pickles(location, {path: metadata.nodes[path]})
     try:
-        array = open_root(location)[path]
+        array = open_part(location, path, metadata.nodes)[path]
         if not array.shape:
             array[...]
             return
