@@ -208,7 +208,8 @@ class SingleCellZarrDataset:
 
     def __contains__(self, item: object) -> bool:
         raise TypeError(
-            f"{item!r} in a dataset: ask obs_names or var_names for a cell or gene, obs or var for a column, range(len(data)) for a row"
+            f"{item!r} in a dataset: ask obs_names or var_names for a cell or a gene, obs or var for a column, "
+            "range(len(data)) for a row"
         )
 
     def __repr__(self) -> str:

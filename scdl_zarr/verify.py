@@ -75,9 +75,9 @@ def verify_store(location: StoreLocation, threads: int | None = None) -> VerifyR
     """Check a store's structure, and read, checksum and decode every chunk of it.
 
     Structure: shapes, dtypes and encodings agree; row pointers rise from 0 to the number of stored values; gene ids lie in the
-    matrix; tables are as long as the matrix; blocks cover the rows; every group and array has the ``zarr.json`` of its own that the
-    root's copy says.  Of a store that another program wrote, the same as far as it goes: it may have no checksums and no second copy
-    of its documents, and a chunk that is not there equals the fill value.
+    matrix; tables are as long as the matrix; blocks cover the rows; every group and array has its own ``zarr.json``, which says
+    what the root's copy says.  Of a store that another program wrote, the same as far as it goes: it may have no checksums and no
+    second copy of its documents, and a chunk that is not there equals the fill value.
 
     Raises
     ------

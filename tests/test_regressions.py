@@ -232,5 +232,5 @@ def test_what_a_conversion_left_out_is_listed(tmp_path: Path) -> None:
 
 
 def test_open_is_called_open() -> None:
-    assert pydoc.render_doc(scdl_zarr.open, renderer=pydoc.plaintext).splitlines()[2].startswith("open(store")
+    assert pydoc.plain(pydoc.render_doc(scdl_zarr.open)).splitlines()[2].startswith("open(store")
     assert pickle.loads(pickle.dumps(scdl_zarr.open)) is scdl_zarr.open

@@ -64,7 +64,10 @@ class ConversionOptions:
             raise OptionError(f"dtype_tolerance={self.dtype_tolerance!r}; expected a number from 0.0 on")
         if isinstance(self.dtype, str) and self.dtype == "auto":
             if self.dtype_tolerance:
-                raise OptionError("dtype_tolerance= loosens an explicit dtype=; with dtype='auto' every value survives exactly")
+                raise OptionError(
+                    "dtype_tolerance= (--dtype-tolerance) loosens an explicit dtype= (--dtype); "
+                    "with dtype='auto' every value survives exactly"
+                )
         else:
             object.__setattr__(self, "dtype", _asked_dtype(self.dtype))
         for name in ("chunk_values", "shard_values"):
@@ -99,10 +102,8 @@ def _asked_dtype(dtype: Any) -> str:
     except TypeError:
         name = str(dtype)
     if name not in VALUE_DTYPES:
-        raise OptionError(
-            f"dtype={dtype!r} cannot be stored; choose 'auto' or one of {', '.join(VALUE_DTYPES)} "
-            "(SciPy holds no sparse float16, so AnnData could not open the store)"
-        )
+        half = " (SciPy holds no sparse float16, so AnnData could not open the store)" if name == "float16" else ""
+        raise OptionError(f"dtype={dtype!r} (--dtype) cannot be stored; choose 'auto' or one of {', '.join(VALUE_DTYPES)}{half}")
     return name
 
 

@@ -67,6 +67,15 @@ class Vocabulary:
             mapped[position] = self._ids.setdefault((key, occurrence), len(self._ids))
         return mapped
 
+    def shared(self) -> list[bool]:
+        """For each var table, whether another one has one of its genes."""
+        times = np.bincount(np.concatenate([*self.maps, np.empty(0, np.int64)]), minlength=len(self))
+        return [bool((times[ids] > 1).any()) for ids in self.maps]
+
+    def repeated(self) -> list[Any]:
+        """Keys that some source has more than once, in order of their second appearance."""
+        return [key for key, occurrence in self._ids if occurrence == 1]
+
     def frame(self) -> pd.DataFrame:
         """The var table of the store: for each gene and column, the value of the first source that has both.
 

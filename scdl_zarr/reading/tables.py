@@ -318,9 +318,7 @@ def require_objects(location: StoreLocation, array: Any) -> None:
             raise CorruptStoreError(f"{location}: {key} is missing: the store has lost a part")
 
 
-def decode_old_categorical(
-    location: StoreLocation, nodes: Mapping[str, Mapping[str, Any]], codes: Any, path: str
-) -> Any:
+def decode_old_categorical(location: StoreLocation, nodes: Mapping[str, Mapping[str, Any]], codes: Any, path: str) -> Any:
     """A categorical of anndata 0.7: codes with an attribute that names the array of categories in the same table."""
     import pandas as pd
 
