@@ -105,10 +105,9 @@ def test_the_matrix_may_be_chosen_for_each_source(tmp_path: Path, call: Call) ->
         assert "left out: X (of a.h5ad)" in shown
         assert scdl_zarr.open(target).read_rows([0, 1]).data.tolist() == [2, 4, 1, 2]
         assert scdl_zarr.open(target).sources["matrix"].tolist() == ["layers/counts", "X"]
-    assert (
-        "'nix=X' is not SOURCE=NAME"
-        in call("convert", a, b, tmp_path / "u", "--matrix", f"{a}=X", "--matrix", "nix=X", code=2)[2]
-    )
+    said = call("convert", a, b, tmp_path / "u", "--matrix", f"{a}=X", "--matrix", "nix=X", code=2)[2]
+    assert "'nix=X' is not SOURCE=NAME" in said
+    assert "--workers" in call("convert", a, tmp_path / "u", "--workers", 0, code=1)[2]
     call("convert", a, tmp_path / "v.zarr", "--matrix", "layers/counts")
 
 

@@ -53,9 +53,8 @@ class Vocabulary:
 
     def _join(self, var: pd.DataFrame, where: str) -> npt.NDArray[np.int64]:
         if self.var_key is not None and self.var_key not in var.columns:
-            raise OptionError(
-                f"var_key={self.var_key!r} is no column of var in {where}; it has: {', '.join(map(str, var.columns)) or 'none'}"
-            )
+            listed = ", ".join(map(str, var.columns)) or "none"
+            raise OptionError(f"var_key={self.var_key!r} (--var-key) is no column of var in {where}; it has: {listed}")
         keys = var.index if self.var_key is None else var[self.var_key]
         if keys.isna().any():
             raise SourceError(f"{where}: gene {int(np.flatnonzero(keys.isna())[0])} has no {self.var_key or 'name'}")

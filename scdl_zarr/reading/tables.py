@@ -46,7 +46,7 @@ class LazyTable:
     >>> demo.obs[5:7].shape
     (2, 2)
     >>> demo.obs[demo.obs["n_genes"] > 2500].shape
-    (145, 2)
+    (158, 2)
     """
 
     def __init__(
