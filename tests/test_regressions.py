@@ -93,7 +93,7 @@ def test_a_source_changed_in_place_is_another_source(what: str, tmp_path: Path) 
         else:
             texts(file["obs/_index"])[0] = "x_0"
     assert source.stat().st_size == size
-    with pytest.raises(errors.StoreExistsError, match="sources_digest"):
+    with pytest.raises(errors.StoreExistsError, match="content of the sources differs, under the same names and sizes"):
         scdl_zarr.convert(source, tmp_path / "s.zarr", progress=False)
 
 
