@@ -59,6 +59,7 @@ __all__ = [
 ]
 
 PLAN_VERSION = 1
+ABOUT_SOURCES = {"sources", "n_sources", "digest", "sources_digest"}  # what a plan says of them
 # what a conversion makes at its target: nothing else there is ever removed
 OWN_NAMES = {"X", "layers", "obs", "var", "obsm", "obsp", "varm", "varp", "uns", "zarr.json"}
 
@@ -213,11 +214,17 @@ def remove_partial_files(root: Path) -> None:
 
 
 def describe_options(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first options in which two plans differ: ``options.profile is 'fast' there and 'compact' here``; or nothing."""
-    there, here = found.get("options"), wanted.get("options")
-    a, b = (value if isinstance(value, dict) else {} for value in (there, here))
-    names = sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
-    return "; ".join(f"options.{name} is {_short(a.get(name))} there and {_short(b.get(name))} here" for name in names[:4])
+    """The first things but the sources in which two plans differ: ``options.profile is 'fast' there and 'compact' here``."""
+    there, here = _flat(found), _flat(wanted)
+    names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    return "; ".join(f"{name} is {_short(there.get(name))} there and {_short(here.get(name))} here" for name in names[:4])
+
+
+def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan without its sources, with the options by their full names."""
+    options = plan.get("options")
+    flat = {key: value for key, value in plan.items() if key not in ABOUT_SOURCES and key != "options"}
+    return flat | {f"options.{key}": value for key, value in (options.items() if isinstance(options, dict) else ())}
 
 
 def describe_sources(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> str:
@@ -241,8 +248,6 @@ def _plan_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str
     sources = found.get("sources")
     known = [s for s in sources if isinstance(s, dict)] if isinstance(sources, list) else []
     parts = [describe_sources(known, wanted["sources"]), describe_options(found, wanted)]
-    if found.get("plan_version") != wanted.get("plan_version"):
-        parts.append("it was started by another version of scdl-zarr")
     return "; ".join(part for part in parts if part) or "the content of the sources differs, under the same names and sizes"
 
 
