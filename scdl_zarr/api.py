@@ -70,6 +70,10 @@ def open_store(
     return SingleCellZarrDataset(store, threads=threads, check=check, chunk_cache_bytes=chunk_cache_bytes)
 
 
+# public as scdl_zarr.open: help() and pickle go by these names
+open_store.__module__, open_store.__name__, open_store.__qualname__ = "scdl_zarr", "open", "open"
+
+
 def convert(
     sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     target: str | os.PathLike[str],
@@ -106,7 +110,8 @@ def convert(
         source has it, X if none has.  With raw, genes are those of ``raw.var``; where var
         lists the same ones, its further columns are kept, too.
     layers, obsm, obsp
-        Names to carry along.  Everything else (uns, varm, ...) is left out and listed in the summary.  An obsp must be stored CSR
+        Names to carry along.  Everything else (uns, varm, ...; with raw, what var alone knows) is left out and listed in
+        the summary.  An obsp must be stored CSR
         in every source; the cells that it names are numbered through over the sources, as the rows are.
     var_key
         Column of var to match genes by; by default their names.  A key that repeats within a source is matched by occurrence.
@@ -144,6 +149,8 @@ def convert(
         The target is taken, cannot be written, has no room, or is being written by another process.
     OptionError
         An option outside what it accepts.
+    KeyboardInterrupt
+        Ctrl-C: the shards under way are given up after the piece they are at.
 
     Notes
     -----

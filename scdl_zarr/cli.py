@@ -61,8 +61,13 @@ def convert(
         list[Path], typer.Argument(metavar="SOURCE... TARGET", help="H5AD files, then the store to make (a new folder).")
     ],
     matrix: Annotated[
-        str, typer.Option(help="X, raw, or the name of a layer. auto: raw if every source has it, X if none has.")
-    ] = "auto",
+        list[str] | None,
+        typer.Option(
+            "--matrix",
+            help="X, raw, or the name of a layer; or SOURCE=NAME for one source (may be repeated). "
+            "auto: raw if every source has it, X if none has. [default: auto]",
+        ),
+    ] = None,
     layer: Annotated[list[str] | None, typer.Option("--layer", help="Carry this layer along (may be repeated).")] = None,
     obsm: Annotated[list[str] | None, typer.Option("--obsm", help="Carry this obsm along (may be repeated).")] = None,
     obsp: Annotated[list[str] | None, typer.Option("--obsp", help="Carry this obsp along, stored CSR (may be repeated).")] = None,
@@ -70,7 +75,8 @@ def convert(
     dtype: Annotated[str, typer.Option(help="Dtype of the values; auto holds every value exactly.")] = "auto",
     dtype_tolerance: Annotated[float, typer.Option(help="Largest difference allowed where --dtype is given.")] = 0.0,
     profile: Annotated[
-        ProfileChoice, typer.Option(help="fast: about 2.0 bytes a stored value; compact: 1.6; archive: 1.1, slow.")
+        ProfileChoice,
+        typer.Option(help="fast: about 2.0 bytes a stored value (counts, large stores); compact: 1.6; archive: 1.1, slow."),
     ] = ProfileChoice.fast,
     width: Annotated[
         WidthChoice, typer.Option(help="plain: SciPy's int32; narrow: uint16 where enough. auto: plain below 2^31 values.")
@@ -98,7 +104,7 @@ def convert(
         run(
             sources,
             target,
-            matrix=matrix,
+            matrix=_chosen_matrix(matrix or ["auto"], sources),
             layers=layer or (),
             obsm=obsm or (),
             obsp=obsp or (),
@@ -118,6 +124,18 @@ def convert(
     except KeyboardInterrupt:
         typer.echo("scdl-zarr: stopped; run the same command again to go on", err=True)
         raise typer.Exit(130) from None
+
+
+def _chosen_matrix(given: list[str], sources: list[Path]) -> str | dict[str, str]:
+    """One name for all sources, or a name for each: ``a.h5ad=raw``."""
+    known = {text for source in sources for text in (str(source), source.name)}
+    pairs = [text.rpartition("=") for text in given]
+    if len(given) == 1 and (not pairs[0][1] or pairs[0][0] not in known):  # the name of a layer may have an = in it
+        return given[0]
+    for text, (source, _, name) in zip(given, pairs, strict=True):
+        if source not in known or not name:
+            raise typer.BadParameter(f"{text!r} is not SOURCE=NAME with one of the sources", param_hint="--matrix")
+    return {source: name for source, _, name in pairs}
 
 
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
@@ -160,10 +178,14 @@ def demo(
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line; a known error is one line on stderr and exit code 1."""
+    """Run the command line; a known error, or one of the operating system's, is one line on stderr and exit code 1."""
     try:
         app(args=arguments)
     except ScdlZarrError as error:
         typer.echo(f"scdl-zarr: {error}", err=True)
+        raise SystemExit(1) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        typer.echo(f"scdl-zarr: {where}{error.strerror or error}", err=True)
         raise SystemExit(1) from None
     raise SystemExit(0)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from scdl_zarr.reading.blocks import Blocks
     from scdl_zarr.reading.csr import Buffers
     from scdl_zarr.reading.neighbors import Neighbors
-    from scdl_zarr.reading.tables import LazyTable
+    from scdl_zarr.reading.tables import LazyArrays, LazyTable
     from scdl_zarr.verify import VerifyReport
 
 __all__ = ["Check", "SingleCellZarrDataset"]
@@ -132,6 +132,14 @@ class SingleCellZarrDataset:
         return self._names("layers")
 
     @property
+    def obsm(self) -> LazyArrays:
+        """The arrays with a row for each cell, by name: ``data.obsm["X_pca"]`` reads that one whole into memory, each time."""
+        from scdl_zarr.reading.tables import LazyArrays
+
+        names, ours = self._metadata.children("obsm"), self._metadata.ours
+        return LazyArrays(self._location, "obsm", names, self._metadata.nodes, self.n_obs, whole=ours)
+
+    @property
     def obsp(self) -> list[str]:
         """Names of the pairwise matrices (n_obs × n_obs); :meth:`neighbors` reads one."""
         return self._names("obsp")
@@ -179,6 +187,14 @@ class SingleCellZarrDataset:
         return copy.deepcopy(dict(self._metadata.header))
 
     @property
+    def left_out(self) -> list[str]:
+        """Names of what the sources had and the conversion did not take along, such as ``"uns/colors"``.
+
+        Of another program's store, what is in it and is not read.
+        """
+        return [str(name) for name in self._metadata.header.get("left_out", self._metadata.left_aside)]
+
+    @property
     def dtypes(self) -> dict[str, str]:
         """Dtypes on disk under BioNeMo-SCDL's file names."""
         nodes = self._metadata.matrices["X"].nodes
@@ -189,6 +205,12 @@ class SingleCellZarrDataset:
 
     def __len__(self) -> int:
         return self.n_obs
+
+    def __contains__(self, item: object) -> bool:
+        raise TypeError(
+            f"{item!r} in a dataset: ask obs_names or var_names for a cell or a gene, obs or var for a column, "
+            "range(len(data)) for a row"
+        )
 
     def __repr__(self) -> str:
         layout = self._metadata.matrices["X"]
@@ -377,7 +399,9 @@ class SingleCellZarrDataset:
         return RowList(self.read_rows(indices))
 
     def to_anndata(self, rows: Any = None, genes: Any = None) -> anndata.AnnData:
-        """Rows and genes in memory as AnnData: float32 values (float64 where those would round), obs, var and layers.
+        """Rows and genes in memory as AnnData: float32 values (float64 where those would round), obs, var, layers, obsm and obsp.
+
+        An obsp is cut to the chosen rows in both directions; each obsm is read whole, one after the other.
 
         Parameters
         ----------
@@ -388,7 +412,7 @@ class SingleCellZarrDataset:
         """
         from scdl_zarr.reading.export import to_anndata
 
-        return to_anndata(self.read_rows, self.layers, self.obs, self.var, rows, genes)
+        return to_anndata(self, rows, genes)
 
     def verify(self) -> VerifyReport:
         """Check the structure and every chunk's checksum; see :func:`scdl_zarr.verify.verify_store`."""

@@ -11,6 +11,7 @@ import numpy as np
 from scdl_zarr.analysis.describe import describe, text_summary
 from scdl_zarr.api import convert
 from scdl_zarr.dataset import SingleCellZarrDataset
+from scdl_zarr.errors import MissingDependencyError
 
 __all__ = ["bundled_h5ad", "run_demo"]
 
@@ -38,10 +39,17 @@ def run_demo(folder: Path) -> SingleCellZarrDataset:
     print("\n4. a DataLoader, two epochs")
     _train(data)
     print("\n5. a picture")
+    _draw(data, folder / "overview.png")
+    return data
+
+
+def _draw(data: SingleCellZarrDataset, path: Path) -> None:
     from scdl_zarr.analysis.plots import overview
 
-    print(f"   {overview(data, folder / 'overview.png')}")
-    return data
+    try:
+        print(f"   {overview(data, path)}")
+    except MissingDependencyError:
+        print("   skipped: matplotlib is not installed (pip install 'scdl-zarr[notebooks]')")
 
 
 def _read_at_random(data: SingleCellZarrDataset) -> None:

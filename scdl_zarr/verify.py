@@ -5,6 +5,7 @@ Faults are collected, not raised: the report names each by array, shard, chunk a
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +21,10 @@ from scdl_zarr.reading.blocks import Blocks
 from scdl_zarr.reading.csr import open_columns
 from scdl_zarr.reading.passes import row_plans
 from scdl_zarr.reading.tables import LazyTable, read_element, refuse_pickles
-from scdl_zarr.reading.zarr_arrays import open_root
+from scdl_zarr.reading.zarr_arrays import open_part
 from scdl_zarr.storage.foreign import chunk_shape, open_metadata
-from scdl_zarr.storage.location import StoreLocation
+from scdl_zarr.storage.location import ROOT_KEY, StoreLocation
+from scdl_zarr.storage.schema import BUILD_FOLDER
 
 if TYPE_CHECKING:
     from scdl_zarr.reading.kernels import Kernels
@@ -73,8 +75,9 @@ def verify_store(location: StoreLocation, threads: int | None = None) -> VerifyR
     """Check a store's structure, and read, checksum and decode every chunk of it.
 
     Structure: shapes, dtypes and encodings agree; row pointers rise from 0 to the number of stored values; gene ids lie in the
-    matrix; tables are as long as the matrix; blocks cover the rows.  Of a store that another program wrote, the same as far as it
-    goes: it may have no checksums, and a chunk that is not there equals the fill value.
+    matrix; tables are as long as the matrix; blocks cover the rows; every group and array has its own ``zarr.json``, which says
+    what the root's copy says.  Of a store that another program wrote, the same as far as it goes: it may have no checksums and no
+    second copy of its documents, and a chunk that is not there equals the fill value.
 
     Raises
     ------
@@ -93,11 +96,35 @@ def verify_store(location: StoreLocation, threads: int | None = None) -> VerifyR
         n, stored, found = _verify_matrix(location, layout, threads or 2)
         chunks, values = chunks + n, values + stored
         faults += found
+    faults += _verify_documents(location, metadata) if metadata.ours else []
     elements = 0
     for check in _element_checks(location, metadata):
         elements += 1
         faults += check()
     return VerifyReport(store=str(location), chunks=chunks, values=values, elements=elements, faults=tuple(faults))
+
+
+# ---- documents
+
+
+def _verify_documents(location: StoreLocation, metadata: StoreMetadata) -> list[Fault]:
+    """Every node's own document: readers that open a part of the store directly go by it, and not by the root's copy."""
+    faults = []
+    unfinished = location.path is not None and (location.path / BUILD_FOLDER).is_dir()
+    advice = "run its conversion again, which stopped in its last step" if unfinished else "make the copy of the store anew"
+    for path, node in sorted(metadata.nodes.items()):
+        key = f"{path}/{ROOT_KEY}"
+        try:
+            document = location.read(key)
+            own = None if document is None else json.loads(document)
+        except (OSError, ValueError, RecursionError) as error:  # of ours, too: they are built-in ones as well
+            faults.append(Fault(where=key, what=f"cannot be read: {error}"))
+            continue
+        if own is None:
+            faults.append(Fault(where=key, what=f"is missing: readers that open {path} directly do not find it; {advice}"))
+        elif own != {name: value for name, value in node.items() if name != "consolidated_metadata"}:
+            faults.append(Fault(where=key, what="differs from the copy in the root's zarr.json"))
+    return faults
 
 
 # ---- matrices
@@ -225,7 +252,7 @@ def _element_checks(location: StoreLocation, metadata: StoreMetadata) -> Iterato
     taken = {part for path in metadata.matrices for part in (path, f"{path}/data", f"{path}/indices", f"{path}/indptr")}
     for path, node in metadata.nodes.items():
         if path not in taken and not path.startswith(("obs/", "var/")) and node.get("node_type") == "array":
-            yield _guarded(path, partial(_read_array, location, path, node, metadata.ours))
+            yield _guarded(path, partial(_read_array, location, path, metadata))
     yield _guarded("obsm", partial(_check_obsm, location, metadata))
 
 
@@ -240,14 +267,14 @@ def _guarded(where: str, read: Callable[[], object]) -> Callable[[], list[Fault]
     return check
 
 
-def _read_array(location: StoreLocation, path: str, node: Mapping[str, Any], ours: bool) -> None:
+def _read_array(location: StoreLocation, path: str, metadata: StoreMetadata) -> None:
     """Read an array whole; one of another program's, which may be of any size, a row of chunks after the other."""
-    if ours:
-        read_element(location, path)
+    if metadata.ours:
+        read_element(location, path, metadata.nodes)
         return
-    refuse_pickles(location, {path: node})
+    refuse_pickles(location, {path: metadata.nodes[path]})
     try:
-        array = open_root(location)[path]
+        array = open_part(location, path, metadata.nodes)[path]
         if not array.shape:
             array[...]
             return

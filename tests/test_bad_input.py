@@ -419,7 +419,8 @@ OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"width": "wide"}, ["width='wide'", "'auto', 'plain' or 'narrow'"]),
     ({"dtype": "float16"}, ["dtype='float16'", "float32"]),
     ({"dtype": "complex64"}, ["dtype='complex64'", "'auto'"]),
-    ({"dtype": "nope"}, ["dtype='nope'", "'auto'"]),
+    ({"dtype": "float16"}, ["SciPy holds no sparse float16"]),
+    ({"dtype": "nope"}, ["dtype='nope' (--dtype) cannot be stored; choose 'auto' or one of uint8,"]),
     ({"dtype": None}, ["dtype=None", "'auto'"]),
     ({"dtype": "uint8", "dtype_tolerance": -1}, ["dtype_tolerance=-1"]),
     ({"dtype": "uint8", "dtype_tolerance": float("nan")}, ["dtype_tolerance=nan"]),
@@ -442,6 +443,12 @@ OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
 @pytest.mark.parametrize(("options", "words"), OPTIONS, ids=[repr(options) for options, _ in OPTIONS])
 def test_an_option_outside_what_it_accepts(good: Path, target: Path, options: dict[str, Any], words: list[str]) -> None:
     refused(errors.OptionError, good, target, *words, **options)
+
+
+def test_only_float16_is_explained_by_scipy(good: Path, target: Path) -> None:
+    with pytest.raises(errors.OptionError) as caught:
+        scdl_zarr.convert(good, target, dtype="quux", progress=False)
+    assert "SciPy" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("sources", "words"), [([], ["no sources"]), (None, ["sources=None"]), ([None], ["sources=[None]"])])
@@ -508,8 +515,55 @@ def test_a_target_that_is_another_store(good: Path, store: Path, options: dict[s
 
 def test_a_target_from_other_sources(good: Path, store: Path, tmp_path: Path) -> None:
     other = write_h5ad(tmp_path / "other.h5ad", encoded_rows(N_OBS, N_VARS, PER_ROW - 1))
-    refused(errors.StoreExistsError, other, store, store, "sources_digest", **SIZES)
-    refused(errors.StoreExistsError, [good, other], store, store, "n_sources is 1 there and 2 here", **SIZES)
+    refused(
+        errors.StoreExistsError,
+        other,
+        store,
+        store,
+        "good.h5ad is a source only there; other.h5ad is a source only here",
+        **SIZES,
+    )
+    refused(errors.StoreExistsError, [good, other], store, store, "(other.h5ad is a source only here)", **SIZES)
+    (tmp_path / "same").mkdir()
+    namesake = write_h5ad(tmp_path / "same/good.h5ad", encoded_rows(N_OBS, N_VARS, PER_ROW + 40))
+    refused(errors.StoreExistsError, namesake, store, store, f"source good.h5ad has {good.stat().st_size} bytes there", **SIZES)
+    shutil.copy(good, namesake)
+    with h5py.File(namesake, "r+") as file:
+        file["X/data"][0] = 77
+    refused(errors.StoreExistsError, namesake, store, store, "the content of the sources differs, under the same names", **SIZES)
+
+
+def test_a_target_from_sources_in_another_order(good: Path, target: Path, tmp_path: Path) -> None:
+    other = write_h5ad(tmp_path / "other.h5ad", encoded_rows(3, N_VARS, PER_ROW))
+    scdl_zarr.convert([good, other], target, progress=False)
+    words = "(the sources come in another order, ['good.h5ad', 'other.h5ad'] there and ['other.h5ad', 'good.h5ad'] here)"
+    refused(errors.StoreExistsError, [other, good], target, target, words)
+
+
+def test_a_target_whose_folder_may_not_be_entered(good: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lstat, stat = os.lstat, os.stat
+
+    def denied(real: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
+        def ask(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+            if str(path) == str(target):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path, *args, **kwargs)
+
+        return ask
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", denied(stat))
+        patch.setattr(os, "lstat", denied(lstat))
+        with refusal(errors.StoreAccessError, f"{target} cannot be written", "Permission denied"):
+            scdl_zarr.convert(good, target, progress=False)
+
+
+def test_10x_genomics_hdf5_is_recognised(tmp_path: Path, target: Path) -> None:
+    for group in ("matrix", "GRCh38"):
+        with h5py.File(tmp_path / f"{group}.h5", "w") as file:
+            for name in ("barcodes", "data", "indices", "indptr", "shape"):
+                file[f"{group}/{name}"] = np.arange(3)
+        refused(errors.SourceError, tmp_path / f"{group}.h5", target, "looks like 10x Genomics HDF5", "does not convert")
 
 
 def test_a_target_that_anndata_wrote(good: Path, target: Path) -> None:
@@ -899,6 +953,29 @@ def test_verify_names_every_damaged_table(store: Path, damage: str) -> None:
     assert [path for path in TABLES if not any(path in fault.where or path in fault.what for fault in faults)] == []
 
 
+PARTS = ["obs", "uns", "X", "X/indptr", "obs/_index", "uns/scdl", "uns/scdl/blocks/table"]
+
+
+def test_verify_names_every_document_that_is_not_there(store: Path) -> None:
+    for path in PARTS:
+        (store / path / "zarr.json").unlink()
+    (store / "X/data/zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    (store / "var/zarr.json").write_text("{")
+    report = scdl_zarr.open(store).verify()
+    assert {fault.where for fault in report.faults} == {f"{path}/zarr.json" for path in [*PARTS, "X/data", "var"]}
+    found = {fault.where: fault.what for fault in report.faults}
+    assert "X/indptr directly" in found["X/indptr/zarr.json"]
+    assert "differs from the copy" in found["X/data/zarr.json"]
+    assert "cannot be read" in found["var/zarr.json"]
+    assert len(scdl_zarr.open(store).read_rows(slice(None))) == N_OBS  # which goes through the root
+
+
+def test_verify_asks_no_second_copy_of_a_store_of_others(good: Path, target: Path) -> None:
+    write_with_anndata(good, target)
+    (target / "uns/zarr.json").unlink(missing_ok=True)
+    assert scdl_zarr.open(target).verify()
+
+
 @pytest.mark.parametrize("damage", ["deleted", "cut in half", "first chunk flipped"])
 @pytest.mark.parametrize("table", ["obs", "var"])
 def test_names_from_a_damaged_table_are_not_made_up(store: Path, table: str, damage: str) -> None:
@@ -1102,6 +1179,9 @@ ROWS: list[tuple[Any, type[errors.ScdlZarrError], str]] = [
     ([0.5], errors.OptionError, "dtype float64, expected integers"),
     (1.5, errors.OptionError, "float, expected an int"),
     ("3", errors.OptionError, "expected integers"),
+    ("Cell_1", errors.OptionError, "'Cell_1' selects no rows: expected integers, a slice or a boolean mask (rows are numbers)"),
+    (["Cell_1"], errors.OptionError, "rows has text, expected integers"),
+    (True, errors.OptionError, "True selects no rows: expected integers"),
     (None, errors.OptionError, "NoneType, expected an int"),
     ([[0, 1]], errors.OptionError, "2 dimensions, expected one"),
     (slice(0, 5, 0), errors.OptionError, "slice(0, 5, 0)"),

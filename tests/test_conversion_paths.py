@@ -257,8 +257,10 @@ def test_tables_are_read_as_anndata_reads_them(tmp_path: Path, named: bool) -> N
         write_elem(file, "none", frame.iloc[:0])
         for name in ("full", "bare", "none"):
             found = read_frame(file[name])
-            assert found is not None
-            pd.testing.assert_frame_equal(found, read_elem(file[name]), check_exact=True)
+            kinds = [str(file[name][column].attrs.get("encoding-type")) for column in file[name]]
+            assert (found is None) == ("nullable-string-array" in kinds)  # newer anndata's text is left to anndata
+            if found is not None:
+                pd.testing.assert_frame_equal(found, read_elem(file[name]), check_exact=True)
 
 
 def test_a_table_with_another_encoding_is_left_to_anndata(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +31,9 @@ import scdl_zarr
 from scdl_zarr import errors
 from scdl_zarr.conversion import construction
 from scdl_zarr.conversion.encode import replace_file
+from scdl_zarr.conversion.execution import run_conversion
+from scdl_zarr.conversion.plan import ConversionOptions
+from scdl_zarr.conversion.sources.h5ad import H5adMatrix
 from scdl_zarr.storage.schema import BUILD_FOLDER
 from tests.toys import encoded_rows, write_h5ad
 
@@ -111,7 +116,8 @@ def assert_whole_or_closed(target: Path, undisturbed: Undisturbed) -> None:
     assert {name: found[name] for name in undisturbed.contents if name not in late} == {
         name: whole for name, whole in undisturbed.contents.items() if name not in late
     }
-    assert data.verify()
+    missing = {fault.where for fault in data.verify().faults}  # what the kill kept from being written, and nothing else
+    assert missing == late - set(found)
 
 
 def finished_shards(target: Path) -> dict[str, tuple[int, int]]:
@@ -191,8 +197,49 @@ def test_a_source_that_was_replaced_is_another_plan(real_h5ad: Path, undisturbed
     shutil.copy(real_h5ad, source)
     assert ending(child(source, target, dies_at_sync=undisturbed.syncs // 3)) == "killed"
     os.utime(source, ns=(0, 1))
-    with pytest.raises(errors.StoreExistsError, match=r"sources is .*mtime_ns"):
+    with pytest.raises(errors.StoreExistsError, match=rf"source {real_h5ad.name} was written to since"):
         scdl_zarr.convert(source, target, progress=False, **SIZES)
+
+
+# ---- Ctrl-C
+
+
+class InterruptingElements:
+    """``H5adMatrix.elements`` that presses Ctrl-C at its `at`-th call, and is slow afterwards."""
+
+    def __init__(self, at: int) -> None:
+        self._at, self._elements = at, H5adMatrix.elements
+        self.calls = 0
+
+    def __call__(self, matrix: H5adMatrix, start: int, stop: int) -> Any:
+        self.calls += 1
+        if self.calls == self._at:
+            os.kill(os.getpid(), signal.SIGINT)
+        if self.calls >= self._at:
+            time.sleep(0.3)
+        return self._elements(matrix, start, stop)
+
+
+def test_ctrl_c_ends_a_conversion_between_two_pieces_of_a_shard(
+    real_h5ad: Path, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "stopped.zarr"
+    interrupting = InterruptingElements(60)
+    with monkeypatch.context() as patch:
+        patch.setattr(H5adMatrix, "elements", lambda *arguments: interrupting(*arguments))
+        patch.setattr("scdl_zarr.conversion.shards.PIECE_VALUES", 512)  # about 64 pieces a shard
+        with pytest.raises(KeyboardInterrupt) as caught:
+            scdl_zarr.convert(real_h5ad, target, workers=1, **SIZES)
+    assert interrupting.calls <= 62
+    assert capsys.readouterr().err.count("stopping; the shards under way are given up") == 1
+    frames = traceback.format_exception(caught.value)
+    assert not any("/dask/" in frame for frame in frames), frames
+    assert not list(target.rglob("*.part"))
+    with pytest.raises(errors.UncommittedStoreError):
+        scdl_zarr.open(target)
+    summary = run_conversion(real_h5ad, target, ConversionOptions(progress=False, **SIZES))
+    assert 0 < summary.written_values < summary.nnz  # the rate is of what this run wrote
+    assert contents(target) == undisturbed.contents
 
 
 # ---- errors in the commit

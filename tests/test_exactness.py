@@ -14,6 +14,7 @@ import anndata as ad
 import h5py
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
@@ -258,6 +259,8 @@ def test_rows_may_be_asked_for_in_every_way(rows: Any, encoded: tuple[SingleCell
         ([0, 2**70], IndexError),
         ([0.5], ValueError),
         ("3", ValueError),
+        (True, ValueError),
+        (np.True_, ValueError),
         (None, ValueError),
         (np.zeros((2, 2), int), ValueError),
         ([True, False], ValueError),
@@ -366,5 +369,120 @@ def test_to_anndata_takes_rows_and_genes(encoded: tuple[SingleCellZarrDataset, s
     whole = data.to_anndata()
     assert np.array_equal(whole.X.toarray(), matrix.toarray())
     assert np.array_equal(data.to_anndata(genes=np.arange(40) < 2).X.toarray(), matrix[:, :2].toarray())
-    with pytest.raises(KeyError, match="gene 'nix' is not there"):
+    with pytest.raises(KeyError, match=r"gene 'nix' is not among the 40 gene names of this store'?$"):
         data.to_anndata(genes=["nix"])
+    with pytest.raises(IndexError, match="gene 99999 is out of range for 40 genes"):
+        data.to_anndata(genes=[99999])
+
+
+def test_to_anndata_says_where_a_repeated_name_is(tmp_path: Path) -> None:
+    data = scdl_zarr.convert(
+        write_h5ad(tmp_path / "a.h5ad", encoded_rows(3, 3, 2), ["a", "b", "a"]), tmp_path / "s", progress=False
+    )
+    with pytest.raises(KeyError, match="gene 'a' is there 2 times, at 0, 2; select genes by number"):
+        data.to_anndata(genes=["a"])
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2 data")
+def test_obsm_is_read_and_comes_along(tmp_path: Path) -> None:
+    matrix = encoded_rows(6, 5, 3)
+    place = np.arange(12, dtype=np.float32).reshape(6, 2)
+    graph = sp.csr_matrix(np.triu(np.arange(36, dtype=np.float64).reshape(6, 6)))
+    source = write_h5ad(
+        tmp_path / "a.h5ad", matrix, obsm={"X_umap": place}, obsp={"near": graph}, layers={"half": matrix * np.float32(0.5)}
+    )
+    data = scdl_zarr.convert(
+        source, tmp_path / "s.zarr", layers=["half"], obsm=["X_umap"], obsp=["near"], profile="compact", progress=False
+    )
+    assert list(data.obsm) == ["X_umap"] and "X_umap" in data.obsm and len(data.obsm) == 1
+    assert np.array_equal(data.obsm["X_umap"], place)
+    with pytest.raises(KeyError, match="has no obsm 'X_pca'; it has: X_umap"):
+        data.obsm["X_pca"]
+    rows = [4, 1, 4]
+    adata = data.to_anndata(rows=rows, genes=[2])
+    assert np.array_equal(adata.obsm["X_umap"], place[rows])
+    assert np.array_equal(adata.obsp["near"].toarray(), graph[rows][:, rows].toarray())
+    assert np.array_equal(adata.layers["half"].toarray(), matrix[rows][:, [2]].toarray() * 0.5)
+    whole = data.to_anndata()
+    assert np.array_equal(whole.obsm["X_umap"], place) and np.array_equal(whole.obsp["near"].toarray(), graph.toarray())
+    whole.write_zarr(tmp_path / "plain.zarr")
+    plain = scdl_zarr.open(tmp_path / "plain.zarr")
+    assert np.array_equal(plain.obsm["X_umap"], place)
+    assert np.array_equal(plain.to_anndata(rows=[5]).obsm["X_umap"], place[5:])
+
+
+def test_a_store_without_obsm_says_so(encoded: tuple[SingleCellZarrDataset, sp.csr_matrix]) -> None:
+    assert dict(encoded[0].obsm) == {}
+    with pytest.raises(KeyError, match="has no obsm 'X_pca'; it has: none"):
+        encoded[0].obsm["X_pca"]
+
+
+# ---- tables
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[SingleCellZarrDataset, pd.DataFrame]:
+    """A store with columns of obs, and the table they come from."""
+    folder = tmp_path_factory.mktemp("labelled")
+    frame = pd.DataFrame({"n": [3, 1, 2, 5], "kind": pd.Categorical(["b", "a", "b", "b"])}, index=[f"c{k}" for k in range(4)])
+    source = write_h5ad(folder / "a.h5ad", encoded_rows(4, 5, 2), obs=frame)
+    return scdl_zarr.convert(source, folder / "s.zarr", progress=False), frame
+
+
+@pytest.mark.parametrize(
+    ("key", "rows"),
+    [
+        ([0, 1], [0, 1]),
+        ([3, -4, 3], [3, 0, 3]),
+        (np.array([2, 0]), [2, 0]),
+        (np.array([], np.int64), []),
+        ([], []),
+        (range(1, 3), [1, 2]),
+        (slice(1, 3), [1, 2]),
+        (slice(None, None, -1), [3, 2, 1, 0]),
+        (np.array([True, False, False, True]), [0, 3]),
+        ([False, True, False, False], [1]),
+        (pd.Series([True, False, True, False], index=list("wxyz")), [0, 2]),
+        (pd.array([True, False, True, False], dtype="boolean"), [0, 2]),
+    ],
+    ids=repr,
+)
+def test_rows_of_a_table(key: Any, rows: list[int], labelled: tuple[SingleCellZarrDataset, pd.DataFrame]) -> None:
+    data, frame = labelled
+    found = data.obs[key]
+    pd.testing.assert_frame_equal(found, frame.iloc[rows], check_index_type=False)
+    pd.testing.assert_frame_equal(data.obs_features()[key], found)
+
+
+def test_columns_and_single_rows_of_a_table(labelled: tuple[SingleCellZarrDataset, pd.DataFrame]) -> None:
+    data, frame = labelled
+    assert data.obs[data.obs["n"] > 2].index.tolist() == ["c0", "c3"]
+    assert data.obs[1]["kind"] == data.obs[np.int64(-3)]["kind"] == "a"
+    for names in (["kind", "n"], np.array(["kind", "n"]), pd.Index(["kind", "n"])):
+        assert data.obs[names].columns.tolist() == ["kind", "n"] and data.obs[names].shape == (4, 2)
+    assert data.obs.index.equals(data.obs_names) and data.obs.index.tolist() == frame.index.tolist()
+
+
+@pytest.mark.parametrize(
+    ("key", "error", "words"),
+    [
+        ("nix", KeyError, "has no column 'nix'; it has: n, kind"),
+        (["n", "nix"], KeyError, "has no column 'nix'"),
+        (4, IndexError, "row 4 is out of range for 4 rows"),
+        ([0, 9], IndexError, "row 9 is out of range for 4 rows"),
+        ([True, False], ValueError, "mask has 2 entries for 4 rows"),
+        (np.zeros((2, 2), int), ValueError, "2 dimensions"),
+        ((0, 1), ValueError, "expected a column name, a list of names, a row number"),
+        (True, ValueError, "expected a column name"),
+        (None, ValueError, "expected a column name"),
+        (["n", 1], ValueError, "expected integers or a boolean mask"),
+        (pd.array([True, None, True, False], dtype="boolean"), ValueError, "expected integers or a boolean mask"),
+    ],
+    ids=repr,
+)
+def test_what_selects_nothing_of_a_table(
+    key: Any, error: type[Exception], words: str, labelled: tuple[SingleCellZarrDataset, pd.DataFrame]
+) -> None:
+    with pytest.raises(error, match=words) as caught:
+        labelled[0].obs[key]
+    assert isinstance(caught.value, scdl_zarr.errors.ScdlZarrError)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import pydoc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 
 import scdl_zarr
 from scdl_zarr import errors
+from scdl_zarr.analysis.describe import describe, text_summary
 from scdl_zarr.conversion import construction
 from scdl_zarr.conversion.frames import join_columns, join_frames
 from scdl_zarr.reading.plan import plan_rows
@@ -89,7 +93,7 @@ def test_a_source_changed_in_place_is_another_source(what: str, tmp_path: Path) 
         else:
             texts(file["obs/_index"])[0] = "x_0"
     assert source.stat().st_size == size
-    with pytest.raises(errors.StoreExistsError, match="sources_digest"):
+    with pytest.raises(errors.StoreExistsError, match="content of the sources differs, under the same names and sizes"):
         scdl_zarr.convert(source, tmp_path / "s.zarr", progress=False)
 
 
@@ -197,3 +201,36 @@ def test_two_overwriters_exclude_one_another(tmp_path: Path) -> None:
     again = scdl_zarr.convert(source, data.path, profile="compact", overwrite=True, progress=False)
     assert again.metadata["profile"] == "compact"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5ad", "s.zarr"]
+
+
+@pytest.mark.parametrize("profile", ["compact", "archive"])
+def test_tables_are_read_without_a_word_about_the_codecs_of_the_matrices(profile: Any, tmp_path: Path) -> None:
+    source = write_h5ad(tmp_path / "a.h5ad", encoded_rows(5, 6, 3), obs=pd.DataFrame({"n": range(5)}, index=list("abcde")))
+    data = scdl_zarr.convert(source, tmp_path / "s.zarr", profile=profile, progress=False)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert data.verify() and text_summary(describe(data))
+        assert data.obs["n"].tolist() == [0, 1, 2, 3, 4] and len(data.var_names) == 6
+    assert [str(w.message) for w in heard if "odecs" in str(w.message)] == []
+
+
+def test_membership_is_asked_of_names(tmp_path: Path) -> None:
+    data = scdl_zarr.convert(write_h5ad(tmp_path / "a.h5ad", encoded_rows(3, 3, 2)), tmp_path / "s.zarr", progress=False)
+    for asked in (3, "gene0"):
+        with pytest.raises(TypeError, match=r"obs_names.*var_names.*obs"):
+            _ = asked in data
+    assert "gene0" in data.var_names
+
+
+@pytest.mark.filterwarnings("ignore:Writing zarr v2 data")
+def test_what_a_conversion_left_out_is_listed(tmp_path: Path) -> None:
+    source = write_h5ad(tmp_path / "a.h5ad", encoded_rows(3, 3, 2), uns={"note": "x"})
+    data = scdl_zarr.convert(source, tmp_path / "s.zarr", progress=False)
+    assert data.left_out == ["uns/note"]
+    ad.read_h5ad(source).write_zarr(tmp_path / "plain.zarr")
+    assert "uns/note" in scdl_zarr.open(tmp_path / "plain.zarr").left_out
+
+
+def test_open_is_called_open() -> None:
+    assert pydoc.plain(pydoc.render_doc(scdl_zarr.open)).splitlines()[2].startswith("open(store")
+    assert pickle.loads(pickle.dumps(scdl_zarr.open)) is scdl_zarr.open

@@ -53,7 +53,7 @@ def describe(data: SingleCellZarrDataset) -> dict[str, Any]:
         "obs_columns": {name: data.obs.encoding(name) for name in data.obs.columns},
         "var_columns": {name: data.var.encoding(name) for name in data.var.columns},
         "sources": len(data.sources),
-        "left_out": list(header.get("left_out", metadata.left_aside)),
+        "left_out": data.left_out,
     }
 
 

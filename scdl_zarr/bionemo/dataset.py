@@ -167,6 +167,8 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
             exact, difference = exact_fallback(values, np.dtype(wanted))
             warn_of_loss(difference, exact)
             super().cast_data_to_dtype(exact)
+        if self._neighbors is not None:  # those of the store that is there now
+            self._neighbors = self._find_neighbors(asked_before=True)
 
     # ---- rows
 

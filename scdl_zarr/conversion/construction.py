@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scdl_zarr.conversion.encode import replace_file, sync_folder
 from scdl_zarr.conversion.plan import ShardTask
@@ -31,6 +31,7 @@ from scdl_zarr.conversion.shards import ShardResult, write_shard
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.errors import (
     CorruptStoreError,
+    ScdlZarrError,
     StoreAccessError,
     StoreBusyError,
     StoreExistsError,
@@ -38,16 +39,21 @@ from scdl_zarr.errors import (
 )
 from scdl_zarr.storage.schema import BUILD_FOLDER, node_document
 
+if TYPE_CHECKING:
+    from scdl_zarr.reading.blocks import Blocks
+
 __all__ = [
     "Construction",
     "PLAN_VERSION",
     "check_room",
     "committed_plan",
-    "describe_difference",
+    "describe_options",
+    "describe_sources",
     "exclusive",
     "explained_errors",
     "finish_documents",
     "finish_interrupted",
+    "open_blocks",
     "prepare_target",
     "run_task",
     "swap_folders",
@@ -55,6 +61,7 @@ __all__ = [
 
 PLAN_VERSION = 1
 SYNC_THREADS = 8  # they wait, they do not work
+ABOUT_SOURCES = {"sources", "n_sources", "digest", "sources_digest"}  # what a plan says of them
 # what a conversion makes at its target: nothing else there is ever removed
 OWN_NAMES = {"X", "layers", "obs", "var", "obsm", "obsp", "varm", "varp", "uns", "zarr.json"}
 
@@ -127,7 +134,7 @@ class Construction:
                 known = None
             else:
                 raise StoreExistsError(
-                    f"{self.root} holds an unfinished conversion of another plan ({describe_difference(known, wanted)}). "
+                    f"{self.root} holds an unfinished conversion of another plan ({_plan_difference(known, wanted)}). "
                     "Run that conversion again to finish it, or start over with overwrite=True (--overwrite)"
                 )
         if known is None or not self._resume:
@@ -225,16 +232,42 @@ def remove_partial_files(root: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def describe_difference(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
-    """The first things in which two plans differ: ``profile is 'fast' there and 'compact' here``."""
-    differences = []
-    for key in sorted({*found, *wanted}):
-        a, b = found.get(key), wanted.get(key)
-        if isinstance(a, dict) and isinstance(b, dict) and a != b:
-            differences.append(describe_difference(a, b, f"{prefix}{key}."))
-        elif a != b:
-            differences.append(f"{prefix}{key} is {_short(a)} there and {_short(b)} here")
-    return "; ".join(differences[:4]) or "nothing"
+def describe_options(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first things but the sources in which two plans differ: ``options.profile is 'fast' there and 'compact' here``."""
+    there, here = _flat(found), _flat(wanted)
+    names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    return "; ".join(f"{name} is {_short(there.get(name))} there and {_short(here.get(name))} here" for name in names[:4])
+
+
+def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan without its sources, with the options by their full names."""
+    options = plan.get("options")
+    flat = {key: value for key, value in plan.items() if key not in ABOUT_SOURCES and key != "options"}
+    return flat | {f"options.{key}": value for key, value in (options.items() if isinstance(options, dict) else ())}
+
+
+def describe_sources(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> str:
+    """In what two lists of sources (name, size, and for unfinished conversions the time of change) differ; or nothing."""
+    there, here = ({str(source.get("name")): source for source in sources} for sources in (found, wanted))
+    parts = []
+    for names, where in (([n for n in there if n not in here], "there"), ([n for n in here if n not in there], "here")):
+        if names:
+            shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            parts.append(f"{shown} {'is a source' if len(names) == 1 else 'are sources'} only {where}")
+    for name in [name for name in there if name in here and there[name] != here[name]][:3]:
+        a, b = there[name].get("size"), here[name].get("size")
+        parts.append(f"source {name} " + (f"has {a} bytes there and {b} here" if a != b else "was written to since"))
+    if not parts and list(there) != list(here):
+        parts.append(f"the sources come in another order, {_short(list(there))} there and {_short(list(here))} here")
+    return "; ".join(parts)
+
+
+def _plan_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """In what an unfinished conversion's plan differs from the one asked for."""
+    sources = found.get("sources")
+    known = [s for s in sources if isinstance(s, dict)] if isinstance(sources, list) else []
+    parts = [describe_sources(known, wanted["sources"]), describe_options(found, wanted)]
+    return "; ".join(part for part in parts if part) or "the content of the sources differs, under the same names and sizes"
 
 
 def _short(value: Any) -> str:
@@ -275,7 +308,7 @@ def check_room(target: Path, needed: int) -> None:
     if free < needed * 3 // 4:
         raise StoreFullError(
             f"{target} needs about {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free in {parent}; "
-            "make room, choose another disk, or profile='compact' or 'archive'"
+            "make room, choose another disk, or profile='compact' or 'archive' (--profile)"
         )
 
 
@@ -284,6 +317,8 @@ def explained_errors(root: Path) -> Iterator[None]:
     """Operating system errors in the package's own words."""
     try:
         yield
+    except ScdlZarrError:
+        raise  # some are PermissionErrors, too, and say what they have to say
     except PermissionError as error:
         raise StoreAccessError(f"{root} cannot be written: {error}") from error
     except OSError as error:
@@ -375,3 +410,12 @@ def committed_plan(root: Path) -> dict[str, Any] | None:
     if not isinstance(plan, dict):
         raise CorruptStoreError(f"{root}: the store records no conversion")
     return dict(plan)
+
+
+def open_blocks(root: Path) -> Blocks:
+    """The var blocks and sources of a finished store of ours."""
+    from scdl_zarr.reading.blocks import Blocks
+    from scdl_zarr.storage.location import StoreLocation, read_metadata
+
+    location = StoreLocation(path=root)
+    return Blocks(location, read_metadata(location))

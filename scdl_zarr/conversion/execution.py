@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from scdl_zarr.conversion.construction import (
     Construction,
     check_room,
     committed_plan,
-    describe_difference,
+    describe_options,
+    describe_sources,
     exclusive,
     explained_errors,
     finish_interrupted,
+    open_blocks,
     prepare_target,
     run_task,
     swap_folders,
@@ -35,6 +37,7 @@ from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, projected_bytes
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
 from scdl_zarr.conversion.sources.h5ad import matrix_name
+from scdl_zarr.conversion.stopping import interruptible_pool
 from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, union_stats
 from scdl_zarr.errors import (
@@ -43,6 +46,7 @@ from scdl_zarr.errors import (
     InexactValueError,
     NotAStoreError,
     OptionError,
+    ScdlZarrError,
     SourceError,
     StoreBusyError,
     StoreExistsError,
@@ -56,6 +60,7 @@ from scdl_zarr.storage.schema import (
 
 __all__ = ["ConversionSummary", "run_conversion"]
 
+SLOWEST_SHOWN = 0.5  # million values a second: what is slower rounds to 0
 TABLE_FACTOR = 6  # obs and var: as read, joined, as objects, encoded
 
 
@@ -70,23 +75,27 @@ class ConversionSummary:
     n_sources: int
     matrices: tuple[str, ...]
     dtype: str
-    stored_bytes: int
+    stored_bytes: int  # the whole store
+    x_bytes: int  # data and indices of X
+    written_values: int  # by this run: a run that goes on with another one's shards writes fewer than all
     seconds: float
     left_out: tuple[str, ...]
+    hints: tuple[str, ...] = ()
     written: bool = True
 
     def __str__(self) -> str:
         if not self.written:
             return f"{self.target} is already there, from the same sources and options: nothing was written"
-        rate = self.nnz / self.seconds / 1e6 if self.seconds else 0.0
-        per_value = self.stored_bytes / self.nnz if self.nnz else 0.0
+        per_value = f", {self.x_bytes / self.nnz:.2f} bytes per stored value" if self.nnz else ""
+        rate = self.written_values / self.seconds / 1e6 if self.seconds else 0.0
+        speed = f" ({rate:.0f} M values/s)" if rate >= SLOWEST_SHOWN else ""
         lines = [
             f"{self.target}: {self.n_obs:,} cells × {self.n_vars:,} genes from {self.n_sources} "
             f"source{'s' if self.n_sources != 1 else ''} ({', '.join(self.matrices)}), stored as {self.dtype}",
-            f"{self.nnz:,} stored values in {self.stored_bytes / 1e6:,.1f} MB ({per_value:.2f} bytes a value), "
-            f"{self.seconds:.1f} s ({rate:.0f} M values/s)",
+            f"{self.nnz:,} stored values, {self.stored_bytes / 1e6:,.2f} MB on disk{per_value}, {self.seconds:.1f} s{speed}",
         ]
         lines.append(f"left out: {', '.join(self.left_out)}" if self.left_out else "left out: nothing")
+        lines += [f"hint: {hint}" for hint in self.hints]
         return "\n".join(lines)
 
 
@@ -111,29 +120,31 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     if not isinstance(target, (str, os.PathLike)):
         raise OptionError(f"target={target!r}; expected a path")
     root = local_path(target)
-    if root.is_symlink():  # what it points to is made or replaced, the link stays
-        root = Path(os.path.realpath(root))
-    specs = find_sources(sources)
-    if any(Path(spec.path) == root or root in Path(spec.path).parents for spec in specs):
-        raise OptionError(f"{root} holds a source of this conversion; choose another target")
-    taken = _target_state(root, options)
+    with explained_errors(root):
+        if root.is_symlink():  # what it points to is made or replaced, the link stays
+            root = Path(os.path.realpath(root))
+        specs = find_sources(sources)
+        if any(Path(spec.path) == root or root in Path(spec.path).parents for spec in specs):
+            raise OptionError(f"{root} holds a source of this conversion; choose another target")
+        taken = _target_state(root, options)
     survey = survey_sources(specs, options)
     plan = _plan_record(survey, options)
-    if taken == "store" and not options.overwrite:
-        return _same_store(root, plan, survey)
-    prepare_target(root)
-    workers = _workers(survey, options)
-    check_room(root, _projected_size(survey, options))
+    with explained_errors(root):
+        if taken == "store" and not options.overwrite:
+            return _same_store(root, plan, survey)
+        prepare_target(root)
+        workers = _workers(survey, options)
+        check_room(root, _projected_size(survey, options))
     tables = encode_tables(survey)  # what cannot be stored is refused here, before anything is written
     if taken == "store":
         with exclusive(root):
             place = root.with_name(f".{root.name}.scdl-new")
-            _build(Construction(place, plan, resume=False, replaces=True), survey, options, workers, tables, plan)
+            written = _build(Construction(place, plan, resume=False, replaces=True), survey, options, workers, tables, plan)
             swap_folders(place, root)
     else:
         resume = options.resume and not options.overwrite
-        _build(Construction(root, plan, resume=resume), survey, options, workers, tables, plan)
-    return _summary(root, survey, time.perf_counter() - began)
+        written = _build(Construction(root, plan, resume=resume), survey, options, workers, tables, plan)
+    return _summary(root, survey, time.perf_counter() - began, written)
 
 
 def _build(
@@ -143,12 +154,13 @@ def _build(
     workers: int,
     tables: EncodedElements,
     plan: Mapping[str, Any],
-) -> None:
-    """Write every shard and commit; what can never finish leaves nothing behind."""
+) -> int:
+    """Write every shard and commit; what can never finish leaves nothing behind.  How many values this run wrote."""
     with construction:
         try:
-            results = _run(construction, survey, options, workers)
+            results, written = _run(construction, survey, options, workers)
             commit_store(construction, survey, options, results, tables, plan)
+            return written
         except (SourceError, InexactValueError, OptionError) as error:
             if not _may_pass(error):
                 construction.discard()
@@ -183,7 +195,7 @@ def _target_state(root: Path, options: ConversionOptions) -> str | None:
         return "build"
     if any(root.iterdir()):
         raise StoreExistsError(
-            f"{root} exists and holds other files; choose another target (overwrite=True replaces stores only)"
+            f"{root} exists and holds other files; choose another target (overwrite=True, --overwrite, replaces stores only)"
         )
     return None
 
@@ -195,7 +207,7 @@ def _same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> Conversi
     found = committed_plan(root)
     wanted = json.loads(json.dumps(recorded_plan(plan)))
     if found != wanted:
-        difference = describe_difference(found or {}, wanted) if found else "it was not made by a conversion"
+        difference = _difference(root, found, wanted, plan["sources"]) if found else "it was not made by a conversion"
         raise StoreExistsError(
             f"{root} exists and is another store ({difference}). Choose another target, or replace it with overwrite=True "
             "(--overwrite)"
@@ -205,7 +217,20 @@ def _same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> Conversi
 
         with contextlib.suppress(StoreBusyError):  # its own conversion is still at it
             finish_interrupted(root, read_metadata(StoreLocation(path=root)).nodes)
-    return _summary(root, survey, 0.0, written=False)
+    return _summary(root, survey, 0.0, None)
+
+
+def _difference(root: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], sources: list[dict[str, Any]]) -> str:
+    """What a finished store was made of and with, and what was asked for now."""
+    try:
+        table = open_blocks(root).sources()
+    except ScdlZarrError as error:
+        return f"its list of sources is damaged: {error}"
+    names, sizes = table["name"].tolist(), table["size_bytes"].tolist()
+    made_of = [{"name": name, "size": size} for name, size in zip(names, sizes, strict=True)]
+    asked = [{"name": source["name"], "size": source["size"]} for source in sources]
+    parts = [describe_sources(made_of, asked), describe_options(found, wanted)]
+    return "; ".join(part for part in parts if part) or "the content of the sources differs, under the same names and sizes"
 
 
 # ---- the plan
@@ -232,7 +257,8 @@ def _workers(survey: Survey, options: ConversionOptions) -> int:
     needed = projected_bytes(plans, workers, tables, survey.longest_row)
     if needed > budget:
         raise OptionError(
-            f"memory_budget={options.memory_budget!r} is too small: one worker needs about {needed / 1e6:,.0f} MB here"
+            f"memory_budget={options.memory_budget!r} (--memory-budget) is too small: "
+            f"one worker needs about {needed / 1e6:,.0f} MB here"
         )
     return workers
 
@@ -257,8 +283,13 @@ def _projected_size(survey: Survey, options: ConversionOptions) -> int:
 # ---- the tasks
 
 
-def _run(construction: Construction, survey: Survey, options: ConversionOptions, workers: int) -> dict[str, list[ShardResult]]:
-    """Write every shard that is not there yet; with dtype="auto", again where a value turns out not to fit."""
+def _run(
+    construction: Construction, survey: Survey, options: ConversionOptions, workers: int
+) -> tuple[dict[str, list[ShardResult]], int]:
+    """Write every shard that is not there yet; with dtype="auto", again where a value turns out not to fit.
+
+    What every task reported, and how many values were written now (again or not).
+    """
     from tqdm.auto import tqdm
 
     saved = construction.dtypes()
@@ -266,20 +297,23 @@ def _run(construction: Construction, survey: Survey, options: ConversionOptions,
         if path in survey.plans:
             survey.plans[path] = survey.plans[path].with_dtype(np.dtype(name))
     results: dict[str, list[ShardResult]] = {}
+    written = 0
     total = sum(plan.layout.nnz for plan in survey.plans.values())
     with tqdm(total=total, unit="value", unit_scale=True, disable=not options.progress, desc="converting") as bar:
         for path in survey.plans:
             seen, began_at = ValueStats(), bar.n
-            results[path], seen = _attempt(construction, survey, path, options, workers, bar, seen)
+            results[path], seen, new = _attempt(construction, survey, path, options, workers, bar, seen)
+            written += new
             while (wanted := _wanted_dtype(survey, path, options, seen)) != survey.plans[path].layout.data_dtype:
                 survey.plans[path] = survey.plans[path].with_dtype(wanted)
                 saved[path] = wanted.name
                 construction.save_dtypes(saved)
                 bar.update(began_at - bar.n)
-                results[path], seen = _attempt(construction, survey, path, options, workers, bar, seen)
+                results[path], seen, new = _attempt(construction, survey, path, options, workers, bar, seen)
+                written += new
             if not results[path]:
-                raise SourceError(f"{path}: no dtype holds every value of these sources exactly; give dtype=")
-    return results
+                raise SourceError(f"{path}: no dtype holds every value of these sources exactly; give dtype= (--dtype)")
+    return results, written
 
 
 def _attempt(
@@ -290,14 +324,17 @@ def _attempt(
     workers: int,
     bar: Any,
     seen: ValueStats,
-) -> tuple[list[ShardResult], ValueStats]:
-    """Every shard of a matrix in the dtype it has now, none if a value did not fit; and the stats of all values seen so far."""
+) -> tuple[list[ShardResult], ValueStats, int]:
+    """Every shard of a matrix in the dtype it has now, none if a value did not fit.
+
+    Also the stats of all values seen so far, and how many values were written now.
+    """
     tasks = list(survey.plans[path].tasks(str(construction.root), survey.maps(path), options))
     try:
-        done = _run_tasks(construction, tasks, workers, bar)
+        done, new = _run_tasks(construction, tasks, workers, bar)
     except DtypeTooNarrowError as found:
-        return [], seen | found.stats
-    return done, seen | union_stats(result.stats for result in done)
+        return [], seen | found.stats, 0
+    return done, seen | union_stats(result.stats for result in done), new
 
 
 def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: ValueStats) -> np.dtype[Any]:
@@ -308,8 +345,8 @@ def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: V
     return choose_dtype(seen, [source.header.dtype for source in plan.sources], survey.width)
 
 
-def _run_tasks(construction: Construction, tasks: list[ShardTask], workers: int, bar: Any) -> list[ShardResult]:
-    """The results of all tasks, in their order; those that were done by an earlier run are taken from their marks."""
+def _run_tasks(construction: Construction, tasks: list[ShardTask], workers: int, bar: Any) -> tuple[list[ShardResult], int]:
+    """The results of all tasks, in their order, and how many values are new; what an earlier run did is in its marks."""
     import dask
     from dask.callbacks import Callback
 
@@ -322,19 +359,25 @@ def _run_tasks(construction: Construction, tasks: list[ShardTask], workers: int,
             bar.update(result.values)
 
     jobs = [dask.delayed(run_task, pure=False)(dask.delayed(task, traverse=False)) for task in todo]
+
+    def say(line: str) -> None:
+        if not bar.disable:
+            bar.write(line, file=sys.stderr)
+
     # a pool of our own: leaving it waits for tasks that still run after another one failed
     with (
-        ThreadPoolExecutor(workers, thread_name_prefix="scdl-zarr-convert") as pool,
+        interruptible_pool(str(construction.root), workers, say) as pool,
         explained_errors(construction.root),
         Callback(posttask=finished),
     ):
         done = dask.compute(*jobs, scheduler="threads", pool=pool, num_workers=workers)
     results.update({task.name: result for task, result in zip(todo, done, strict=True)})
-    return [result for task in tasks if (result := results[task.name]) is not None]
+    return [result for task in tasks if (result := results[task.name]) is not None], sum(result.values for result in done)
 
 
-def _summary(root: Path, survey: Survey, seconds: float, *, written: bool = True) -> ConversionSummary:
+def _summary(root: Path, survey: Survey, seconds: float, written_values: int | None) -> ConversionSummary:
     layout = survey.plans["X"].layout
+    sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob("*") if path.is_file()}
     return ConversionSummary(
         target=str(root),
         n_obs=layout.n_obs,
@@ -343,8 +386,11 @@ def _summary(root: Path, survey: Survey, seconds: float, *, written: bool = True
         n_sources=len(survey.specs),
         matrices=tuple(dict.fromkeys(matrix_name(key) for key in survey.keys)),
         dtype=layout.data_dtype.name,
-        stored_bytes=sum(path.stat().st_size for path in root.rglob("*") if path.is_file()),
+        stored_bytes=sum(sizes.values()),
+        x_bytes=sum(size for path, size in sizes.items() if path.startswith(("X/data/", "X/indices/"))),
+        written_values=written_values or 0,
         seconds=seconds,
         left_out=tuple(survey.left_out),
-        written=written,
+        hints=tuple(survey.hints),
+        written=written_values is not None,
     )

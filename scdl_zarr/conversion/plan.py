@@ -50,28 +50,31 @@ class ConversionOptions:
     def __post_init__(self) -> None:
         profile_named(self.profile)
         if self.width not in ("auto", "plain", "narrow"):
-            raise OptionError(f"width={self.width!r}; choose 'auto', 'plain' or 'narrow'")
-        for name in ("layers", "obsm", "obsp"):
+            raise OptionError(f"width={self.width!r} (--width); choose 'auto', 'plain' or 'narrow'")
+        for name, flag in (("layers", "--layer"), ("obsm", "--obsm"), ("obsp", "--obsp")):
             value = getattr(self, name)
             if not isinstance(value, (str, list, tuple)) or not all(isinstance(v, str) for v in value):
-                raise OptionError(f"{name}={value!r}; expected a name or a list of names")
+                raise OptionError(f"{name}={value!r} ({flag}); expected a name or a list of names")
             chosen = (value,) if isinstance(value, str) else tuple(value)
             if len(set(chosen)) != len(chosen):
-                raise OptionError(f"{name}={value!r} names something twice")
+                raise OptionError(f"{name}={value!r} ({flag}) names something twice")
             object.__setattr__(self, name, chosen)
         if self.workers is not None and (not isinstance(self.workers, int) or self.workers < 1):
-            raise OptionError(f"workers={self.workers!r}; expected a positive number")
+            raise OptionError(f"workers={self.workers!r} (--workers); expected a positive number")
         if not isinstance(self.dtype_tolerance, (int, float)) or not 0 <= self.dtype_tolerance < float("inf"):
-            raise OptionError(f"dtype_tolerance={self.dtype_tolerance!r}; expected a number from 0.0 on")
+            raise OptionError(f"dtype_tolerance={self.dtype_tolerance!r} (--dtype-tolerance); expected a number from 0.0 on")
         if isinstance(self.dtype, str) and self.dtype == "auto":
             if self.dtype_tolerance:
-                raise OptionError("dtype_tolerance= loosens an explicit dtype=; with dtype='auto' every value survives exactly")
+                raise OptionError(
+                    "dtype_tolerance= (--dtype-tolerance) loosens an explicit dtype= (--dtype); "
+                    "with dtype='auto' every value survives exactly"
+                )
         else:
             object.__setattr__(self, "dtype", _asked_dtype(self.dtype))
         for name in ("chunk_values", "shard_values"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise OptionError(f"{name}={value!r}; expected a positive number")
+                raise OptionError(f"{name}={value!r} (--{name.replace('_', '-')}); expected a positive number")
         _check_sizes(self.chunk, self.shard)
         parse_bytes(self.memory_budget)
 
@@ -100,10 +103,8 @@ def _asked_dtype(dtype: Any) -> str:
     except TypeError:
         name = str(dtype)
     if name not in VALUE_DTYPES:
-        raise OptionError(
-            f"dtype={dtype!r} cannot be stored; choose 'auto' or one of {', '.join(VALUE_DTYPES)} "
-            "(SciPy holds no sparse float16, so AnnData could not open the store)"
-        )
+        half = " (SciPy holds no sparse float16, so AnnData could not open the store)" if name == "float16" else ""
+        raise OptionError(f"dtype={dtype!r} (--dtype) cannot be stored; choose 'auto' or one of {', '.join(VALUE_DTYPES)}{half}")
     return name
 
 

@@ -21,6 +21,7 @@ from scdl_zarr.conversion.kernels import map_rows, sort_rows
 from scdl_zarr.conversion.plan import PIECE_VALUES, Part, ShardTask
 from scdl_zarr.conversion.sources import MatrixReader, open_source
 from scdl_zarr.conversion.sources.h5ad import matrix_name
+from scdl_zarr.conversion.stopping import refuse_if_stopped
 from scdl_zarr.conversion.values import COMPILED_IDS, ValueStats, narrow, surely_exact, take_values
 from scdl_zarr.errors import InexactValueError, SourceError
 from scdl_zarr.reading.exactness import inexact_positions
@@ -98,6 +99,7 @@ def _write_values(task: ShardTask) -> ShardResult:
             with open_source(part.spec) as source:
                 matrix = source.matrix(part.key)
                 for piece in _pieces(matrix, part):
+                    refuse_if_stopped(task.root)
                     values, ids = _elements(matrix, piece, buffers)
                     inside = piece.inside(task, part)
                     mapped = buffers.take("mapped", len(ids), indices.dtype)
@@ -253,7 +255,8 @@ def _check_values(values: npt.NDArray[Any], stats: ValueStats, task: ShardTask, 
     at = int(piece.pointers[0]) + inside.start + int(bad[0])
     row = int(np.searchsorted(piece.pointers, at, side="right")) - 1
     if task.exact_dtype:
-        advice = f"ask for a wider dtype, for dtype='auto' (always exact), or use dtype_tolerance= (now {task.tolerance})"
+        options = f"dtype_tolerance= (--dtype-tolerance, now {task.tolerance})"
+        advice = f"ask for a wider dtype, for dtype='auto' (--dtype auto, always exact), or use {options}"
     else:
         advice = "and no dtype holds all values exactly; convert into two stores, or give dtype= and dtype_tolerance="
     raise InexactValueError(

@@ -29,6 +29,7 @@ __all__ = ["Survey", "find_sources", "survey_sources"]
 POINTER_BLOCK = 1 << 20
 PROBE_VALUES = 1 << 16
 SAMPLE_VALUES = 4096
+SHOWN_SOURCES = 3  # in a message that names sources
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +44,7 @@ class Survey:
     obs: list[pd.DataFrame]
     obsm: dict[str, list[Any]]
     left_out: list[str]
+    hints: list[str]  # what is allowed and may not be what was meant
     width: str
     digests: list[str]
     longest_row: int
@@ -86,7 +88,7 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
     tables: list[int] = []
     obs: list[pd.DataFrame] = []
     obsm: dict[str, list[Any]] = {name: [] for name in options.obsm}
-    left_out: set[str] = set()
+    left_out: list[set[str]] = []
     for spec, key in zip(specs, keys, strict=True):
         with open_source(spec) as source:
             matrix = source.matrix(key)
@@ -101,7 +103,7 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
                 found[f"obsp/{name}"].append(_obsp_header(source, name, matrix.header.n_obs))
             for name in options.obsm:
                 obsm[name].append(_obsm(source, name, matrix.header.n_obs))
-            left_out |= _left_out(source, key, options)
+            left_out.append(_left_out(source, key, options))
     _check_widths(obsm, specs)
     plans, digests, longest = _plan_matrices(specs, found, tables, vocabulary, options)
     digests = [
@@ -125,7 +127,8 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
         tables=tables,
         obs=obs,
         obsm=obsm,
-        left_out=sorted(left_out),
+        left_out=name_left_out(left_out, [spec.name for spec in specs]),
+        hints=_hints(vocabulary, tables, specs),
         width=width,
         digests=digests,
         longest_row=longest,
@@ -157,7 +160,8 @@ def _choose_matrices(specs: list[SourceSpec], matrix: Any) -> list[str]:
         without = ", ".join(s.name for s, raw in zip(specs, has_raw, strict=True) if not raw)
         raise SourceError(
             f"matrix='auto' cannot decide: these sources have raw counts: {with_raw}; these have none: {without}. "
-            "Say which matrix to take, for all with matrix='X', or for each with matrix={source: name}"
+            "Say which matrix to take, for all with matrix='X' (--matrix X), or for each with matrix={source: name} "
+            "(--matrix a.h5ad=raw --matrix b.h5ad=X)"
         )
     return ["raw/X" if all(has_raw) else "X"] * len(specs)
 
@@ -170,7 +174,7 @@ def _of_source(spec: SourceSpec, matrix: Mapping[Any, str]) -> str:
     for name, key in chosen.items():
         if os.path.abspath(os.path.expanduser(name)) == spec.path:
             return key
-    raise OptionError(f"matrix= names no matrix for {spec.name}; it lists: {', '.join(chosen) or 'nothing'}")
+    raise OptionError(f"matrix= (--matrix) names no matrix for {spec.name}; it lists: {', '.join(chosen) or 'nothing'}")
 
 
 def _matrix_key(name: str) -> str:
@@ -228,14 +232,51 @@ def _check_widths(obsm: dict[str, list[Any]], specs: list[SourceSpec]) -> None:
     for name, values in obsm.items():
         if len({value.shape[1:] for value in values}) > 1:
             shapes = ", ".join(f"{spec.name} {value.shape}" for spec, value in zip(specs, values, strict=True))
-            raise SourceError(f"obsm {name!r} has different widths: {shapes}; leave it out of obsm=")
+            raise SourceError(f"obsm {name!r} has different widths: {shapes}; leave it out of obsm= (--obsm)")
 
 
 def _left_out(source: Source, key: str, options: ConversionOptions) -> set[str]:
     taken = {key, *(f"layers/{layer}" for layer in options.layers)}
     matrices = {matrix_name(k) for k in source.matrices() if k not in taken}
     carried = {*(f"obsm/{name}" for name in options.obsm), *(f"obsp/{name}" for name in options.obsp)}
-    return matrices | (set(source.others()) - carried)
+    return matrices | (set(source.others()) - carried) | set(source.columns_left_out(key))
+
+
+def name_left_out(found: list[set[str]], names: list[str]) -> list[str]:
+    """What the sources had and the store has not, sorted; with the sources that it is left out of unless those are all."""
+    listed = []
+    for item in sorted(set().union(*found)):
+        of = [name for name, items in zip(names, found, strict=True) if item in items]
+        more = f" and {len(of) - SHOWN_SOURCES} more" if len(of) > SHOWN_SOURCES else ""
+        listed.append(item if len(of) == len(names) else f"{item} (of {', '.join(of[:SHOWN_SOURCES])}{more})")
+    return listed
+
+
+def _hints(vocabulary: Vocabulary, tables: list[int], specs: list[SourceSpec]) -> list[str]:
+    """Signs that sources name their genes differently, or that a name does not say which gene is meant."""
+    advice = "var_key= (--var-key) matches genes by a column of var"
+    hints = []
+    shared = vocabulary.shared()
+    strange = [spec.name for spec, table in zip(specs, tables, strict=True) if not shared[table] and len(vocabulary.maps[table])]
+    if strange and len(vocabulary.maps) > 1:
+        who = f"{', '.join(strange[:SHOWN_SOURCES])}{' and others' if len(strange) > SHOWN_SOURCES else ''}"
+        if len(strange) == len(specs):
+            hints.append(f"the sources have no gene in common; {advice}")
+        else:
+            hints.append(f"{who} {'have' if len(strange) > 1 else 'has'} no gene in common with the other sources; {advice}")
+    repeated = vocabulary.repeated()
+    if repeated:
+        n, one = len(repeated), len(repeated) == 1
+        what = f"gene name{'' if one else 's'}"
+        if vocabulary.var_key is not None:
+            what = f"value{'' if one else 's'} of var column {vocabulary.var_key!r}"
+        shown = ", ".join(map(str, repeated[:3])) + (", ..." if len(repeated) > 3 else "")
+        matched = "; those of several sources are matched in their order" if len(specs) > 1 else ""
+        hints.append(
+            f"{n:,} {what} repeat{'s' if one else ''} within a source ({shown}); "
+            f"select {'it' if one else 'these'} by number{matched}"
+        )
+    return hints
 
 
 # ---- rows, values, plans

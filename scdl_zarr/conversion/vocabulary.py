@@ -55,9 +55,8 @@ class Vocabulary:
 
     def _join(self, var: pd.DataFrame, where: str) -> npt.NDArray[np.int64]:
         if self.var_key is not None and self.var_key not in var.columns:
-            raise OptionError(
-                f"var_key={self.var_key!r} is no column of var in {where}; it has: {', '.join(map(str, var.columns)) or 'none'}"
-            )
+            listed = ", ".join(map(str, var.columns)) or "none"
+            raise OptionError(f"var_key={self.var_key!r} (--var-key) is no column of var in {where}; it has: {listed}")
         keys = var.index if self.var_key is None else var[self.var_key]
         if keys.isna().any():
             raise SourceError(f"{where}: gene {int(np.flatnonzero(keys.isna())[0])} has no {self.var_key or 'name'}")
@@ -68,6 +67,15 @@ class Vocabulary:
             seen[key] = occurrence + 1
             mapped[position] = self._ids.setdefault((key, occurrence), len(self._ids))
         return mapped
+
+    def shared(self) -> list[bool]:
+        """For each var table, whether another one has one of its genes."""
+        times = np.bincount(np.concatenate([*self.maps, np.empty(0, np.int64)]), minlength=len(self))
+        return [bool((times[ids] > 1).any()) for ids in self.maps]
+
+    def repeated(self) -> list[Any]:
+        """Keys that some source has more than once, in order of their second appearance."""
+        return [key for key, occurrence in self._ids if occurrence == 1]
 
     def frame(self) -> pd.DataFrame:
         """The var table of the store: for each gene and column, the value of the first source that has both.

@@ -93,7 +93,9 @@ class Blocks:
 
     def unsorted_rows(self, matrix: str = "X") -> Int64Array:
         """Rows whose gene ids were not sorted in their source (they keep their source's order), ascending."""
-        runs = np.asarray(read_element(self._location, f"{ROOT}/unsorted_rows/{unsorted_rows_name(matrix)}"))
+        runs = np.asarray(
+            read_element(self._location, f"{ROOT}/unsorted_rows/{unsorted_rows_name(matrix)}", self._metadata.nodes)
+        )
         n = self._metadata.n_obs
         if (
             runs.ndim != 2
@@ -147,7 +149,7 @@ class Blocks:
     def _array(self, name: str) -> Any:
         arrays = self._kept.setdefault("arrays", {})
         if name not in arrays:
-            arrays[name] = read_element(self._location, f"{ROOT}/{name}")
+            arrays[name] = read_element(self._location, f"{ROOT}/{name}", self._metadata.nodes)
         return arrays[name]
 
 

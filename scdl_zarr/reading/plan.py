@@ -66,70 +66,79 @@ def split_rows(plan: RowPlan, parts: int) -> list[Int64Array]:
     return [part for part in np.split(plan.order, cuts) if len(part)]
 
 
-def resolve_rows(rows: Any, n_obs: int) -> Int64Array:
+def resolve_rows(rows: Any, n_obs: int, what: str = "row") -> Int64Array:
     """Row numbers of an int, slice, list, array or boolean mask; negative ones count from the end.
+
+    `what` they are numbers of is for the messages (genes are selected in the same ways).
 
     Raises
     ------
     RowIndexError
         A number is outside ``[-n_obs, n_obs)``.
     OptionError
-        `rows` is of another kind: floats, text, two dimensions, a mask of another length.
+        `rows` is of another kind: floats, text, a bool, two dimensions, a mask of another length.
     """
     if isinstance(rows, slice):
-        return np.arange(*_slice_bounds(rows, n_obs), dtype=np.int64)
+        return np.arange(*_slice_bounds(rows, n_obs, what), dtype=np.int64)
     if not isinstance(rows, np.ndarray):
+        if isinstance(rows, (str, bytes, bool, np.bool_)):
+            raise OptionError(f"{rows!r} selects no {what}s: expected integers, a slice or a boolean mask ({what}s are numbers)")
         try:
             number = operator.index(rows)
         except TypeError:
-            rows = _as_array(rows, n_obs)
+            rows = _as_array(rows, n_obs, what)
         else:
             if not -n_obs <= number < n_obs:
-                raise RowIndexError(f"row {number} is out of range for {n_obs} rows")
+                raise _out_of_range(number, n_obs, what)
             return np.array([number % n_obs], np.int64)
     if rows.ndim == 0 and rows.dtype.kind in "iu":
         rows = rows[None]
     if rows.ndim != 1:
-        raise OptionError(f"rows has {rows.ndim} dimensions, expected one")
+        raise OptionError(f"{what}s has {rows.ndim} dimensions, expected one")
     if rows.dtype.kind == "b":
         if len(rows) != n_obs:
-            raise OptionError(f"the boolean mask has {len(rows)} entries for {n_obs} rows")
+            raise OptionError(f"the boolean mask has {len(rows)} entries for {n_obs} {what}s")
         return np.flatnonzero(rows).astype(np.int64, copy=False)
     if not len(rows):
         return np.empty(0, np.int64)
     if rows.dtype.kind not in "iu":
-        raise OptionError(f"rows has dtype {rows.dtype}, expected integers or a boolean mask")
+        kind = "text" if rows.dtype.kind in "US" else f"dtype {rows.dtype}"
+        raise OptionError(f"{what}s has {kind}, expected integers or a boolean mask")
     if rows.dtype.kind == "u" and rows.max() > np.iinfo(np.int64).max:
-        raise RowIndexError(f"row {rows.max()} is out of range for {n_obs} rows")
-    return _in_range(rows.astype(np.int64), n_obs)
+        raise _out_of_range(rows.max(), n_obs, what)
+    return _in_range(rows.astype(np.int64), n_obs, what)
 
 
-def _as_array(rows: Any, n_obs: int) -> npt.NDArray[Any]:
+def _as_array(rows: Any, n_obs: int, what: str) -> npt.NDArray[Any]:
     try:
         if not hasattr(rows, "__array__"):
             rows = list(rows)
         array = np.asarray(rows)
     except (TypeError, ValueError):
-        raise OptionError(f"rows is {type(rows).__name__}, expected an int, a slice, integers or a boolean mask") from None
+        raise OptionError(f"{what}s is {type(rows).__name__}, expected an int, a slice, integers or a boolean mask") from None
     if array.dtype.kind == "O" and array.ndim == 1 and len(array):
         if all(isinstance(v, (bool, np.bool_)) for v in array):
             return array.astype(bool)
         if all(isinstance(v, int) for v in array):  # numbers that no 64-bit integer holds
-            raise RowIndexError(f"row {max(array, key=abs)} is out of range for {n_obs} rows")
+            raise _out_of_range(max(array, key=abs), n_obs, what)
     return array
 
 
-def _slice_bounds(rows: slice, n_obs: int) -> tuple[int, int, int]:
+def _slice_bounds(rows: slice, n_obs: int, what: str) -> tuple[int, int, int]:
     try:
         return rows.indices(n_obs)
     except (TypeError, ValueError) as error:
-        raise OptionError(f"{rows!r} is not a slice of rows: {error}") from None
+        raise OptionError(f"{rows!r} is not a slice of {what}s: {error}") from None
 
 
-def _in_range(rows: Int64Array, n_obs: int) -> Int64Array:
+def _in_range(rows: Int64Array, n_obs: int, what: str) -> Int64Array:
     low, high = rows.min(), rows.max()
     if low < -n_obs or high >= n_obs:
-        raise RowIndexError(f"row {low if low < -n_obs else high} is out of range for {n_obs} rows")
+        raise _out_of_range(low if low < -n_obs else high, n_obs, what)
     if low < 0:
         rows = np.where(rows < 0, rows + n_obs, rows)
     return rows
+
+
+def _out_of_range(number: Any, n_obs: int, what: str) -> RowIndexError:
+    return RowIndexError(f"{what} {number} is out of range for {n_obs} {what}s")

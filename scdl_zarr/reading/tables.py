@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.errors import CorruptStoreError, FeatureNameError, NotAStoreError, RowIndexError, ScdlZarrError
+from scdl_zarr.errors import CorruptStoreError, FeatureNameError, NotAStoreError, OptionError, ScdlZarrError
 from scdl_zarr.reading.first_use import FIRST_USE
 from scdl_zarr.reading.plan import resolve_rows
-from scdl_zarr.reading.zarr_arrays import open_root
+from scdl_zarr.reading.zarr_arrays import open_part
 from scdl_zarr.storage.foreign import dtype_name, needs_pickle
 from scdl_zarr.storage.metadata import node_attributes
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
     from scdl_zarr.storage.location import StoreLocation
 
-__all__ = ["LazyTable", "read_element", "refuse_pickles"]
+__all__ = ["LazyArrays", "LazyTable", "read_element", "refuse_pickles"]
+
+SELECTIONS = "expected a column name, a list of names, a row number, a slice, row numbers or a boolean mask"
 
 
 class LazyTable:
@@ -43,6 +45,8 @@ class LazyTable:
     [2631, 2549]
     >>> demo.obs[5:7].shape
     (2, 2)
+    >>> demo.obs[demo.obs["n_genes"] > 2500].shape
+    (158, 2)
     """
 
     def __init__(
@@ -84,6 +88,11 @@ class LazyTable:
         names: pd.Index = pd.Index(self._values(self._index_name), name=name, copy=True)
         return names
 
+    @property
+    def index(self) -> pd.Index:
+        """The same as :attr:`names`, under pandas' word."""
+        return self.names
+
     def encoding(self, column: str) -> str:
         """How a column is stored: ``"array (float32)"``, ``"categorical"``, ``"string-array"``, ..."""
         self._require(column)
@@ -118,28 +127,50 @@ class LazyTable:
     @overload
     def __getitem__(self, key: str) -> pd.Series[Any]: ...
     @overload
-    def __getitem__(self, key: list[str] | slice) -> pd.DataFrame: ...
+    def __getitem__(self, key: int | np.integer[Any]) -> pd.Series[Any]: ...
     @overload
-    def __getitem__(self, key: int) -> pd.Series[Any]: ...
-    def __getitem__(self, key: str | list[str] | slice | int) -> pd.Series[Any] | pd.DataFrame:
-        """A column (a Series over row numbers), some columns or a slice of rows (a DataFrame), or one row (a Series).
+    def __getitem__(
+        self, key: list[str] | list[int] | list[bool] | slice | npt.NDArray[Any] | pd.Series[Any] | pd.Index
+    ) -> pd.DataFrame: ...
+    def __getitem__(self, key: Any) -> pd.Series[Any] | pd.DataFrame:
+        """Columns by name, or rows by what selects rows.
 
-        Row slices and single rows carry the names as pandas does; a column does not, because the names of a hundred
-        million cells cost more than the column.
+        ========================================  ====================================================================
+        a column's name                           that column, a Series over row numbers
+        a list or array of names                  those columns, a DataFrame over row numbers
+        an int                                    that row, a Series
+        a slice; a list or array of row numbers;  those rows, a DataFrame of all columns, indexed by the names; an empty
+        a boolean mask (array or Series)          list selects no rows
+        ========================================  ====================================================================
+
+        Rows carry the names as pandas does; a column does not, because the names of a hundred million cells cost more than the
+        column.  Rows are selected by position, as in ``read_rows``, whatever the index of a Series says; all columns are read.
+
+        Raises
+        ------
+        FeatureNameError
+            There is no such column.
+        RowIndexError
+            A row is out of range.
+        OptionError
+            Anything else, also a mask of another length.
         """
         import pandas as pd
 
         if isinstance(key, str):
             self._require(key)
             return pd.Series(self._values(key), name=key, copy=True)
-        if isinstance(key, list):
-            return pd.DataFrame({name: self[name] for name in key}, copy=False)
-        if isinstance(key, slice):
-            return self.to_pandas().iloc[key]
-        row = resolve_rows(key, self._length)
-        if len(row) != 1:
-            raise RowIndexError(f"{key!r} is not one row")
-        return self.to_pandas().iloc[int(row[0])]
+        if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+            return self.to_pandas().iloc[int(resolve_rows(key, self._length)[0])]
+        if not isinstance(key, slice) and (isinstance(key, tuple) or not hasattr(key, "__len__")):
+            raise OptionError(f"{self._path}[{key!r}]: {SELECTIONS}")
+        if not isinstance(key, slice) and len(key) and all(isinstance(name, str) for name in key):
+            return pd.DataFrame({str(name): self[str(name)] for name in key}, copy=False)
+        try:
+            rows = resolve_rows(key, self._length)
+        except OptionError as error:
+            raise OptionError(f"{self._path}[...]: {error}") from None
+        return self.to_pandas().iloc[rows]
 
     def head(self, n: int = 5) -> pd.DataFrame:
         """The first `n` rows of all columns."""
@@ -171,7 +202,7 @@ class LazyTable:
         if found is None:
             path = f"{self._path}/{column}"
             refuse_pickles(self._location, {at: node for at, node in self._nodes.items() if f"{at}/".startswith(f"{path}/")})
-            found = read_element(self._location, path, whole=self._whole)
+            found = read_element(self._location, path, self._nodes, whole=self._whole)
             if len(found) != self._length:
                 raise CorruptStoreError(
                     f"{self._location}: {self._path}/{column} has {len(found)} entries, expected {self._length}"
@@ -180,11 +211,59 @@ class LazyTable:
         return found
 
 
-def read_element(location: StoreLocation, path: str, *, whole: bool = True) -> Any:
+class LazyArrays(Mapping[str, Any]):
+    """Arrays of the store by name, with a row for each cell (``data.obsm``).
+
+    An array is read whole whenever it is asked for, and not kept: hold on to it to use it twice.
+
+    Raises
+    ------
+    FeatureNameError
+        There is no such array; the message lists those there are.
+    CorruptStoreError
+        It is damaged, or has not as many rows as the store.
+    """
+
+    def __init__(
+        self,
+        location: StoreLocation,
+        path: str,
+        names: list[str],
+        nodes: Mapping[str, Mapping[str, Any]],
+        length: int,
+        *,
+        whole: bool = True,
+    ) -> None:
+        self._location, self._path, self._names = location, path, names
+        self._nodes, self._length, self._whole = nodes, length, whole
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            listed = ", ".join(self._names) or "none (a conversion carries those it is asked for)"
+            raise FeatureNameError(f"{self._location} has no {self._path} {name!r}; it has: {listed}")
+        found = read_element(self._location, f"{self._path}/{name}", self._nodes, whole=self._whole)
+        shape = getattr(found, "shape", ())
+        if not shape or shape[0] != self._length:
+            raise CorruptStoreError(f"{self._location}: {self._path}/{name} has shape {shape} for {self._length} cells")
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return f"LazyArrays {self._path}: {', '.join(self._names) or 'none'}"
+
+
+def read_element(location: StoreLocation, path: str, nodes: Mapping[str, Mapping[str, Any]], *, whole: bool = True) -> Any:
     """One AnnData element (a column, an array) as numpy or pandas values.
 
     Parameters
     ----------
+    nodes
+        The metadata documents of the store by path: only those of the element are looked at.
     whole
         Whether the writer left out no chunk, so that one that is not there is damage (as in every store of ours).  Otherwise it
         equals the fill value, as Zarr has it.
@@ -199,22 +278,22 @@ def read_element(location: StoreLocation, path: str, *, whole: bool = True) -> A
         Another store has taken its place since it was opened.
     """
     try:
-        return _read_element(location, path, whole)
+        return _read_element(location, path, nodes, whole)
     finally:
         location.require_same()
 
 
-def _read_element(location: StoreLocation, path: str, whole: bool) -> Any:
+def _read_element(location: StoreLocation, path: str, nodes: Mapping[str, Mapping[str, Any]], whole: bool) -> Any:
     try:
         with FIRST_USE:
-            root = open_root(location)
+            root = open_part(location, path, nodes)
             element = root[path]
             arrays = list(arrays_of(element))
             refuse_pickles(location, {array.path: array.metadata.to_dict() for array in arrays})
             for array in arrays if whole else ():
                 require_objects(location, array)
             if "categories" in element.attrs and hasattr(element, "chunks"):
-                return decode_old_categorical(location, root, element, path)
+                return decode_old_categorical(location, nodes, element, path)
             return decode_element(element)
     except ScdlZarrError:
         raise
@@ -248,7 +327,7 @@ def require_objects(location: StoreLocation, array: Any) -> None:
             raise CorruptStoreError(f"{location}: {key} is missing: the store has lost a part")
 
 
-def decode_old_categorical(location: StoreLocation, root: Any, codes: Any, path: str) -> Any:
+def decode_old_categorical(location: StoreLocation, nodes: Mapping[str, Mapping[str, Any]], codes: Any, path: str) -> Any:
     """A categorical of anndata 0.7: codes with an attribute that names the array of categories in the same table."""
     import pandas as pd
 
@@ -256,8 +335,8 @@ def decode_old_categorical(location: StoreLocation, root: Any, codes: Any, path:
     table = path.split("/")[0]
     if not name.startswith("__categories/") or ".." in name:
         raise CorruptStoreError(f"{location}: {path} has its categories at {name!r}, expected a place in __categories")
-    categories = read_element(location, f"{table}/{name}", whole=False)
-    ordered = bool(root[f"{table}/{name}"].attrs.get("ordered", False))
+    categories = read_element(location, f"{table}/{name}", nodes, whole=False)
+    ordered = bool(node_attributes(nodes, f"{table}/{name}").get("ordered", False))
     return pd.Categorical.from_codes(np.asarray(codes[...]), categories=categories, ordered=ordered)
 
 

@@ -81,6 +81,9 @@ class Source(Protocol):
         With raw.X that of raw, and the columns that only var has where both list the same genes in the same order.
         """
 
+    def columns_left_out(self, key: str) -> list[str]:
+        """Columns that :meth:`var` does not have for that matrix though the source has them: "var/means", ..."""
+
     def others(self) -> list[str]:
         """Elements beside obs, var and the matrices: "obsm/X_pca", "uns/colors", ..."""
 

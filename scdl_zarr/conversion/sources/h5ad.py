@@ -104,6 +104,11 @@ class H5adSource:
         shown = matrix_name(key)
         if group is None or _kind(group) is None:
             listed = ", ".join(f"{matrix_name(k)} ({kind})" for k, kind in self.matrices().items()) or "none"
+            if self._is_tenx():
+                raise SourceError(
+                    f"{self.spec.path} looks like 10x Genomics HDF5, which this version does not convert; read it with "
+                    "scanpy.read_10x_h5 and write it with write_h5ad first"
+                )
             raise SourceError(f"{self.spec.path} has no matrix {shown}; it has: {listed}")
         if _kind(group) != "csr":
             raise SourceError(
@@ -121,14 +126,24 @@ class H5adSource:
         return self._frame("obs")
 
     def var(self, key: str) -> pd.DataFrame:
-        if key != "raw/X":
-            return self._frame("var")
+        return self._raw_var()[0] if key == "raw/X" else self._frame("var")
+
+    def columns_left_out(self, key: str) -> list[str]:
+        return self._raw_var()[1] if key == "raw/X" else []
+
+    def _raw_var(self) -> tuple[pd.DataFrame, list[str]]:
+        """The genes of raw, and which columns of var do not come along with them."""
         frame = self._frame("raw/var")
-        other = self._frame("var") if self._node("var") is not None else frame
-        if frame.index.equals(other.index):  # what was learnt of the same genes since raw was set aside holds for raw, too
-            for name in other.columns.difference(frame.columns, sort=False):
-                frame[name] = other[name].array
-        return frame
+        if self._node("var") is None:
+            return frame, []
+        other = self._frame("var")
+        if not frame.index.equals(other.index):
+            return frame, [f"var/{name}" for name in other.columns]
+        # what was learnt of the same genes since raw was set aside holds for raw, too
+        hidden = [name for name in other.columns if name in frame.columns and not _same_values(frame[name], other[name])]
+        for name in other.columns.difference(frame.columns, sort=False):
+            frame[name] = other[name].array
+        return frame, [f"var/{name}" for name in hidden]
 
     def others(self) -> list[str]:
         with reading(self.spec.path, "the list of its elements"):
@@ -159,6 +174,12 @@ class H5adSource:
             except KeyError:
                 continue
         return None
+
+    def _is_tenx(self) -> bool:
+        """A group with a matrix by columns and its barcodes: "matrix" since Cell Ranger 3, one for each genome before."""
+        with reading(self.spec.path, "the file"):
+            groups = [node for node in self._file.values() if isinstance(node, h5py.Group)]
+            return any({"barcodes", "data", "indices", "indptr"} <= set(group) for group in groups)
 
     def _compound_columns(self, table: str) -> tuple[str, ...]:
         """Columns of a table of anndata 0.6, whose categories lie in uns."""
@@ -240,6 +261,11 @@ class H5adMatrix:
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         values, ids = out or (None, None)
         return self._data.read(start, stop, values), self._indices.read(start, stop, ids)
+
+
+def _same_values(a: pd.Series[Any], b: pd.Series[Any]) -> bool:
+    """Whether two columns hold the same, categories or not, missing values included."""
+    return bool(a.dtype == b.dtype and a.reset_index(drop=True).equals(b.reset_index(drop=True)))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,45 @@
+"""Ctrl-C during a conversion: the threads that write its shards are told, and give up the shard they are at.
+
+The main thread alone hears of Ctrl-C, and has to wait for the other threads; what they look at between two pieces of a shard is
+whether the folder they write is among those to be given up.  A shard that was given up leaves no file and no mark: the same
+conversion goes on from the shards that are whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+__all__ = ["StoppedError", "interruptible_pool", "refuse_if_stopped"]
+
+_given_up: set[str] = set()  # folders; adding, removing and asking are atomic
+
+
+class StoppedError(Exception):
+    """Ends a task whose result nobody waits for any more."""
+
+
+def refuse_if_stopped(root: str) -> None:
+    """Raise :class:`StoppedError` in a task of a conversion that is being stopped."""
+    if root in _given_up:
+        raise StoppedError(root)
+
+
+@contextlib.contextmanager
+def interruptible_pool(root: str, workers: int, say: Callable[[str], object]) -> Iterator[ThreadPoolExecutor]:
+    """Threads for the tasks that write under `root`; left only when none of them is at work.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        Anew, without the history of what the main thread was waiting in.
+    """
+    _given_up.discard(root)  # not on leaving: whoever presses Ctrl-C twice does not wait, and the threads are still to stop
+    with ThreadPoolExecutor(workers, thread_name_prefix="scdl-zarr-convert") as pool:
+        try:
+            yield pool
+        except KeyboardInterrupt:
+            _given_up.add(root)
+            say("stopping; the shards under way are given up, run the same conversion again to go on with the others")
+            raise KeyboardInterrupt from None
