@@ -211,13 +211,13 @@ class InterruptingElements:
         self._at, self._elements = at, H5adMatrix.elements
         self.calls = 0
 
-    def __call__(self, matrix: H5adMatrix, start: int, stop: int) -> Any:
+    def __call__(self, matrix: H5adMatrix, start: int, stop: int, **named: Any) -> Any:
         self.calls += 1
         if self.calls == self._at:
             os.kill(os.getpid(), signal.SIGINT)
         if self.calls >= self._at:
             time.sleep(0.3)
-        return self._elements(matrix, start, stop)
+        return self._elements(matrix, start, stop, **named)
 
 
 def test_ctrl_c_ends_a_conversion_between_two_pieces_of_a_shard(
@@ -226,7 +226,7 @@ def test_ctrl_c_ends_a_conversion_between_two_pieces_of_a_shard(
     target = tmp_path / "stopped.zarr"
     interrupting = InterruptingElements(60)
     with monkeypatch.context() as patch:
-        patch.setattr(H5adMatrix, "elements", lambda *arguments: interrupting(*arguments))
+        patch.setattr(H5adMatrix, "elements", lambda *arguments, **named: interrupting(*arguments, **named))
         patch.setattr("scdl_zarr.conversion.shards.PIECE_VALUES", 512)  # about 64 pieces a shard
         with pytest.raises(KeyboardInterrupt) as caught:
             scdl_zarr.convert(real_h5ad, target, workers=1, **SIZES)
