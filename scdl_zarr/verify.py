@@ -164,7 +164,7 @@ class _ShardCheck:
 
     def run(self) -> list[Fault]:
         from scdl_zarr.reading.kernels.state import PART_SIZE
-        from scdl_zarr.reading.mapped import CHECKS, chunk_fault, describe
+        from scdl_zarr.reading.mapped import CHECKS, chunk_fault, describe_part
         from scdl_zarr.storage.shards import MappedShard, ShardTable
 
         part = self._part
@@ -175,7 +175,7 @@ class _ShardCheck:
             return [Fault(where=part.path, what=str(error))]
         decoder, found = self._kernels.decoder(part.chunk), []
         vector = np.zeros(PART_SIZE, np.int64)
-        describe(vector, part, ShardTable("", part, StoreLocation()), CHECKS["always"])
+        describe_part(vector, part, ShardTable("", part, StoreLocation()), CHECKS["always"])
         stop = part.chunks_in_shard(self.number)
         absent = np.flatnonzero((shard.index(part)[:stop] == 2**64 - 1).all(axis=1))
         if len(absent):

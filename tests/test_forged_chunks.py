@@ -28,7 +28,7 @@ import scdl_zarr
 from scdl_zarr.errors import CorruptStoreError
 from scdl_zarr.reading import kernels
 from scdl_zarr.reading.batch import RowBatch
-from scdl_zarr.reading.mapped import CHECKS, MappedColumns, describe
+from scdl_zarr.reading.mapped import CHECKS, MappedColumns, describe_part
 from scdl_zarr.storage.location import StoreLocation, locate, read_metadata
 from scdl_zarr.storage.schema import ArrayLayout
 from scdl_zarr.storage.shards import MappedShard, ShardTable
@@ -83,7 +83,7 @@ class Shard:
         loaded, shard = kernels.load(), MappedShard(str(self.path), self.layout)
         assert loaded is not None
         vector, out = np.zeros(kernels.st.PART_SIZE, np.int64), np.empty(CHUNK, self.layout.dtype)
-        describe(vector, self.layout, ShardTable("", self.layout, StoreLocation()), CHECKS["never"])
+        describe_part(vector, self.layout, ShardTable("", self.layout, StoreLocation()), CHECKS["never"])
         decoder = loaded.decoder(CHUNK)  # owns the memory behind its vector
         code = loaded.decode(vector, decoder.vector, shard.address, shard.data_end, shard.verified_address, k, out.view(np.uint8))
         return out if code == kernels.st.OK else None

@@ -287,14 +287,14 @@ def _copied_planes(part: Any, decoder: Any, address: int, size: int, first: int,
 
 
 def part_of(dtype: np.dtype[Any], chunk: int, limit: int = -1) -> npt.NDArray[np.int64]:
-    from scdl_zarr.reading.mapped import describe
+    from scdl_zarr.reading.mapped import describe_part
     from scdl_zarr.storage.location import StoreLocation
     from scdl_zarr.storage.schema import ArrayLayout
     from scdl_zarr.storage.shards import ShardTable
 
     layout = ArrayLayout(path="X/data", size=chunk, dtype=dtype, chunk=chunk, shard=chunk, codec="blosc", checksum=False)
     vector = np.zeros(s.PART_SIZE, np.int64)
-    describe(vector, layout, ShardTable("", layout, StoreLocation()), s.CHECK_NEVER)
+    describe_part(vector, layout, ShardTable("", layout, StoreLocation()), s.CHECK_NEVER)
     vector[s.PART_LIMIT] = limit
     return vector
 

@@ -25,7 +25,7 @@ from scdl_zarr.storage.mapping import can_probe
 from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout
 from scdl_zarr.storage.shards import ShardTable, shard_table
 
-__all__ = ["CHECKS", "MappedColumns", "chunk_fault"]
+__all__ = ["CHECKS", "MappedColumns", "chunk_fault", "describe_part"]
 
 CHECKS = {"never": st.CHECK_NEVER, "first": st.CHECK_FIRST, "always": st.CHECK_ALWAYS}
 SPLIT_VALUES = 1 << 16  # a batch smaller than this is faster on one thread
@@ -54,7 +54,7 @@ class Maps:
         self.tables = tables
         self.parts = np.zeros((3, st.PART_SIZE), np.int64)
         for vector, array, table in zip(self.parts, _arrays(layout), tables, strict=True):
-            describe(vector, array, table, check)
+            describe_part(vector, array, table, check)
         self.parts[INDICES, st.PART_LIMIT] = layout.n_vars
         self.views = tuple(self.parts)
 
@@ -68,7 +68,7 @@ def _arrays(layout: MatrixLayout) -> tuple[ArrayLayout, ArrayLayout, ArrayLayout
     return layout.data, layout.indices, layout.indptr
 
 
-def describe(vector: Int64Array, array: ArrayLayout, table: ShardTable, check: int) -> None:
+def describe_part(vector: Int64Array, array: ArrayLayout, table: ShardTable, check: int) -> None:
     """Fill a PART_ vector."""
     itemsize, kind = array.dtype.itemsize, array.dtype.kind
     facts = {
