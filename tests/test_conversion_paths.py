@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import scdl_zarr
 from scdl_zarr.conversion import encode
 from scdl_zarr.conversion.encode import ShardEncoder
 from scdl_zarr.conversion.hdf5_chunks import ElementReader
@@ -26,6 +27,7 @@ from scdl_zarr.conversion.sources.h5ad_frames import read_frame
 from scdl_zarr.conversion.values import checksum, narrow, surely_exact, take_values, value_stats
 from scdl_zarr.errors import SourceError
 from scdl_zarr.storage.schema import VALUE_DTYPES, ArrayLayout
+from tests.toys import csr, write_h5ad
 
 # ---- shards
 
@@ -274,3 +276,40 @@ def test_a_table_with_another_encoding_is_left_to_anndata(tmp_path: Path) -> Non
         assert read_frame(file["t"]) is None
         file["t"].attrs["encoding-version"] = "0.1.0"
         assert read_frame(file["t"]) is None
+
+
+@pytest.mark.parametrize("chunks", [None, (5,)])
+def test_integers_of_fewer_bits_are_left_to_hdf5(chunks: tuple[int] | None, tmp_path: Path) -> None:
+    """HDF5 can keep 16 bits in the middle of 4 bytes; the bytes alone would be other numbers."""
+    kind = h5py.h5t.STD_I32LE.copy()
+    kind.set_precision(16)
+    kind.set_offset(8)
+    values = np.array([0, 1, -1, 700, -32768, 32767, 5], np.int32)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        if chunks:
+            layout.set_chunk(chunks)
+        space = h5py.h5s.create_simple(values.shape)
+        h5py.h5d.create(file.id, b"x", kind, space, dcpl=layout).write(h5py.h5s.ALL, h5py.h5s.ALL, values)
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file["x"][:].tolist() == values.tolist()
+        reader = ElementReader(file["x"], str(tmp_path / "a.h5"))
+        assert reader.read(1, 7).tolist() == values[1:].tolist()
+        reader.close()
+
+
+def test_a_cast_makes_what_it_copies_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file system has no links, files are copied, and the old store goes afterwards."""
+    data = scdl_zarr.convert(write_h5ad(tmp_path / "a.h5ad", csr([([1, 2], [0, 1])], 3)), tmp_path / "s.zarr", progress=False)
+    synced: list[str] = []
+
+    def no_link(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr("os.link", no_link)
+    monkeypatch.setattr("scdl_zarr.conversion.recast.sync_file", lambda path: synced.append(path.as_posix()))
+    data.cast_data_to_dtype("float64")
+    there = [path.relative_to(tmp_path / "s.zarr").as_posix() for path in (tmp_path / "s.zarr").rglob("*") if path.is_file()]
+    copied = [path for path in there if not path.endswith("zarr.json") and not path.startswith("X/data/")]
+    assert copied and all(any(done.endswith(f"/{path}") for done in synced) for path in copied)
+    assert data.read_rows([0]).data.tolist() == [1, 2]

@@ -26,7 +26,7 @@ from scdl_zarr.conversion.kernels import BLOSC_OVERHEAD, CHECKSUM_BYTES, blosc_a
 from scdl_zarr.conversion.plan import SLAB_BYTES
 from scdl_zarr.storage.schema import ArrayLayout
 
-__all__ = ["ShardEncoder", "replace_file", "sync_folder"]
+__all__ = ["ShardEncoder", "replace_file", "sync_file", "sync_folder"]
 
 _ABSENT = 2**64 - 1
 _SHUFFLES = {
@@ -171,6 +171,12 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content durable."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -39,6 +39,11 @@ def unavailable_filters(dataset: h5py.Dataset) -> list[str]:
     return [_FILTER_NAMES.get(number, f"filter {number}") for number in pipeline(dataset) if not h5py.h5z.filter_avail(number)]
 
 
+def is_stored_as(dataset: h5py.Dataset) -> bool:
+    """Whether the bytes in the file are NumPy's: HDF5 also has integers of fewer bits and floats of other shapes."""
+    return bool(dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype)))
+
+
 class ElementReader:
     """Reads ranges of a 1-D numeric dataset as native-endian arrays.  Not shared between threads.
 
@@ -52,17 +57,18 @@ class ElementReader:
         self.dtype = dataset.dtype.newbyteorder("=")
         self._chunk = dataset.chunks[0] if dataset.chunks else 0
         self._filters = pipeline(dataset)
-        self._raw = bool(self._chunk) and self._filters in _RAW_PIPELINES and dataset.dtype.kind in "iuf"
+        self._plain = dataset.dtype.kind in "iuf" and is_stored_as(dataset)
+        self._raw = bool(self._chunk) and self._filters in _RAW_PIPELINES and self._plain
         self._held: tuple[int, bytes | npt.NDArray[Any]] | None = None  # a chunk's bytes, or its values as HDF5 gives them
         self._offset = self._contiguous_offset()
         self._descriptor: int | None = None
 
     def _contiguous_offset(self) -> int | None:
         plist = self._dataset.id.get_create_plist()
-        plain = plist.get_layout() == h5py.h5d.CONTIGUOUS and plist.get_external_count() == 0
-        if not plain or self._dataset.dtype.kind not in "iuf" or self._dataset.file.userblock_size:
+        contiguous = plist.get_layout() == h5py.h5d.CONTIGUOUS and plist.get_external_count() == 0
+        if not contiguous or not self._plain or self._dataset.file.userblock_size:
             return None
-        if self._dataset.file.driver != "sec2":
+        if self._dataset.file.driver != "sec2" or not hasattr(os, "preadv"):  # not on Windows
             return None
         offset = self._dataset.id.get_offset()
         return None if offset is None else int(offset)

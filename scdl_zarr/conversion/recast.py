@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.construction import Construction, exclusive, explained_errors, prepare_target, swap_folders
-from scdl_zarr.conversion.encode import ShardEncoder
+from scdl_zarr.conversion.encode import ShardEncoder, sync_file
 from scdl_zarr.conversion.plan import PIECE_VALUES
 from scdl_zarr.conversion.values import ValueStats, value_stats
 from scdl_zarr.errors import InexactValueError, OptionError
@@ -108,6 +108,7 @@ def _link_others(root: Path, place: Path, skipped: str) -> None:
             os.link(path, target)
         except OSError:  # a file system without links, or too many of them
             shutil.copy2(path, target)
+            sync_file(target)  # the old store, with its copy, is removed after the exchange
 
 
 def _encode(location: StoreLocation, matrix: MatrixLayout, target: ArrayLayout, place: Path, tolerance: float) -> ValueStats:

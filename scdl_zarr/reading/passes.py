@@ -17,7 +17,7 @@ VALUES_AT_ONCE = 1 << 22
 
 
 def row_plans(columns: Columns, layout: MatrixLayout) -> Iterator[tuple[Int64Array, RowPlan]]:
-    """Row numbers and their plan, in order, each of at most ``VALUES_AT_ONCE`` stored values (or one row)."""
+    """Row numbers and their plan, in order, each of less than twice ``VALUES_AT_ONCE`` stored values (or one row)."""
     most = ROWS_AT_ONCE
     if layout.encoding == "array":  # whose rows are read for their bounds: they are not to be cut afterwards
         most = max(1, min(most, VALUES_AT_ONCE // max(layout.n_vars, 1)))

@@ -186,7 +186,7 @@ def _describe(nodes: Nodes, where: str) -> StoreMetadata:
 
 def _require_anndata(root: Mapping[str, Any], node_at: Any, where: str) -> None:
     """The root says so, or (before anndata 0.8, when roots said nothing) its two tables do."""
-    encoding = (root.get("attributes") or {}).get("encoding-type")
+    encoding = node_attributes({"": root}, "").get("encoding-type")
     if encoding == "anndata":
         return
     tables = [node_at(name) for name in ("obs", "var")] if encoding is None else []
