@@ -34,6 +34,7 @@ from scdl_zarr.conversion.encode import replace_file
 from scdl_zarr.conversion.execution import run_conversion
 from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.sources.h5ad import H5adMatrix
+from scdl_zarr.conversion.stopping import interruptible_pool, refuse_if_stopped
 from scdl_zarr.storage.schema import BUILD_FOLDER
 from tests.toys import encoded_rows, write_h5ad
 
@@ -365,3 +366,13 @@ def test_a_converter_that_another_overtook_writes_nothing(tmp_path: Path, monkey
         scdl_zarr.convert(source, target, progress=False)
     assert written
     assert {path: path.stat().st_mtime_ns for path in target.rglob("*") if path.is_file()} == written
+
+
+def test_ctrl_c_whose_exception_is_lost_stops_a_conversion_all_the_same(real_h5ad: Path, tmp_path: Path) -> None:
+    """A KeyboardInterrupt that is raised in a finalizer is printed and forgotten; the handler has noted it by then."""
+    root = str(tmp_path)
+    with pytest.raises(KeyboardInterrupt), interruptible_pool(root, 1, lambda _: None) as pool:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        pool.submit(refuse_if_stopped, root).result(30)

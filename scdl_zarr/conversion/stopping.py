@@ -8,8 +8,11 @@ conversion goes on from the shards that are whole.
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 
 __all__ = ["StoppedError", "interruptible_pool", "refuse_if_stopped"]
 
@@ -38,8 +41,29 @@ def interruptible_pool(root: str, workers: int, say: Callable[[str], object]) ->
     _given_up.discard(root)  # not on leaving: whoever presses Ctrl-C twice does not wait, and the threads are still to stop
     with ThreadPoolExecutor(workers, thread_name_prefix="scdl-zarr-convert") as pool:
         try:
-            yield pool
-        except KeyboardInterrupt:
+            with _noted(root):
+                yield pool
+        except (KeyboardInterrupt, StoppedError):
             _given_up.add(root)
             say("stopping; the shards under way are given up, run the same conversion again to go on with the others")
             raise KeyboardInterrupt from None
+
+
+@contextlib.contextmanager
+def _noted(root: str) -> Iterator[None]:
+    """Note Ctrl-C the moment it is pressed: the KeyboardInterrupt it raises is lost if it strikes in a finalizer."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told = before
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        _given_up.add(root)
+        told(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
