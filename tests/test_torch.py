@@ -11,8 +11,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -31,6 +29,7 @@ import scipy.sparse as sp
 import scdl_zarr
 from scdl_zarr import SingleCellZarrDataset, collate_sparse_matrix_batch
 from scdl_zarr.errors import OptionError
+from tests.processes import run_apart
 from tests.stores_of_others import in_memory, write_by_node
 from tests.toys import csr, encoded_rows, write_h5ad
 
@@ -733,23 +732,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_process(scenario: str, store: Path, tmp_path: Path) -> None:
     """The scenario ends by itself and without an error, within the time limit."""
-    log = tmp_path / "log"
-    command = [sys.executable, "-X", "faulthandler", "-m", "tests.test_torch", scenario, str(store)]
-    with log.open("wb") as output:  # a file: a pipe would be kept open by children that hang
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[1], start_new_session=True
-        )
-        try:
-            code: int | None = process.wait(PROCESS_SECONDS)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)  # its children too
-            except ProcessLookupError:
-                pass
-            process.wait()
-    assert code == 0, f"{'hangs' if code is None else f'exit code {code}'}\n{log.read_text(errors='replace')[-4000:]}"
+    run_apart("tests.test_torch", scenario, str(store), log=tmp_path / "log", seconds=PROCESS_SECONDS)
 
 
 if __name__ == "__main__":
