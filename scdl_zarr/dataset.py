@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError
+from scdl_zarr.reading.batch import import_torch
 from scdl_zarr.reading.csr import CsrReader
 from scdl_zarr.reading.plan import resolve_rows
 from scdl_zarr.resources import parse_bytes, usable_cores
@@ -388,9 +389,8 @@ class SingleCellZarrDataset:
 
     def __getitem__(self, index: SupportsIndex) -> torch.Tensor:
         """One row as a torch tensor of shape (2, stored values): values, then gene ids, in the dtype of the values."""
-        from scdl_zarr.loading.collate import row_tensor
-
-        return row_tensor(*self._reader(None).read_one(self._one_row(index)))
+        pair = self._reader(None).read_pair(self._one_row(index))
+        return import_torch().from_numpy(pair)
 
     def __getitems__(self, indices: Any) -> RowList:
         """Rows for a DataLoader: a list whose items equal ``data[i]`` and that carries the batch they come from."""
@@ -491,13 +491,15 @@ class SingleCellZarrDataset:
         return table
 
     def _one_row(self, index: SupportsIndex) -> int:
+        n = self._metadata.n_obs
+        if type(index) is int and 0 <= index < n:
+            return index
         try:
             if isinstance(index, (bool, np.bool_)):
                 raise TypeError
             index = operator.index(index)
         except TypeError:
             raise TypeError(f"a row number is expected, got {index!r}; read_rows() takes slices, lists and masks") from None
-        n = self.n_obs
         if not -n <= index < n:
             raise RowIndexError(f"row {index} is out of range for {n} rows")
         return index % n

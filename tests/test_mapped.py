@@ -32,6 +32,7 @@ from scdl_zarr.reading import mapped as mapped_module
 from scdl_zarr.reading.buffers import BufferPool
 from scdl_zarr.reading.kernels import state as st
 from scdl_zarr.reading.mapped import MappedColumns
+from scdl_zarr.storage import mapping, watching
 from scdl_zarr.storage.location import StoreLocation, locate, read_metadata
 from scdl_zarr.storage.mapping import can_probe
 from scdl_zarr.storage.schema import ArrayLayout
@@ -391,10 +392,19 @@ def large(folder: Path) -> tuple[Path, sp.csr_matrix]:
     return folder / "large.zarr", matrix
 
 
-def scenario_truncated_while_mapped(store: Path, probing: bool) -> None:
-    """A file that is cut under its mapping is an error and no SIGBUS, whichever part and whichever way of reading."""
+def watch_anew() -> None:
+    """A process that was told of one change probes from then on; the next mapping here starts from the beginning."""
+    watching._started.clear()
+    watching.WATCH[0] = -1
+
+
+def scenario_truncated_while_mapped(store: Path, way: str) -> None:
+    """A file that is cut under its mapping is an error and no SIGBUS, whichever part, and however it is read and noticed."""
+    probing = way != "looking"
     if not probing:
         vars(mapped_module)["can_probe"] = lambda: False
+    if way == "probing":
+        watching._started.append(-1)
     reads: dict[str, Callable[[SingleCellZarrDataset], object]] = {
         "batch": lambda data: data.read_rows([3, 5]),
         "row": lambda data: data.get_row(3),
@@ -404,9 +414,12 @@ def scenario_truncated_while_mapped(store: Path, probing: bool) -> None:
         for cache in (0, "1MB"):
             path = store / f"X/{part}/c/0"
             whole = path.read_bytes()
+            if way == "watching":
+                watch_anew()
             data = scdl_zarr.open(store, chunk_cache_bytes=cache, threads=1)
             for _ in range(3):
                 reads[name](data)
+            assert (watching.WATCH[0] >= 0) == (way == "watching") or way == "looking"
             os.truncate(path, CUTS[mode](len(whole)))
             if cache and probing and part != "indptr":
                 data.read_rows([3])  # its chunk is kept
@@ -420,18 +433,99 @@ def scenario_truncated_while_mapped(store: Path, probing: bool) -> None:
             path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("probing", ["probing", "looking"])
-def test_truncated_while_mapped(probing: str, tmp_path: Path) -> None:
-    if probing == "probing" and not can_probe():
+@pytest.mark.parametrize("way", ["watching", "probing", "looking"])
+def test_truncated_while_mapped(way: str, tmp_path: Path) -> None:
+    if way != "looking" and not can_probe():
         pytest.skip("this system cannot tell")
+    if way == "watching" and not can_watch(tmp_path):
+        pytest.skip("files here cannot be watched")
     store, _ = large(tmp_path)
-    run_apart("tests.test_mapped", "truncated_while_mapped", str(store), probing, log=tmp_path / "log")
+    run_apart("tests.test_mapped", "truncated_while_mapped", str(store), way, log=tmp_path / "log")
 
 
-@pytest.mark.parametrize("probing", [True, False])
-def test_both_ways_of_noticing_read_the_same(made: Path, probing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not probing:
+def can_watch(folder: Path) -> bool:
+    path = folder / "watched"
+    path.write_bytes(b"x")
+    with path.open("rb") as file:
+        return watching.watch(file.fileno()) is not None
+
+
+def scenario_watched(store: Path) -> None:
+    """What happens to files that are watched, one thing after the other in one process."""
+    columns = columns_of(data := scdl_zarr.open(store, chunk_cache_bytes=0))
+    data.read_rows([3, 5])
+    assert watching.WATCH[0] >= 0 and [table.unwatched[0] for table in columns._maps.tables] == [0, 0, 0]
+
+    # a dataset that goes takes its watches along, and others keep theirs
+    others = scdl_zarr.open(store), scdl_zarr.open(store)
+    for other in others:
+        other.read_rows(slice(0, 2000))
+    watched = len(watching._watched)
+    assert watched == len(list(store.glob("X/*/c/*"))) > 3
+    del other, others
+    gc.collect()
+    assert set(watching._watched.values()) == {1} and len(watching._watched) == 3 and watching.WATCH[0] >= 0
+
+    # so does one whose store was removed meanwhile
+    shutil.copytree(store, gone := store.with_name("gone.zarr"))
+    short = scdl_zarr.open(gone)
+    short.read_rows([3, 5])
+    shutil.rmtree(gone)
+    short.read_rows([3, 5])
+    del short
+    gc.collect()
+    assert len(watching._watched) == 3 and watching.WATCH[0] >= 0
+
+    # a forked child leaves the queue alone, and probes
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            assert watching.WATCH[0] == -1
+            data.read_rows(slice(0, 2000))
+            new = scdl_zarr.open(store)
+            new.read_rows([3])
+            assert columns_of(new)._maps.tables[0].unwatched[0] == 1
+            del new
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert watching.WATCH[0] >= 0
+
+    # a change by another name of the file is seen, and everything still reads as before
+    path = store / "X/data/c/0"
+    os.link(path, store.parent / "elsewhere")
+    whole = path.read_bytes()
+    with (store.parent / "elsewhere").open("r+b") as file:
+        file.write(whole[:10])
+    data.read_rows([3, 5])
+    other, third = scdl_zarr.open(store), scdl_zarr.open(shutil.copytree(store, store.with_name("third.zarr")))
+    other.read_rows([3])
+    third.read_rows([3])
+    os.truncate(store.parent / "elsewhere", 5000)
+    for reader in (data, other):
+        with pytest.raises(CorruptStoreError, match="truncated while it was open"):
+            reader.read_rows([3, 5])
+    del third
+    gc.collect()
+    assert watching.WATCH[0] == -1  # the event was met, and nobody is to miss it
+    with pytest.raises(CorruptStoreError, match="truncated while it was open"):
+        data.get_row(3)
+
+
+def test_watched_files(tmp_path: Path) -> None:
+    if not can_probe() or not can_watch(tmp_path):
+        pytest.skip("files here cannot be watched")
+    store, _ = large(tmp_path)
+    run_apart("tests.test_mapped", "watched", str(store), log=tmp_path / "log")
+
+
+@pytest.mark.parametrize("way", ["watching", "probing", "looking"])
+def test_all_ways_of_noticing_read_the_same(made: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "looking":
         monkeypatch.setattr(mapped_module, "can_probe", lambda: False)
+    if way == "probing":
+        monkeypatch.setattr(mapping, "watch", lambda _: None)
     data = scdl_zarr.open(made)
     assert_rows_equal(data, MATRIX, np.random.default_rng(0).permutation(N_OBS))
     for row in (0, 7, N_OBS - 1):
@@ -646,4 +740,4 @@ SCENARIOS: dict[str, Callable[..., None]] = {
 
 if __name__ == "__main__":
     name, path, *rest = sys.argv[1:]
-    SCENARIOS[name](Path(path), *(word == "probing" for word in rest))
+    SCENARIOS[name](Path(path), *rest)

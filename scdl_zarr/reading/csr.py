@@ -35,6 +35,10 @@ class Columns(Protocol):
     def row(self) -> Callable[[int, np.dtype[Any], np.dtype[Any]], Row] | None:
         """``row(row, dtype, id_dtype)``: values and ids of one row.  None where the other two are the shortest way."""
 
+    @property
+    def pair(self) -> Callable[[int, np.dtype[Any]], npt.NDArray[Any]] | None:
+        """``pair(row, dtype)``: the same as one array of shape (2, stored values).  There where `row` is."""
+
     def bounds(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Start and length of every row's element range, checked against the number of stored values."""
 
@@ -108,6 +112,16 @@ class CsrReader:
             return columns.row(row, self._dtype, self._id_dtype)
         batch = self.read(np.array([row], np.int64))
         return batch.data, batch.indices
+
+    def read_pair(self, row: int) -> npt.NDArray[Any]:
+        """Values and ids of one row in one new array of shape (2, stored values) and the values' dtype."""
+        columns = self._columns
+        if self._read_before and self._dtype.kind == "f" and columns is not None and columns.pair is not None:
+            return columns.pair(row, self._dtype)
+        values, ids = self.read_one(row)
+        pair = np.empty((2, len(values)), values.dtype)
+        pair[0], pair[1] = values, ids
+        return pair
 
     def _read(self, rows: Int64Array, wanted: np.dtype[Any], out: Buffers | None) -> RowBatch:
         plan = plan_rows(*self.columns.bounds(rows))

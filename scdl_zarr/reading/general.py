@@ -87,7 +87,7 @@ class CsrColumns:
     The row pointers are read whole at the first call (8 bytes a row) and checked once.
     """
 
-    row = None  # a single row is read like a batch
+    row = pair = None  # a single row is read like a batch
 
     def __init__(self, location: StoreLocation, layout: MatrixLayout, threads: int = 1) -> None:
         self._location = location
@@ -171,7 +171,7 @@ class CscColumns:
     would need more than ``LARGEST_CSC_BYTES`` is refused.
     """
 
-    row = None  # a single row is read like a batch
+    row = pair = None  # a single row is read like a batch
 
     def __init__(self, location: StoreLocation, layout: MatrixLayout, threads: int = 1) -> None:
         self._location = location
@@ -243,7 +243,7 @@ class DenseColumns:
     twice.
     """
 
-    row = None  # a single row is read like a batch
+    row = pair = None  # a single row is read like a batch
 
     def __init__(self, location: StoreLocation, layout: MatrixLayout, threads: int = 1) -> None:
         self._location = location

@@ -24,6 +24,7 @@ from scdl_zarr.storage.location import StoreLocation
 from scdl_zarr.storage.mapping import can_probe
 from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout
 from scdl_zarr.storage.shards import ShardTable, shard_table
+from scdl_zarr.storage.watching import WATCH
 
 __all__ = ["CHECKS", "MappedColumns", "chunk_fault", "describe_part"]
 
@@ -45,6 +46,7 @@ KINDS = {
     "f8": st.KIND_FLOAT64,
 }
 OUTPUTS = {"f4": st.OUT_FLOAT32, "f8": st.OUT_FLOAT64}
+ID_OUTPUTS = {"i4": st.OUT_IDS32, "i8": st.OUT_IDS64, "f4": st.OUT_IDS_FLOAT32, "f8": st.OUT_IDS_FLOAT64}
 
 
 class Maps:
@@ -91,9 +93,22 @@ def describe_part(vector: Int64Array, array: ArrayLayout, table: ShardTable, che
         st.PART_STAMPS: table.stamps.ctypes.data,
         st.PART_GUARD: can_probe(),
         st.PART_AHEAD: 1,
+        st.PART_WATCH: WATCH.buffer_info()[0],
+        st.PART_UNWATCHED: table.unwatched.ctypes.data,
     }
     for place, value in facts.items():
         vector[place] = value
+
+
+class Kinds:
+    """The kernels' numbers for outputs of two dtypes, and their bytes a value; paired ids follow the values in one array."""
+
+    def __init__(self, layout: MatrixLayout, dtype: np.dtype[Any], id_dtype: np.dtype[Any]) -> None:
+        self.dtype, self.id_dtype = dtype, id_dtype
+        self.paired = id_dtype.kind == "f"
+        value = st.OUT_SAME if dtype == layout.data_dtype else OUTPUTS[dtype.str[1:]]
+        ids = ID_OUTPUTS[id_dtype.str[1:]]
+        self.vector = np.array([[value, dtype.itemsize], [ids, id_dtype.itemsize]], np.int64)
 
 
 class Bench:
@@ -104,21 +119,33 @@ class Bench:
         self._owned = [(kernels.decoder(array.chunk), ChunkCache(array, cache_bytes // 2)) for array in arrays]
         self.decoders = np.stack([decoder.vector for decoder, _ in self._owned])
         self.caches = np.stack([cache.vector for _, cache in self._owned])
-        self.fault = np.zeros(3, np.int64)
-        self.first = np.zeros(1, np.int64)  # the order and the offset of a single row
-        self.starts, self.lengths = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self.fault = np.zeros(st.FAULT_SIZE, np.int64)
+        self.range = np.zeros(3, np.int64)
+        self.request = np.zeros(st.ROW_SIZE, np.int64)
+        self.request[st.ROW_DECODERS] = self.decoders.ctypes.data
+        self.request[st.ROW_CACHES] = self.caches.ctypes.data
+        self.request[st.ROW_RANGE] = self.range.ctypes.data
+        self.request[st.ROW_FAULT] = self.fault.ctypes.data
+        self.request[st.ROW_NNZ] = layout.nnz
+        self._asked: tuple[Any, ...] = (None, None)
         self.make_room(1 << 12)
 
     def make_room(self, n: int) -> None:
-        """Room for a row of `n` values of 8 bytes and ids of 4 or 8."""
-        self.data, self.ids = np.empty(8 * n, np.uint8), np.empty(8 * n, np.uint8)
-        self._typed: tuple[Any, ...] = (None, None)
+        """Room for a row of `n` values of up to 8 bytes and as many ids, which may follow them."""
+        self._data, self._ids = np.empty(16 * n, np.uint8), np.empty(8 * n, np.uint8)
+        self.request[st.ROW_ROOM] = n
+        self._asked = (None, None)
 
-    def typed(self, dtype: np.dtype[Any], id_dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """That room as arrays of values and ids."""
-        if self._typed[0] is not dtype or self._typed[1] is not id_dtype:
-            self._typed = (dtype, id_dtype, self.data.view(dtype), self.ids.view(id_dtype))
-        return self._typed[2], self._typed[3]
+    def ask(self, parts: Int64Array, kinds: Kinds) -> npt.NDArray[Any]:
+        """The request for a row of the mapped `parts` in those dtypes, which go to :attr:`values` and :attr:`ids`."""
+        if self._asked[0] is not parts or self._asked[1] is not kinds:
+            self._asked = (parts, kinds)
+            self.values, self.ids = self._data.view(kinds.dtype), self._ids.view(kinds.id_dtype)
+            self.request[st.ROW_PARTS] = parts.ctypes.data
+            self.request[st.ROW_KINDS] = kinds.vector.ctypes.data
+            self.request[st.ROW_DATA] = self._data.ctypes.data
+            self.request[st.ROW_IDS] = 0 if kinds.paired else self._ids.ctypes.data
+        return self.request
 
 
 class MappedColumns:
@@ -142,18 +169,19 @@ class MappedColumns:
         self._maps = Maps(layout, tuple(shard_table(location, array) for array in _arrays(layout)), self._check)
         self._idle: deque[Bench] = deque()  # append and pop are atomic; the last one used, whose cache is warm, goes first
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
-        self._known_kinds: dict[tuple[int, int], Int64Array] = {}
+        self._known_kinds: dict[tuple[int, int], Kinds] = {}
+        self._last_kinds: Kinds | None = None
 
     # ---- what it answers
 
     def bounds(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Start and length of every row's element range."""
         starts, lengths = np.empty_like(rows), np.empty_like(rows)
-        maps, fault = self._maps, np.zeros(3, np.int64)
+        maps, fault = self._maps, np.zeros(st.FAULT_SIZE, np.int64)
         layout = _arrays(self._layout)[INDPTR]
         if not can_probe():
             maps.tables[INDPTR].check_sizes(touched_pieces(rows, np.full(len(rows), 2), layout.shard))
-        fault[2] = INDPTR
+        fault[st.FAULT_PART] = INDPTR
         while True:
             code = self._kernels.find_rows(maps.views[INDPTR], rows, self._layout.nnz, starts, lengths, fault)
             if code == st.OK:
@@ -162,7 +190,7 @@ class MappedColumns:
 
     def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any]) -> None:
         """Fill `data` and `indices` (of ``plan.total`` elements), widening to their dtypes."""
-        maps, kinds = self._maps, self._kinds(data.dtype, indices.dtype)
+        maps, kinds = self._maps, self._kinds(data.dtype, indices.dtype).vector
         outputs = data.view(np.uint8), indices.view(np.uint8)
         if maps.parts[DATA, st.PART_AHEAD] or maps.parts[INDICES, st.PART_AHEAD]:
             self._read_ahead(maps, plan)
@@ -176,38 +204,23 @@ class MappedColumns:
         """Values and ids of one row, as new arrays."""
         if not can_probe():  # only the files' sizes tell then, and the row's shards are known once its range is
             return self._row_as_batch(row, dtype, id_dtype)
-        maps, kinds, bench = self._maps, self._kinds(dtype, id_dtype), self._bench()
-        starts, lengths, fault, first = bench.starts, bench.lengths, bench.fault, bench.first
+        bench = self._bench()
         try:
-            while True:
-                code = self._kernels.read_rows(
-                    maps.parts,
-                    bench.decoders,
-                    bench.caches,
-                    row,
-                    self._layout.nnz,
-                    first,
-                    starts,
-                    lengths,
-                    first,
-                    kinds,
-                    bench.data,
-                    bench.ids,
-                    fault,
-                )
-                if code == st.OK:
-                    break
-                if code == st.TOO_LONG:
-                    bench.make_room(int(lengths[0]) * 5 // 4)
-                else:
-                    self._map_or_raise(maps, code, fault, lambda _: fault[:1])
-            n = int(lengths[0])
-            values, ids = bench.typed(dtype, id_dtype)
-            row_values, row_ids = values[:n].copy(), ids[:n].copy()
+            n = self._fill(bench, row, self._kinds(dtype, id_dtype))
+            return bench.values[:n].copy(), bench.ids[:n].copy()
         finally:
             self._idle.append(bench)
-        self._trim(maps)
-        return row_values, row_ids
+
+    def pair(self, row: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """The same as one array of shape (2, stored values) and a float dtype."""
+        if not can_probe():
+            return np.stack(self._row_as_batch(row, dtype, np.dtype(np.int64))).astype(dtype)
+        bench = self._bench()
+        try:
+            n = self._fill(bench, row, self._kinds(dtype, dtype))
+            return bench.values[: 2 * n].copy().reshape(2, n)
+        finally:
+            self._idle.append(bench)
 
     def counters(self) -> dict[str, int]:
         """Chunks decoded and chunks found in the cache, by the threads that are idle now."""
@@ -215,6 +228,19 @@ class MappedColumns:
         return {"decoded": int(totals[st.DECODER_DECODED]), "hits": int(totals[st.DECODER_HITS])}
 
     # ---- inside
+
+    def _fill(self, bench: Bench, row: int, kinds: Kinds) -> int:
+        """One row to the bench's own memory; its length."""
+        while True:
+            maps = self._maps
+            n: int = self._kernels.read_row(bench.ask(maps.parts, kinds), row)
+            if n >= 0:
+                return n
+            if n == -st.TOO_LONG:
+                bench.make_room(int(bench.range[1]) * 5 // 4)
+            else:
+                self._map_or_raise(maps, -n, bench.fault, lambda _: bench.fault[:1])
+                self._trim(maps)
 
     def _row_as_batch(self, row: int, dtype: np.dtype[Any], id_dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         plan = plan_rows(*self.bounds(np.array([row], np.int64)))
@@ -238,8 +264,6 @@ class MappedColumns:
                     maps.parts,
                     bench.decoders,
                     bench.caches,
-                    -1,
-                    self._layout.nnz,
                     order,
                     plan.starts,
                     plan.lengths,
@@ -279,22 +303,22 @@ class MappedColumns:
 
     def _map_or_raise(self, maps: Maps, code: int, fault: Int64Array, touched: Callable[[int], Int64Array]) -> None:
         """Map the shards that a part of the batch touches, if that is what a kernel asked for; else raise what it found wrong."""
-        part = int(fault[2])
+        part = int(fault[st.FAULT_PART])
         if code != st.UNMAPPED:
             maps.tables[part].check_sizes(fault[:1])  # what looks like damage may be a file that was truncated within a page
             raise chunk_fault(code, fault, _arrays(self._layout)[part], maps.tables[part].path(int(fault[0])))
         for number in touched(part).tolist():
             maps.tables[part].map(number)
 
-    def _kinds(self, dtype: np.dtype[Any], id_dtype: np.dtype[Any]) -> Int64Array:
-        """The kernels' numbers for outputs of those dtypes, and their bytes a value."""
-        key = (dtype.num, id_dtype.num)
-        found = self._known_kinds.get(key)
-        if found is None:
-            value = st.OUT_SAME if dtype == self._layout.data_dtype else OUTPUTS[dtype.str[1:]]
-            ids = st.OUT_IDS32 if id_dtype.itemsize == 4 else st.OUT_IDS64
-            found = self._known_kinds[key] = np.array([[value, dtype.itemsize], [ids, id_dtype.itemsize]], np.int64)
-        return found
+    def _kinds(self, dtype: np.dtype[Any], id_dtype: np.dtype[Any]) -> Kinds:
+        kinds = self._last_kinds  # asking the dict costs a row 3 % of its time
+        if kinds is None or kinds.dtype is not dtype or kinds.id_dtype is not id_dtype:
+            key = (dtype.num, id_dtype.num)
+            kinds = self._known_kinds.get(key)
+            if kinds is None:
+                kinds = self._known_kinds[key] = Kinds(self._layout, dtype, id_dtype)
+            self._last_kinds = kinds
+        return kinds
 
     def _read_ahead(self, maps: Maps, plan: RowPlan) -> None:
         """Where the last batch had to wait for a disk, ask for all of this one's bytes before reading the first."""
@@ -308,7 +332,7 @@ class MappedColumns:
         ranges = (plan.order, plan.starts, plan.lengths, plan.indptr)
         try:
             for part in (DATA, INDICES):
-                bench.fault[2] = part
+                bench.fault[st.FAULT_PART] = part
                 while True:
                     code = self._kernels.advise_rows(
                         maps.views[part], bench.decoders[part], bench.caches[part], *ranges, bench.fault

@@ -15,6 +15,8 @@ import sys
 import weakref
 from typing import Any
 
+from scdl_zarr.storage.watching import watch
+
 __all__ = ["MappedFile", "can_probe"]
 
 _PROT_READ = 1
@@ -34,13 +36,16 @@ class MappedFile:
         The file's size in bytes when it was mapped.
     inode : int
         Which file was mapped, to tell a truncated file from a replaced one.
+    watched : bool
+        Whether :data:`~scdl_zarr.storage.watching.WATCH` answers for this file.
     """
 
-    __slots__ = ("__weakref__", "_keep", "address", "inode", "size")
+    __slots__ = ("__weakref__", "_keep", "_watch", "address", "inode", "size")
 
     def __init__(self, path: str) -> None:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
         try:
+            self._watch = watch(descriptor)  # first: what happens between the two is then seen by one of them
             status = os.fstat(descriptor)
             self.size = status.st_size
             self.inode = status.st_ino
@@ -48,6 +53,10 @@ class MappedFile:
             self.address = self._map(descriptor) if self.size else 0
         finally:
             os.close(descriptor)
+
+    @property
+    def watched(self) -> bool:
+        return self._watch is not None
 
     def _map(self, descriptor: int) -> int:
         if _LIBC is not None:

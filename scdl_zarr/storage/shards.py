@@ -61,6 +61,10 @@ class MappedShard:
         self.verified: npt.NDArray[np.uint8] = np.zeros(-(-layout.chunks_per_shard // 8), np.uint8)
         self.verified_address = self.verified.ctypes.data
 
+    @property
+    def watched(self) -> bool:
+        return self._file.watched
+
     def check_size(self) -> None:
         """Refuse a file that was truncated under the mapping (reading past its end would kill the process)."""
         if self._file.truncated(self.path):
@@ -84,6 +88,8 @@ class ShardTable:
     addresses, ends, verified, stamps : int64 arrays, one entry a shard
         Address of its first byte (0: not mapped), bytes before its index, address of its bitmap of verified chunks, and when it
         was last used.
+    unwatched : int64 array of one entry
+        How many of them nobody watches, so that they have to be probed.
     """
 
     def __init__(self, folder: str, layout: ArrayLayout, location: StoreLocation) -> None:
@@ -91,6 +97,7 @@ class ShardTable:
         self._layout = layout
         self._location = location
         self.addresses, self.ends, self.verified, self.stamps = np.zeros((4, max(layout.n_shards, 1)), np.int64)
+        self.unwatched = np.zeros(1, np.int64)
         self._mapped: dict[int, MappedShard] = {}
 
     def __len__(self) -> int:
@@ -110,6 +117,7 @@ class ShardTable:
         kept = self._mapped.setdefault(number, shard)  # another thread may have been faster: its mapping is the one in use
         self.ends[number] = kept.data_end
         self.verified[number] = kept.verified_address
+        self.unwatched += not kept.watched
         self.addresses[number] = kept.address  # last: it says that the others are there
 
     def path(self, number: int) -> str:

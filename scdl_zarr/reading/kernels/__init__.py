@@ -104,6 +104,7 @@ class Kernels:
 
     library: ctypes.CDLL
     find_rows: Any
+    read_row: Any
     read_rows: Any
     advise_rows: Any
     decode: Any

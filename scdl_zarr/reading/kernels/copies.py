@@ -39,6 +39,8 @@ from scdl_zarr.reading.kernels.state import (
     OUT_FLOAT64,
     OUT_IDS32,
     OUT_IDS64,
+    OUT_IDS_FLOAT32,
+    OUT_IDS_FLOAT64,
     PART_ITEMSIZE,
     PART_KIND,
     PART_LIMIT,
@@ -88,6 +90,18 @@ def _widen_any(kind: int, source: int, out: Any) -> None:
 
 
 @inner
+def _widen_any_ids(kind: int, source: int, limit: int, out: Any) -> int:
+    n = len(out)
+    if kind == KIND_UINT16:
+        return _widen_ids(uint16s_at(source, n), limit, out)
+    if kind == KIND_UINT32:
+        return _widen_ids(uint32s_at(source, n), limit, out)
+    if kind == KIND_INT32:
+        return _widen_ids(int32s_at(source, n), limit, out)
+    return _widen_ids(int64s_at(source, n), limit, out)
+
+
+@inner
 def copy_values(part: Any, source: int, n: int, kind: int, target: int) -> int:
     """`n` values at `source`, as they are stored, to `target` in the dtype of the OUT_ `kind`; ids must be below the limit."""
     stored, limit = part[PART_KIND], part[PART_LIMIT]
@@ -99,23 +113,13 @@ def copy_values(part: Any, source: int, n: int, kind: int, target: int) -> int:
         else:
             _widen(uint32s_at(source, n), float64s_at(target, n))
     elif kind == OUT_IDS32:
-        ids = int32s_at(target, n)
-        if stored == KIND_UINT16:
-            return _widen_ids(uint16s_at(source, n), limit, ids)
-        if stored == KIND_UINT32:
-            return _widen_ids(uint32s_at(source, n), limit, ids)
-        if stored == KIND_INT32:
-            return _widen_ids(int32s_at(source, n), limit, ids)
-        return _widen_ids(int64s_at(source, n), limit, ids)
+        return _widen_any_ids(stored, source, limit, int32s_at(target, n))
     elif kind == OUT_IDS64:
-        longs = int64s_at(target, n)
-        if stored == KIND_UINT16:
-            return _widen_ids(uint16s_at(source, n), limit, longs)
-        if stored == KIND_UINT32:
-            return _widen_ids(uint32s_at(source, n), limit, longs)
-        if stored == KIND_INT32:
-            return _widen_ids(int32s_at(source, n), limit, longs)
-        return _widen_ids(int64s_at(source, n), limit, longs)
+        return _widen_any_ids(stored, source, limit, int64s_at(target, n))
+    elif kind == OUT_IDS_FLOAT32:
+        return _widen_any_ids(stored, source, limit, float32s_at(target, n))
+    elif kind == OUT_IDS_FLOAT64:
+        return _widen_any_ids(stored, source, limit, float64s_at(target, n))
     else:
         nbytes = n * part[PART_ITEMSIZE]
         _widen(uint8s_at(source, nbytes), uint8s_at(target, nbytes))
@@ -125,7 +129,19 @@ def copy_values(part: Any, source: int, n: int, kind: int, target: int) -> int:
 @inner
 def can_copy_planes(part: Any, used: int, kind: int) -> bool:
     """Whether :func:`copy_planes` serves: one or two planes hold everything, as they mostly do."""
-    return (used == 1 or (used == 2 and part[PART_TWO_PLANES] != 0)) and (kind == OUT_FLOAT32 or kind == OUT_IDS32)
+    known = kind == OUT_FLOAT32 or kind == OUT_IDS32 or kind == OUT_IDS_FLOAT32
+    return known and (used == 1 or (used == 2 and part[PART_TWO_PLANES] != 0))
+
+
+@inner
+def _join_ids(low: Any, high: Any, out: Any) -> int:
+    """Ids of two bytes into `out`; the largest one."""
+    largest = np.uint32(0)
+    for j in range(len(out)):
+        value = np.uint32(low[j]) | (np.uint32(high[j]) << np.uint32(8))
+        largest = max(largest, value)
+        out[j] = np.int32(value)
+    return np.int64(largest)
 
 
 @inner
@@ -142,10 +158,5 @@ def copy_planes(part: Any, decoder: Any, used: int, first: int, n: int, kind: in
             for j in range(n):
                 floats[j] = np.int32(np.uint32(low[j]) | (np.uint32(high[j]) << np.uint32(8)))
         return OK
-    ids = int32s_at(target, n)
-    largest = np.uint32(0)
-    for j in range(n):
-        value = np.uint32(low[j]) | (np.uint32(high[j]) << np.uint32(8))
-        largest = max(largest, value)
-        ids[j] = np.int32(value)
-    return BAD_ID if n and np.int64(largest) >= part[PART_LIMIT] else OK
+    largest = _join_ids(low, high, int32s_at(target, n)) if kind == OUT_IDS32 else _join_ids(low, high, float32s_at(target, n))
+    return BAD_ID if n and largest >= part[PART_LIMIT] else OK

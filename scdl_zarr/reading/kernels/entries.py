@@ -8,7 +8,7 @@ import numba as nb
 
 from scdl_zarr.reading.kernels.chunks import decode_chunk
 from scdl_zarr.reading.kernels.crc32c import crc32c_at
-from scdl_zarr.reading.kernels.rows import advise_rows, find_rows, read_rows
+from scdl_zarr.reading.kernels.rows import advise_rows, find_rows, must_probe, read_row, read_rows
 
 __all__ = ["compile_entries"]
 
@@ -19,15 +19,13 @@ def compile_entries(stamp: int) -> dict[str, Any]:
     @nb.njit(nogil=True, cache=True)
     def find(part: Any, rows: Any, nnz: int, starts: Any, lengths: Any, fault: Any) -> int:
         _ = stamp
-        return find_rows(part, rows, nnz, starts, lengths, fault)
+        return find_rows(part, rows, nnz, starts, lengths, must_probe(part, fault), fault)
 
     @nb.njit(nogil=True, cache=True)
     def read(
         parts: Any,
         decoders: Any,
         caches: Any,
-        row: int,
-        nnz: int,
         order: Any,
         starts: Any,
         lengths: Any,
@@ -38,7 +36,12 @@ def compile_entries(stamp: int) -> dict[str, Any]:
         fault: Any,
     ) -> int:
         _ = stamp
-        return read_rows(parts, decoders, caches, row, nnz, order, starts, lengths, offsets, kinds, data, ids, fault)
+        return read_rows(parts, decoders, caches, order, starts, lengths, offsets, kinds, data, ids, fault)
+
+    @nb.njit(nogil=True, cache=True)
+    def read_one(request: Any, row: int) -> int:
+        _ = stamp
+        return read_row(request, row)
 
     @nb.njit(nogil=True, cache=True)
     def advise(part: Any, decoder: Any, cache: Any, order: Any, starts: Any, lengths: Any, offsets: Any, fault: Any) -> int:
@@ -57,6 +60,7 @@ def compile_entries(stamp: int) -> dict[str, Any]:
 
     return {
         "find_rows": find,
+        "read_row": read_one,
         "read_rows": read,
         "advise_rows": advise,
         "decode": decode,

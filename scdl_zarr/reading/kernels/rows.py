@@ -26,12 +26,17 @@ from scdl_zarr.reading.kernels.state import (
     BAD_HEADER,
     CACHE_GHOSTS,
     CACHE_SETS,
+    CACHE_SIZE,
     CACHE_TAGS,
     CACHE_VALUES,
     CACHED,
     DECODER_HITS,
     DECODER_PIECES,
+    DECODER_SIZE,
     DECODER_USAGE,
+    FAULT_PART,
+    FAULT_SCRATCH,
+    FAULT_SIZE,
     OK,
     PART_ADDRESSES,
     PART_AHEAD,
@@ -46,8 +51,11 @@ from scdl_zarr.reading.kernels.state import (
     PART_ITEMSIZE,
     PART_PER_SHARD,
     PART_SHARDS,
+    PART_SIZE,
     PART_STAMPS,
+    PART_UNWATCHED,
     PART_VERIFIED,
+    PART_WATCH,
     PIECE_ADDRESS,
     PIECE_BYTES,
     PIECE_CHUNK,
@@ -56,16 +64,27 @@ from scdl_zarr.reading.kernels.state import (
     PIECE_SIZE,
     PIECE_TARGET,
     PIECES,
+    ROW_CACHES,
+    ROW_DATA,
+    ROW_DECODERS,
+    ROW_FAULT,
+    ROW_IDS,
+    ROW_KINDS,
+    ROW_NNZ,
+    ROW_PARTS,
+    ROW_RANGE,
+    ROW_ROOM,
     TOO_LONG,
     TRUNCATED,
     UNMAPPED,
 )
 
-__all__ = ["advise_rows", "find_rows", "read_rows"]
+__all__ = ["advise_rows", "find_rows", "must_probe", "read_row", "read_rows"]
 
 PAGE = 4096
 MADV_WILLNEED, MADV_POPULATE_READ = 3, 22  # Linux
 RUSAGE_THREAD, INBLOCK_OFFSET = 1, 88  # Linux, 64 bits: where ru_inblock is in struct rusage
+FIONREAD = 0x541B  # Linux
 NEAR_BYTES = 1 << 17  # ranges closer than this are read ahead as one
 AHEAD_READ = 2  # of PART_AHEAD: the reading ahead itself had to go to the disk, so that the batch did not
 
@@ -80,23 +99,46 @@ if sys.platform == "win32":  # never called there, but a compiled function must 
     def _getrusage(who: int, usage: int) -> int:
         return 0
 
+    @inner
+    def _ioctl(descriptor: int, request: int, answer: int) -> int:
+        return -1
+
 else:
     _madvise = types.ExternalFunction("madvise", types.int32(types.intp, types.intp, types.int32))
     _getrusage = types.ExternalFunction("getrusage", types.int32(types.int32, types.intp))
+    _ioctl = types.ExternalFunction("ioctl", types.int32(types.int32, types.int64, types.intp))
 
 
 # ---- shards
 
 
 @inner
-def _visit(part: Any, number: int) -> int:
+def _unwatched(part: Any) -> bool:
+    return int64s_at(part[PART_UNWATCHED], 1)[0] != 0
+
+
+@inner
+def must_probe(part: Any, fault: Any) -> bool:
+    """Whether shards must be probed before they are read, as nobody else would tell that one was truncated."""
+    if part[PART_GUARD] == 0:
+        return False
+    descriptor = int64s_at(part[PART_WATCH], 1)[0]
+    if descriptor < 0 or _unwatched(part):
+        return True
+    fault[FAULT_SCRATCH] = 0
+    answer = fault.ctypes.data + 8 * FAULT_SCRATCH
+    return _ioctl(np.int32(descriptor), np.int64(FIONREAD), answer) != 0 or fault[FAULT_SCRATCH] != 0
+
+
+@inner
+def _visit(part: Any, number: int, probing: bool) -> int:
     """Make sure that shard `number` is mapped and still has its end: reading past a file's end would kill the process."""
     shards = part[PART_SHARDS]
     base = int64s_at(part[PART_ADDRESSES], shards)[number]
     if base == 0:
         return UNMAPPED
     int64s_at(part[PART_STAMPS], shards)[number] = part[PART_CLOCK]
-    if part[PART_GUARD]:
+    if probing:
         last = base + int64s_at(part[PART_ENDS], shards)[number] + part[PART_INDEX_BYTES] - 1
         if _madvise(last & -PAGE, PAGE, np.int32(MADV_POPULATE_READ)) != 0:
             return TRUNCATED
@@ -120,7 +162,7 @@ def _verify(part: Any, number: int, k: int, address: int, size: int) -> int:
 
 
 @inner
-def _pointer(part: Any, position: int, held: Any, fault: Any) -> tuple[int, int]:
+def _pointer(part: Any, position: int, held: Any, probing: bool, fault: Any) -> tuple[int, int]:
     """Row pointer `position`; `held` is the chunk met last and its address."""
     chunk, itemsize = part[PART_CHUNK], part[PART_ITEMSIZE]
     c = position // chunk
@@ -129,7 +171,7 @@ def _pointer(part: Any, position: int, held: Any, fault: Any) -> tuple[int, int]
         k = c - number * part[PART_PER_SHARD]
         fault[0], fault[1] = number, k
         if held[0] < 0 or held[0] // part[PART_PER_SHARD] != number:
-            code = _visit(part, number)
+            code = _visit(part, number, probing)
             if code != OK:
                 return 0, code
         address, size, code = _find(part, number, k)
@@ -147,14 +189,14 @@ def _pointer(part: Any, position: int, held: Any, fault: Any) -> tuple[int, int]
 
 
 @inner
-def find_rows(part: Any, rows: Any, nnz: int, starts: Any, lengths: Any, fault: Any) -> int:
+def find_rows(part: Any, rows: Any, nnz: int, starts: Any, lengths: Any, probing: bool, fault: Any) -> int:
     """Element range of every row out of the uncompressed row pointers, checked against `nnz`."""
     held = np.full(2, -1, np.int64)
     for j in range(len(rows)):
-        low, code = _pointer(part, rows[j], held, fault)
+        low, code = _pointer(part, rows[j], held, probing, fault)
         if code != OK:
             return code
-        high, code = _pointer(part, rows[j] + 1, held, fault)
+        high, code = _pointer(part, rows[j] + 1, held, probing, fault)
         if code != OK:
             return code
         if low < 0 or high < low or high > nnz:
@@ -286,7 +328,6 @@ def _prefetch(address: int, size: int) -> None:
 @inner
 def _read_pieces(part: Any, decoder: Any, cache: Any, at: Any, pieces: Any, kind: int, out: int, width: int, fault: Any) -> int:
     n = at[3]
-    _prefetch(pieces[0, PIECE_ADDRESS], pieces[0, PIECE_BYTES])
     i = 0
     while i < n:
         j = i + 1
@@ -305,12 +346,12 @@ def _read_pieces(part: Any, decoder: Any, cache: Any, at: Any, pieces: Any, kind
 
 @inner
 def _locate(part: Any, c: int, probed: Any, fault: Any) -> tuple[int, int, int]:
-    """Address and size of chunk c, and a code; ``probed[0]`` is the shard that was probed last."""
+    """Address and size of chunk c, and a code; `probed` is the shard that was visited last, and whether to probe."""
     number = c // part[PART_PER_SHARD]
     k = c - number * part[PART_PER_SHARD]
     fault[0], fault[1] = number, k
     if number != probed[0]:
-        code = _visit(part, number)
+        code = _visit(part, number, probed[4] != 0)
         if code != OK:
             return 0, 0, code
         probed[0] = number
@@ -323,9 +364,12 @@ def _plan_pieces(
 ) -> int:
     """The next pieces of the batch.
 
-    `at`: shard probed last, row of the order and values of it that are planned, pieces made.
+    `at`: shard visited last, row of the order and values of it that are planned, pieces made, whether shards are probed (-1: to
+    be found out).
     """
     chunk = part[PART_CHUNK]
+    if at[4] < 0:
+        at[4] = must_probe(part, fault)
     k, done, n = at[1], at[2], np.int64(0)
     while k < len(order) and n < PIECES:
         r = order[k]
@@ -360,6 +404,7 @@ def _gather(
     part: Any,
     decoder: Any,
     cache: Any,
+    at: Any,
     order: Any,
     starts: Any,
     lengths: Any,
@@ -369,16 +414,23 @@ def _gather(
     width: int,
     fault: Any,
 ) -> int:
-    pieces = int64s_at(decoder[DECODER_PIECES], PIECES * PIECE_SIZE).reshape(PIECES, PIECE_SIZE)
-    at = np.zeros(4, np.int64)
-    at[0] = -1
-    while at[1] < len(order):
+    """The pieces that are planned, then the others of the batch."""
+    pieces = _pieces_of(decoder)
+    while True:
+        code = OK if at[3] == 0 else _read_pieces(part, decoder, cache, at, pieces, kind, out, width, fault)
+        if code != OK or at[1] == len(order):
+            return code
+        at[4] = -1
         code = _plan_pieces(part, cache, at, order, starts, lengths, offsets, pieces, fault)
-        if code == OK and at[3]:
-            code = _read_pieces(part, decoder, cache, at, pieces, kind, out, width, fault)
         if code != OK:
             return code
-    return OK
+        if at[3]:
+            _prefetch(pieces[0, PIECE_ADDRESS], pieces[0, PIECE_BYTES])
+
+
+@inner
+def _pieces_of(decoder: Any) -> Any:
+    return int64s_at(decoder[DECODER_PIECES], PIECES * PIECE_SIZE).reshape(PIECES, PIECE_SIZE)
 
 
 @inner
@@ -387,9 +439,9 @@ def advise_rows(part: Any, decoder: Any, cache: Any, order: Any, starts: Any, le
 
     Returns UNMAPPED where a shard has to be mapped first; damage is left for the reading to meet.
     """
-    pieces = int64s_at(decoder[DECODER_PIECES], PIECES * PIECE_SIZE).reshape(PIECES, PIECE_SIZE)
-    at = np.zeros(4, np.int64)
-    at[0] = -1
+    pieces = _pieces_of(decoder)
+    at = np.zeros(5, np.int64)
+    at[0], at[4] = -1, -1
     before = _blocks_read(decoder)
     part[PART_AHEAD] = 1
     while at[1] < len(order):
@@ -419,12 +471,46 @@ def _will_need(low: int, high: int) -> None:
 
 
 @inner
+def _read_both(
+    parts: Any,
+    decoders: Any,
+    caches: Any,
+    order: Any,
+    starts: Any,
+    lengths: Any,
+    offsets: Any,
+    kinds: Any,
+    data: int,
+    ids: int,
+    probing: int,
+    fault: Any,
+) -> int:
+    """Values to the address `data`, ids to the address `ids`; the ids' first chunk is on its way while values are decoded."""
+    at = np.zeros((2, 5), np.int64)
+    for p in range(2):
+        at[p, 0], at[p, 4] = -1, probing
+        fault[FAULT_PART] = p
+        parts[p, PART_CLOCK] += 1
+        pieces = _pieces_of(decoders[p])
+        code = _plan_pieces(parts[p], caches[p], at[p], order, starts, lengths, offsets, pieces, fault)
+        if code != OK:
+            return code
+        if at[p, 3]:
+            _prefetch(pieces[0, PIECE_ADDRESS], pieces[0, PIECE_BYTES])
+    for p in range(2):
+        fault[FAULT_PART] = p
+        out, kind, width = data if p == 0 else ids, kinds[p, 0], kinds[p, 1]
+        code = _gather(parts[p], decoders[p], caches[p], at[p], order, starts, lengths, offsets, kind, out, width, fault)
+        if code != OK:
+            return code
+    return OK
+
+
+@inner
 def read_rows(
     parts: Any,
     decoders: Any,
     caches: Any,
-    row: int,
-    nnz: int,
     order: Any,
     starts: Any,
     lengths: Any,
@@ -436,29 +522,39 @@ def read_rows(
 ) -> int:
     """Element ranges [start, start + length) of data and indices into two arrays of bytes, from value `offset` on.
 
-    `order` sorts the ranges by start; `kinds` holds, for data and for indices, the OUT_ kind and the bytes of a value.  With a
-    `row` from 0 on its range is looked up first, and put into `starts` and `lengths`.  ``fault[2]`` says which of the three parts
-    an answer is about.
+    `order` sorts the ranges by start; `kinds` holds, for data and for indices, the OUT_ kind and the bytes of a value.
     """
-    if row >= 0:
-        rows = np.full(1, row, np.int64)
-        fault[2] = 2
-        code = find_rows(parts[2], rows, nnz, starts, lengths, fault)
-        if code != OK:
-            return code
-        if lengths[0] * kinds[0, 1] > len(data) or lengths[0] * kinds[1, 1] > len(ids):
-            return TOO_LONG
-    watched = parts[0, PART_GUARD] and row < 0
-    for p in range(2):
-        fault[2] = p
-        parts[p, PART_CLOCK] += 1
-        before = _blocks_read(decoders[p]) if watched else np.int64(0)
-        out = data.ctypes.data if p == 0 else ids.ctypes.data
-        code = _gather(parts[p], decoders[p], caches[p], order, starts, lengths, offsets, kinds[p, 0], out, kinds[p, 1], fault)
-        if code != OK:
-            return code
-        if watched:
-            waited = _blocks_read(decoders[p]) > before
+    watched = parts[0, PART_GUARD] != 0
+    before = _blocks_read(decoders[0]) if watched else np.int64(0)
+    data_at, ids_at = data.ctypes.data, ids.ctypes.data
+    code = _read_both(parts, decoders, caches, order, starts, lengths, offsets, kinds, data_at, ids_at, -1, fault)
+    if code == OK and watched:
+        waited = _blocks_read(decoders[0]) > before
+        for p in range(2):
             if parts[p, PART_AHEAD] != AHEAD_READ:
                 parts[p, PART_AHEAD] = waited
-    return OK
+    return code
+
+
+@inner
+def read_row(request: Any, row: int) -> int:
+    """Values and ids of one row, as a ROW_ vector asks for them; the row's length, or the negative of a code."""
+    parts = int64s_at(request[ROW_PARTS], 3 * PART_SIZE).reshape(3, PART_SIZE)
+    decoders = int64s_at(request[ROW_DECODERS], 2 * DECODER_SIZE).reshape(2, DECODER_SIZE)
+    caches = int64s_at(request[ROW_CACHES], 2 * CACHE_SIZE).reshape(2, CACHE_SIZE)
+    kinds = int64s_at(request[ROW_KINDS], 4).reshape(2, 2)
+    starts, lengths = int64s_at(request[ROW_RANGE], 1), int64s_at(request[ROW_RANGE] + 8, 1)
+    first = int64s_at(request[ROW_RANGE] + 16, 1)
+    fault = int64s_at(request[ROW_FAULT], FAULT_SIZE)
+    rows = np.full(1, row, np.int64)
+    fault[FAULT_PART] = 2
+    probing = must_probe(parts[2], fault) or _unwatched(parts[0]) or _unwatched(parts[1])
+    code = find_rows(parts[2], rows, request[ROW_NNZ], starts, lengths, probing, fault)
+    if code != OK:
+        return -code
+    if lengths[0] > request[ROW_ROOM]:
+        return -TOO_LONG
+    data = request[ROW_DATA]
+    ids = request[ROW_IDS] if request[ROW_IDS] != 0 else data + lengths[0] * kinds[0, 1]
+    code = _read_both(parts, decoders, caches, first, starts, lengths, first, kinds, data, ids, probing, fault)
+    return lengths[0] if code == OK else -code

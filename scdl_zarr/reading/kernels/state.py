@@ -28,15 +28,35 @@ from __future__ import annotations
     PART_CLOCK,  # what is written there now
     PART_GUARD,  # 1: the end of a shard is probed before it is read, in case the file was truncated
     PART_AHEAD,  # not 0: the last batch had to wait for the disk, or would have
+    PART_WATCH,  # where the descriptor is that tells of changed files (an int64; -1: none)
+    PART_UNWATCHED,  # where the number of shards is that it does not know of (an int64)
     PART_SIZE,
-) = range(21)
+) = range(23)
 
 CHECK_NEVER, CHECK_FIRST, CHECK_ALWAYS = 0, 1, 2
 
 # what values are: as they are stored, and as they come out
 KIND_UINT8, KIND_UINT16, KIND_UINT32, KIND_UINT64, KIND_INT8, KIND_INT16, KIND_INT32, KIND_INT64 = range(8)
 KIND_FLOAT32, KIND_FLOAT64 = 8, 9
-OUT_SAME, OUT_FLOAT32, OUT_FLOAT64, OUT_IDS32, OUT_IDS64 = range(5)
+OUT_SAME, OUT_FLOAT32, OUT_FLOAT64, OUT_IDS32, OUT_IDS64, OUT_IDS_FLOAT32, OUT_IDS_FLOAT64 = range(7)
+
+# ---- where a kernel says what an answer is about
+FAULT_SHARD, FAULT_CHUNK, FAULT_PART, FAULT_SCRATCH, FAULT_SIZE = range(5)
+
+# ---- one row, asked for
+(
+    ROW_PARTS,  # addresses of the vectors of data, indices and row pointers,
+    ROW_DECODERS,  # of two decoders' and two caches' vectors,
+    ROW_CACHES,
+    ROW_RANGE,  # of three int64: where the row starts, how long it is, and a zero
+    ROW_KINDS,  # of OUT_ kind and bytes a value, for values and ids
+    ROW_FAULT,
+    ROW_DATA,  # of memory for the values
+    ROW_IDS,  # and for the ids; 0: they follow the values
+    ROW_ROOM,  # bytes of memory for values, and for ids (for both together where the ids follow)
+    ROW_NNZ,
+    ROW_SIZE,
+) = range(11)
 
 # ---- a decoder
 (
