@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan, SourceMatrix, border_elements, cut_shards
-from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, Source, SourceSpec, open_source
-from scdl_zarr.conversion.sources.h5ad import h5ad_spec, matrix_name
+from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, Source, SourceSpec, describe_path, open_source
+from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.values import choose_dtype, value_stats
 from scdl_zarr.conversion.vocabulary import Vocabulary
 from scdl_zarr.errors import OptionError, SourceError
@@ -74,7 +74,7 @@ def find_sources(sources: Any) -> list[SourceSpec]:
         raise OptionError(f"listed twice: {', '.join(repeated)}")
     names = [p.name for p in paths]
     common = Path(os.path.commonpath([p.parent for p in paths])) if len(set(names)) < len(names) else None
-    return [h5ad_spec(p, p.relative_to(common).as_posix() if common else p.name) for p in paths]
+    return [spec for p in paths for spec in describe_path(p, p.relative_to(common).as_posix() if common else p.name)]
 
 
 def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Survey:

@@ -1,13 +1,16 @@
 """What a conversion needs to know of a source, whatever kind of file it is.
 
-A source is opened where it is read: what travels is a :class:`SourceSpec`.
+A source is opened where it is read: what travels is a :class:`SourceSpec`.  A folder that was made of several files (a store of
+ours) is as many sources, so that each keeps its own genes and its name.
 """
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,20 +18,25 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["MatrixHeader", "MatrixReader", "Source", "SourceSpec", "open_source"]
+__all__ = ["MatrixHeader", "MatrixReader", "Source", "SourceKind", "SourceSpec", "describe_path", "open_source"]
+
+SourceKind = Literal["h5ad"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceSpec:
     """Which file, and what identifies its content.
 
-    ``name`` goes into the store; ``path`` and ``mtime_ns`` never do (the same sources give the same bytes anywhere).
+    ``name`` goes into the store; ``path`` and ``mtime_ns`` never do (the same sources give the same bytes anywhere).  ``part`` is
+    which of the sources at that path it is.
     """
 
     path: str
     name: str
     size: int
     mtime_ns: int
+    kind: SourceKind = "h5ad"
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +97,19 @@ class Source(Protocol):
 
     def element(self, path: str) -> Any:
         """One of those elements, in memory."""
+
+
+def describe_path(path: str | os.PathLike[str], name: str | None = None) -> list[SourceSpec]:
+    """The sources at a path, described without reading them.
+
+    Raises
+    ------
+    StoreNotFoundError, SourceError
+        There is nothing, or nothing that can be converted.
+    """
+    from scdl_zarr.conversion.sources.h5ad import h5ad_spec
+
+    return [h5ad_spec(Path(os.path.abspath(os.path.expanduser(path))), name)]
 
 
 def open_source(spec: SourceSpec) -> AbstractContextManager[Source]:
