@@ -12,7 +12,6 @@ from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.frames import join_frames
 from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan
 from scdl_zarr.conversion.shards import ShardResult
-from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.survey import Survey
 from scdl_zarr.conversion.values import union_stats
 from scdl_zarr.storage.schema import FORMAT_VERSION, group_node, matrix_nodes, root_document, unsorted_rows_name
@@ -85,13 +84,16 @@ def _add_provenance(elements: EncodedElements, survey: Survey, results: dict[str
     for result in results["X"]:
         for source, value in result.checksums:
             sums[source] = (sums[source] + value) % 2**64
+    sums = [origin.checksum if origin else found for origin, found in zip(survey.origins, sums, strict=True)]
+    sizes = [origin.size_bytes if origin else spec.size for origin, spec in zip(survey.origins, survey.specs, strict=True)]
     sources = {
         "name": _texts(spec.name for spec in survey.specs),
-        "matrix": _texts(matrix_name(key) for key in survey.keys),
+        "matrix": _texts(survey.matrix_names),
         "n_obs": np.array([source.header.n_obs for source in plan.sources], np.int64),
         "nnz": np.array([source.header.nnz for source in plan.sources], np.int64),
         "checksum": np.array(sums, np.uint64),
-        "size_bytes": np.array([spec.size for spec in survey.specs], np.int64),
+        "size_bytes": np.array(sizes, np.int64),
+        "table": np.array(survey.tables, np.int64),
     }
     blocks = _blocks(plan, survey.tables)
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in survey.vocabulary.maps])])[:-1].astype(np.int64)

@@ -36,7 +36,6 @@ from scdl_zarr.conversion.construction import (
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, projected_bytes
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
-from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.stopping import interruptible_pool
 from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, union_stats
@@ -238,7 +237,7 @@ def _difference(root: Path, found: Mapping[str, Any], wanted: Mapping[str, Any],
 
 def _plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
     content = options.content()
-    content["matrix"] = [matrix_name(key) for key in survey.keys]
+    content["matrix"] = survey.matrix_names
     if len(set(content["matrix"])) == 1:
         content["matrix"] = content["matrix"][0]
     sources = [{"name": spec.name, "size": spec.size, "mtime_ns": spec.mtime_ns} for spec in survey.specs]
@@ -384,7 +383,7 @@ def _summary(root: Path, survey: Survey, seconds: float, written_values: int | N
         n_vars=layout.n_vars,
         nnz=layout.nnz,
         n_sources=len(survey.specs),
-        matrices=tuple(dict.fromkeys(matrix_name(key) for key in survey.keys)),
+        matrices=tuple(dict.fromkeys(survey.matrix_names)),
         dtype=layout.data_dtype.name,
         stored_bytes=sum(sizes.values()),
         x_bytes=sum(size for path, size in sizes.items() if path.startswith(("X/data/", "X/indices/"))),

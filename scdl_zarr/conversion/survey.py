@@ -13,7 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan, SourceMatrix, border_elements, cut_shards
-from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, Source, SourceSpec, describe_path, open_source
+from scdl_zarr.conversion.sources import (
+    MatrixHeader,
+    MatrixReader,
+    Provenance,
+    Source,
+    SourceSpec,
+    describe_path,
+    open_source,
+)
 from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.values import choose_dtype, value_stats
 from scdl_zarr.conversion.vocabulary import Vocabulary
@@ -38,6 +46,7 @@ class Survey:
 
     specs: list[SourceSpec]
     keys: list[str]  # the matrix of each source
+    origins: list[Provenance | None]  # what a store among the sources has recorded of them
     plans: dict[str, MatrixPlan]  # by path in the store: X, layers/<name>, obsp/<name>
     vocabulary: Vocabulary
     tables: list[int]  # var table of each source
@@ -49,6 +58,11 @@ class Survey:
     digests: list[str]
     longest_row: int
     row_maps: list[npt.NDArray[np.int64]]  # for each source, the store's row of each of its rows; empty without obsp
+
+    @property
+    def matrix_names(self) -> list[str]:
+        """Which matrix of its file each source gives."""
+        return [origin.matrix if origin else matrix_name(key) for origin, key in zip(self.origins, self.keys, strict=True)]
 
     @property
     def row_starts(self) -> list[int]:
@@ -89,6 +103,7 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
     obs: list[pd.DataFrame] = []
     obsm: dict[str, list[Any]] = {name: [] for name in options.obsm}
     left_out: list[set[str]] = []
+    origins: list[Provenance | None] = []
     for spec, key in zip(specs, keys, strict=True):
         with open_source(spec) as source:
             matrix = source.matrix(key)
@@ -104,6 +119,7 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
             for name in options.obsm:
                 obsm[name].append(_obsm(source, name, matrix.header.n_obs))
             left_out.append(_left_out(source, key, options))
+            origins.append(source.provenance())
     _check_widths(obsm, specs)
     plans, digests, longest = _plan_matrices(specs, found, tables, vocabulary, options)
     digests = [
@@ -122,6 +138,7 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
     return Survey(
         specs=specs,
         keys=keys,
+        origins=origins,
         plans=plans,
         vocabulary=vocabulary,
         tables=tables,
@@ -145,25 +162,28 @@ def _store_paths(options: ConversionOptions) -> list[str]:
 
 def _choose_matrices(specs: list[SourceSpec], matrix: Any) -> list[str]:
     """The key of each source's matrix, decided once for all of them."""
+    files = [spec for spec in specs if spec.kind != "store"]  # a store has decided that already
     if isinstance(matrix, Mapping):
-        return [_matrix_key(_of_source(spec, matrix)) for spec in specs]
+        chosen = dict(zip(files, (_matrix_key(_of_source(spec, matrix)) for spec in files), strict=True))
+        return [chosen.get(spec, "X") for spec in specs]
     if not isinstance(matrix, str):
         raise OptionError(f"matrix={matrix!r}; expected a name such as 'X', 'raw' or 'layers/counts', or one per source")
     if matrix != "auto":
-        return [_matrix_key(matrix)] * len(specs)
+        key = _matrix_key(matrix)
+        return ["X" if spec.kind == "store" and key == "raw/X" else key for spec in specs]
     has_raw = []
-    for spec in specs:
+    for spec in files:
         with open_source(spec) as source:
             has_raw.append("raw/X" in source.matrices())
     if any(has_raw) and not all(has_raw):
-        with_raw = ", ".join(s.name for s, raw in zip(specs, has_raw, strict=True) if raw)
-        without = ", ".join(s.name for s, raw in zip(specs, has_raw, strict=True) if not raw)
+        with_raw = ", ".join(s.name for s, raw in zip(files, has_raw, strict=True) if raw)
+        without = ", ".join(s.name for s, raw in zip(files, has_raw, strict=True) if not raw)
         raise SourceError(
             f"matrix='auto' cannot decide: these sources have raw counts: {with_raw}; these have none: {without}. "
             "Say which matrix to take, for all with matrix='X' (--matrix X), or for each with matrix={source: name} "
             "(--matrix a.h5ad=raw --matrix b.h5ad=X)"
         )
-    return ["raw/X" if all(has_raw) else "X"] * len(specs)
+    return ["raw/X" if spec.kind != "store" and all(has_raw) else "X" for spec in specs]
 
 
 def _of_source(spec: SourceSpec, matrix: Mapping[Any, str]) -> str:

@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 __all__ = ["Blocks", "OneBlock"]
 
 ROOT = "uns/scdl"
-SOURCE_COLUMNS = {"name": object, "matrix": object, "n_obs": "i8", "nnz": "i8", "checksum": "u8", "size_bytes": "i8"}
+SOURCE_COLUMNS = {
+    "name": object,
+    "matrix": object,
+    "n_obs": "i8",
+    "nnz": "i8",
+    "checksum": "u8",
+    "size_bytes": "i8",
+    "table": "i8",
+}
 
 
 class Blocks:
@@ -72,24 +80,11 @@ class Blocks:
 
     def var(self, block: int) -> pd.DataFrame:
         """The var table of a block's source, as the source had it."""
-        number = int(self._frame("blocks", "table")[block])
-        directory = {name: self._frame("directory", name) for name in self._columns("directory")}
-        return unpack_table(
-            directory,
-            self._array("pool"),
-            number,
-            int(self._frame("tables", "n_vars")[number]),
-            str(self._frame("tables", "index_name")[number]),
-        )
+        return self.table(int(self._frame("blocks", "table")[block]))
 
     def gene_ids(self, block: int) -> Int64Array:
         """For each gene of the block's source, its id in the store: shape (n_vars of the source,), int64."""
-        number = int(self._frame("blocks", "table")[block])
-        start, n = int(self._frame("tables", "map_start")[number]), int(self._frame("tables", "n_vars")[number])
-        ids = np.asarray(self._array("maps")[start : start + n]).astype(np.int64)
-        if len(ids) != n or (n and (ids.min() < 0 or ids.max() >= self._metadata.n_vars)):
-            raise CorruptStoreError(f"{self._location}: the gene map of var table {number} points outside the vocabulary")
-        return ids
+        return self.table_gene_ids(int(self._frame("blocks", "table")[block]))
 
     def unsorted_rows(self, matrix: str = "X") -> Int64Array:
         """Rows whose gene ids were not sorted in their source (they keep their source's order), ascending."""
@@ -106,8 +101,34 @@ class Blocks:
         return np.concatenate([np.arange(a, b) for a, b in runs.tolist()] or [np.empty(0, np.int64)]).astype(np.int64)
 
     def sources(self) -> pd.DataFrame:
-        """One row per source: name, matrix, rows, stored values, checksum."""
+        """One row per source: name, matrix, rows, stored values, checksum, size of its file, number of its var table."""
         return self._open("sources").to_pandas()
+
+    def tables_of_sources(self) -> list[int]:
+        """Number of each source's var table."""
+        found, n_tables = np.asarray(self._frame("sources", "table")), len(self._open("tables"))
+        if len(found) and (found.min() < 0 or found.max() >= n_tables):
+            raise CorruptStoreError(f"{self._location}: a source has a var table that is not there ({n_tables} are)")
+        return [int(number) for number in found]
+
+    def table(self, number: int) -> pd.DataFrame:
+        """A var table by its number, as the sources that have it had it."""
+        directory = {name: self._frame("directory", name) for name in self._columns("directory")}
+        return unpack_table(
+            directory,
+            self._array("pool"),
+            number,
+            int(self._frame("tables", "n_vars")[number]),
+            str(self._frame("tables", "index_name")[number]),
+        )
+
+    def table_gene_ids(self, number: int) -> Int64Array:
+        """For each gene of a var table, its id in the store: shape (n_vars of the table,), int64."""
+        start, n = int(self._frame("tables", "map_start")[number]), int(self._frame("tables", "n_vars")[number])
+        ids = np.asarray(self._array("maps")[start : start + n]).astype(np.int64)
+        if len(ids) != n or (n and (ids.min() < 0 or ids.max() >= self._metadata.n_vars)):
+            raise CorruptStoreError(f"{self._location}: the gene map of var table {number} points outside the vocabulary")
+        return ids
 
     # ---- inside
 

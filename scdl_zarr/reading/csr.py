@@ -92,7 +92,8 @@ class CsrReader:
     @property
     def columns(self) -> Columns:
         if self._columns is None:
-            self._columns = open_columns(self._location, self.layout, **self._options)
+            with FIRST_USE:
+                self._columns = self._columns or open_columns(self._location, self.layout, **self._options)
         return self._columns
 
     def read(self, rows: Int64Array, dtype: npt.DTypeLike | None = None, out: Buffers | None = None) -> RowBatch:

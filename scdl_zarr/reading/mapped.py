@@ -120,32 +120,50 @@ class Bench:
         self.decoders = np.stack([decoder.vector for decoder, _ in self._owned])
         self.caches = np.stack([cache.vector for _, cache in self._owned])
         self.fault = np.zeros(st.FAULT_SIZE, np.int64)
-        self.range = np.zeros(3, np.int64)
-        self.request = np.zeros(st.ROW_SIZE, np.int64)
-        self.request[st.ROW_DECODERS] = self.decoders.ctypes.data
-        self.request[st.ROW_CACHES] = self.caches.ctypes.data
-        self.request[st.ROW_RANGE] = self.range.ctypes.data
-        self.request[st.ROW_FAULT] = self.fault.ctypes.data
-        self.request[st.ROW_NNZ] = layout.nnz
+        self.range = np.zeros(3, np.int64)  # of a single row: start, length, and a zero
+        self._row_ask, self._batch_ask = np.zeros((2, st.ASK_SIZE), np.int64)
+        for ask in (self._row_ask, self._batch_ask):
+            ask[st.ASK_DECODERS], ask[st.ASK_CACHES] = self.decoders.ctypes.data, self.caches.ctypes.data
+            ask[st.ASK_FAULT], ask[st.ASK_NNZ] = self.fault.ctypes.data, layout.nnz
+        place = self.range.ctypes.data
+        self._row_ask[[st.ASK_STARTS, st.ASK_LENGTHS, st.ASK_OFFSETS, st.ASK_ORDER]] = place, place + 8, place + 16, place + 16
+        self._row_ask[[st.ASK_COUNT, st.ASK_RANGES]] = 1
         self._asked: tuple[Any, ...] = (None, None)
         self.make_room(1 << 12)
 
     def make_room(self, n: int) -> None:
         """Room for a row of `n` values of up to 8 bytes and as many ids, which may follow them."""
         self._data, self._ids = np.empty(16 * n, np.uint8), np.empty(8 * n, np.uint8)
-        self.request[st.ROW_ROOM] = n
+        self._row_ask[st.ASK_ROOM] = n
         self._asked = (None, None)
 
-    def ask(self, parts: Int64Array, kinds: Kinds) -> npt.NDArray[Any]:
+    def ask_row(self, parts: Int64Array, kinds: Kinds) -> Int64Array:
         """The request for a row of the mapped `parts` in those dtypes, which go to :attr:`values` and :attr:`ids`."""
         if self._asked[0] is not parts or self._asked[1] is not kinds:
             self._asked = (parts, kinds)
             self.values, self.ids = self._data.view(kinds.dtype), self._ids.view(kinds.id_dtype)
-            self.request[st.ROW_PARTS] = parts.ctypes.data
-            self.request[st.ROW_KINDS] = kinds.vector.ctypes.data
-            self.request[st.ROW_DATA] = self._data.ctypes.data
-            self.request[st.ROW_IDS] = 0 if kinds.paired else self._ids.ctypes.data
-        return self.request
+            self._row_ask[st.ASK_PARTS] = parts.ctypes.data
+            self._row_ask[st.ASK_KINDS] = kinds.vector.ctypes.data
+            self._row_ask[st.ASK_DATA] = self._data.ctypes.data
+            self._row_ask[st.ASK_IDS] = 0 if kinds.paired else self._ids.ctypes.data
+        return self._row_ask
+
+    def ask_batch(
+        self,
+        parts: Int64Array,
+        kinds: Kinds,
+        plan: RowPlan,
+        order: Int64Array,
+        outputs: tuple[npt.NDArray[Any], npt.NDArray[Any]],
+    ) -> Int64Array:
+        """The request for the plan's ranges in `order`.  Everything it refers to must be kept until it was answered."""
+        ask, (data, ids) = self._batch_ask, outputs
+        ask[st.ASK_PARTS], ask[st.ASK_KINDS] = parts.ctypes.data, kinds.vector.ctypes.data
+        ask[st.ASK_ORDER], ask[st.ASK_COUNT] = order.ctypes.data, len(order)
+        ask[st.ASK_STARTS], ask[st.ASK_LENGTHS] = plan.starts.ctypes.data, plan.lengths.ctypes.data
+        ask[st.ASK_OFFSETS], ask[st.ASK_RANGES] = plan.indptr.ctypes.data, len(plan.starts)
+        ask[st.ASK_DATA], ask[st.ASK_IDS] = data.ctypes.data, ids.ctypes.data
+        return ask
 
 
 class MappedColumns:
@@ -190,8 +208,10 @@ class MappedColumns:
 
     def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any]) -> None:
         """Fill `data` and `indices` (of ``plan.total`` elements), widening to their dtypes."""
-        maps, kinds = self._maps, self._kinds(data.dtype, indices.dtype).vector
-        outputs = data.view(np.uint8), indices.view(np.uint8)
+        maps, kinds, outputs = self._maps, self._kinds(data.dtype, indices.dtype), (data, indices)
+        assert len(data) == len(indices) == plan.total and data.flags.c_contiguous and indices.flags.c_contiguous
+        if not plan.total:
+            return
         if maps.parts[DATA, st.PART_AHEAD] or maps.parts[INDICES, st.PART_AHEAD]:
             self._read_ahead(maps, plan)
         if self._threads > 1 and plan.total >= SPLIT_VALUES:
@@ -233,7 +253,7 @@ class MappedColumns:
         """One row to the bench's own memory; its length."""
         while True:
             maps = self._maps
-            n: int = self._kernels.read_row(bench.ask(maps.parts, kinds), row)
+            n: int = self._kernels.read_ranges(bench.ask_row(maps.parts, kinds), row)
             if n >= 0:
                 return n
             if n == -st.TOO_LONG:
@@ -249,7 +269,7 @@ class MappedColumns:
         return values, ids
 
     def _gather(
-        self, maps: Maps, plan: RowPlan, order: Int64Array, kinds: Int64Array, outputs: tuple[npt.NDArray[Any], npt.NDArray[Any]]
+        self, maps: Maps, plan: RowPlan, order: Int64Array, kinds: Kinds, outputs: tuple[npt.NDArray[Any], npt.NDArray[Any]]
     ) -> None:
         def touched(part: int) -> Int64Array:
             return touched_pieces(plan.starts[order], plan.lengths[order], _arrays(self._layout)[part].shard)
@@ -260,18 +280,7 @@ class MappedColumns:
         bench = self._bench()
         try:
             while True:
-                code = self._kernels.read_rows(
-                    maps.parts,
-                    bench.decoders,
-                    bench.caches,
-                    order,
-                    plan.starts,
-                    plan.lengths,
-                    plan.indptr,
-                    kinds,
-                    *outputs,
-                    bench.fault,
-                )
+                code = -self._kernels.read_ranges(bench.ask_batch(maps.parts, kinds, plan, order, outputs), -1)
                 if code == st.OK:
                     break
                 self._map_or_raise(maps, code, bench.fault, touched)
@@ -279,7 +288,7 @@ class MappedColumns:
             self._idle.append(bench)
 
     def _gather_side_by_side(
-        self, maps: Maps, plan: RowPlan, kinds: Int64Array, outputs: tuple[npt.NDArray[Any], npt.NDArray[Any]]
+        self, maps: Maps, plan: RowPlan, kinds: Kinds, outputs: tuple[npt.NDArray[Any], npt.NDArray[Any]]
     ) -> None:
         """The same in several threads, of which this is one; each takes the next share when it is done with one."""
         shares = deque(split_rows(plan, SHARES * self._threads if plan.total >= SHARES * SPLIT_VALUES else self._threads))

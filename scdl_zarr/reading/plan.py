@@ -38,6 +38,7 @@ class RowPlan:
 
 def plan_rows(starts: Int64Array, lengths: Int64Array) -> RowPlan:
     """The plan for element ranges that have been checked against the store."""
+    starts, lengths = np.ascontiguousarray(starts, np.int64), np.ascontiguousarray(lengths, np.int64)  # kernels get addresses
     indptr = np.zeros(len(starts) + 1, np.int64)
     np.cumsum(lengths, out=indptr[1:])
     if indptr.min() < 0 or indptr[-1] > LARGEST_BATCH:  # a length is below 2**62: a wrap-around shows as a negative number

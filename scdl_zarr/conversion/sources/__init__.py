@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from scdl_zarr.storage.schema import ATTRIBUTE
+
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["MatrixHeader", "MatrixReader", "Source", "SourceKind", "SourceSpec", "describe_path", "open_source"]
+__all__ = ["MatrixHeader", "MatrixReader", "Provenance", "Source", "SourceKind", "SourceSpec", "describe_path", "open_source"]
 
-SourceKind = Literal["h5ad"]
+SourceKind = Literal["h5ad", "store"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,15 @@ class SourceSpec:
     mtime_ns: int
     kind: SourceKind = "h5ad"
     part: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What is recorded of a source that comes out of a store: which matrix of its file was taken, and the sum of its values."""
+
+    matrix: str
+    size_bytes: int
+    checksum: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +109,9 @@ class Source(Protocol):
     def element(self, path: str) -> Any:
         """One of those elements, in memory."""
 
+    def provenance(self) -> Provenance | None:
+        """What is recorded of it; None for a file, of which it is found out now."""
+
 
 def describe_path(path: str | os.PathLike[str], name: str | None = None) -> list[SourceSpec]:
     """The sources at a path, described without reading them.
@@ -107,13 +121,32 @@ def describe_path(path: str | os.PathLike[str], name: str | None = None) -> list
     StoreNotFoundError, SourceError
         There is nothing, or nothing that can be converted.
     """
+    where = Path(os.path.abspath(os.path.expanduser(path)))
+    if is_store(where):
+        from scdl_zarr.conversion.sources.store import store_specs
+
+        return store_specs(where)
     from scdl_zarr.conversion.sources.h5ad import h5ad_spec
 
-    return [h5ad_spec(Path(os.path.abspath(os.path.expanduser(path))), name)]
+    return [h5ad_spec(where, name)]
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder is a store of ours, finished or damaged."""
+    import json
+
+    try:
+        return ATTRIBUTE in json.loads((path / "zarr.json").read_bytes())["attributes"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def open_source(spec: SourceSpec) -> AbstractContextManager[Source]:
     """Open a source for reading."""
+    if spec.kind == "store":
+        from scdl_zarr.conversion.sources.store import StoreSource
+
+        return StoreSource(spec)
     from scdl_zarr.conversion.sources.h5ad import H5adSource
 
     return H5adSource(spec)

@@ -164,6 +164,9 @@ class H5adSource:
                 return np.asarray(node[name])
             return read_elem(self._file[path])
 
+    def provenance(self) -> None:
+        return None
+
     # ---- inside
 
     def _node(self, key: str) -> h5py.Group | h5py.Dataset | None:

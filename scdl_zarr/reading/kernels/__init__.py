@@ -22,6 +22,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import os
 import sys
 import weakref
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from scdl_zarr.reading.first_use import FIRST_USE
 from scdl_zarr.reading.kernels import state as st
 
 __all__ = ["Decoder", "FAULTS", "Kernels", "load"]
@@ -104,8 +106,7 @@ class Kernels:
 
     library: ctypes.CDLL
     find_rows: Any
-    read_row: Any
-    read_rows: Any
+    read_ranges: Any
     advise_rows: Any
     decode: Any
     crc32c: Any
@@ -117,12 +118,15 @@ class Kernels:
 @functools.cache
 def load() -> Kernels | None:
     """The kernels, or None where no suitable libblosc2 is installed (the general path serves then)."""
-    library = _load_library() if sys.byteorder == "little" and ctypes.sizeof(ctypes.c_void_p) == 8 else None
-    if library is None:
-        return None
-    from scdl_zarr.reading.kernels.entries import compile_entries
+    with FIRST_USE:
+        library = _load_library() if sys.byteorder == "little" and ctypes.sizeof(ctypes.c_void_p) == 8 else None
+        if library is None:
+            return None
+        from scdl_zarr.reading.kernels.entries import compile_entries
 
-    return Kernels(library=library, **compile_entries(_stamp()))
+        # what was imported before the files changed (an upgrade) must not be kept under the new files' number
+        stamp = _IMPORTED if _stamp() == _IMPORTED else int.from_bytes(os.urandom(7), "little")
+        return Kernels(library=library, **compile_entries(stamp))
 
 
 def _stamp() -> int:
@@ -166,3 +170,6 @@ def _candidates() -> list[Path]:
     patterns = {"darwin": "libblosc2*.dylib", "win32": "*blosc2.dll"}
     pattern = patterns.get(sys.platform, "libblosc2.so*")
     return sorted(path for place in (folder / "lib", folder / "lib64", folder, folder / "bin") for path in place.glob(pattern))
+
+
+_IMPORTED = _stamp()

@@ -22,6 +22,21 @@ from scdl_zarr.reading.kernels.chunks import decode_values, find_chunk, planes_o
 from scdl_zarr.reading.kernels.copies import can_copy_planes, copy_planes, copy_values
 from scdl_zarr.reading.kernels.memory import inner, int64s_at, load32, load64, prefetch
 from scdl_zarr.reading.kernels.state import (
+    ASK_CACHES,
+    ASK_COUNT,
+    ASK_DATA,
+    ASK_DECODERS,
+    ASK_FAULT,
+    ASK_IDS,
+    ASK_KINDS,
+    ASK_LENGTHS,
+    ASK_NNZ,
+    ASK_OFFSETS,
+    ASK_ORDER,
+    ASK_PARTS,
+    ASK_RANGES,
+    ASK_ROOM,
+    ASK_STARTS,
     BAD_BOUNDS,
     BAD_HEADER,
     CACHE_GHOSTS,
@@ -64,22 +79,12 @@ from scdl_zarr.reading.kernels.state import (
     PIECE_SIZE,
     PIECE_TARGET,
     PIECES,
-    ROW_CACHES,
-    ROW_DATA,
-    ROW_DECODERS,
-    ROW_FAULT,
-    ROW_IDS,
-    ROW_KINDS,
-    ROW_NNZ,
-    ROW_PARTS,
-    ROW_RANGE,
-    ROW_ROOM,
     TOO_LONG,
     TRUNCATED,
     UNMAPPED,
 )
 
-__all__ = ["advise_rows", "find_rows", "must_probe", "read_row", "read_rows"]
+__all__ = ["advise_rows", "find_rows", "must_probe", "read_ranges"]
 
 PAGE = 4096
 MADV_WILLNEED, MADV_POPULATE_READ = 3, 22  # Linux
@@ -507,54 +512,42 @@ def _read_both(
 
 
 @inner
-def read_rows(
-    parts: Any,
-    decoders: Any,
-    caches: Any,
-    order: Any,
-    starts: Any,
-    lengths: Any,
-    offsets: Any,
-    kinds: Any,
-    data: Any,
-    ids: Any,
-    fault: Any,
-) -> int:
-    """Element ranges [start, start + length) of data and indices into two arrays of bytes, from value `offset` on.
+def read_ranges(ask: Any, row: int) -> int:
+    """Element ranges [start, start + length) of data and indices to two places in memory, from value `offset` on.
 
-    `order` sorts the ranges by start; `kinds` holds, for data and for indices, the OUT_ kind and the bytes of a value.
+    The ASK_ vector says which and where to; its order sorts the ranges by start.  With a `row` from 0 on the range is that row's,
+    which is looked up first, and the answer is its length.  Else it is 0, and in both cases the negative of a code if something
+    is wrong.
     """
-    watched = parts[0, PART_GUARD] != 0
-    before = _blocks_read(decoders[0]) if watched else np.int64(0)
-    data_at, ids_at = data.ctypes.data, ids.ctypes.data
-    code = _read_both(parts, decoders, caches, order, starts, lengths, offsets, kinds, data_at, ids_at, -1, fault)
-    if code == OK and watched:
+    parts = int64s_at(ask[ASK_PARTS], 3 * PART_SIZE).reshape(3, PART_SIZE)
+    decoders = int64s_at(ask[ASK_DECODERS], 2 * DECODER_SIZE).reshape(2, DECODER_SIZE)
+    caches = int64s_at(ask[ASK_CACHES], 2 * CACHE_SIZE).reshape(2, CACHE_SIZE)
+    kinds = int64s_at(ask[ASK_KINDS], 4).reshape(2, 2)
+    fault = int64s_at(ask[ASK_FAULT], FAULT_SIZE)
+    order, n = int64s_at(ask[ASK_ORDER], ask[ASK_COUNT]), ask[ASK_RANGES]
+    starts, lengths = int64s_at(ask[ASK_STARTS], n), int64s_at(ask[ASK_LENGTHS], n)
+    offsets = int64s_at(ask[ASK_OFFSETS], n)
+    data, ids, probing = ask[ASK_DATA], ask[ASK_IDS], np.int64(-1)
+    watched = row < 0 and parts[0, PART_GUARD] != 0
+    before = np.int64(0)
+    if row >= 0:
+        fault[FAULT_PART] = 2
+        probing = np.int64(must_probe(parts[2], fault) or _unwatched(parts[0]) or _unwatched(parts[1]))
+        code = find_rows(parts[2], np.full(1, row, np.int64), ask[ASK_NNZ], starts, lengths, probing != 0, fault)
+        if code != OK:
+            return -code
+        if lengths[0] > ask[ASK_ROOM]:
+            return -TOO_LONG
+        if ids == 0:
+            ids = data + lengths[0] * kinds[0, 1]
+    elif watched:
+        before = _blocks_read(decoders[0])
+    code = _read_both(parts, decoders, caches, order, starts, lengths, offsets, kinds, data, ids, probing, fault)
+    if code != OK:
+        return -code
+    if watched:
         waited = _blocks_read(decoders[0]) > before
         for p in range(2):
             if parts[p, PART_AHEAD] != AHEAD_READ:
                 parts[p, PART_AHEAD] = waited
-    return code
-
-
-@inner
-def read_row(request: Any, row: int) -> int:
-    """Values and ids of one row, as a ROW_ vector asks for them; the row's length, or the negative of a code."""
-    parts = int64s_at(request[ROW_PARTS], 3 * PART_SIZE).reshape(3, PART_SIZE)
-    decoders = int64s_at(request[ROW_DECODERS], 2 * DECODER_SIZE).reshape(2, DECODER_SIZE)
-    caches = int64s_at(request[ROW_CACHES], 2 * CACHE_SIZE).reshape(2, CACHE_SIZE)
-    kinds = int64s_at(request[ROW_KINDS], 4).reshape(2, 2)
-    starts, lengths = int64s_at(request[ROW_RANGE], 1), int64s_at(request[ROW_RANGE] + 8, 1)
-    first = int64s_at(request[ROW_RANGE] + 16, 1)
-    fault = int64s_at(request[ROW_FAULT], FAULT_SIZE)
-    rows = np.full(1, row, np.int64)
-    fault[FAULT_PART] = 2
-    probing = must_probe(parts[2], fault) or _unwatched(parts[0]) or _unwatched(parts[1])
-    code = find_rows(parts[2], rows, request[ROW_NNZ], starts, lengths, probing, fault)
-    if code != OK:
-        return -code
-    if lengths[0] > request[ROW_ROOM]:
-        return -TOO_LONG
-    data = request[ROW_DATA]
-    ids = request[ROW_IDS] if request[ROW_IDS] != 0 else data + lengths[0] * kinds[0, 1]
-    code = _read_both(parts, decoders, caches, first, starts, lengths, first, kinds, data, ids, probing, fault)
-    return lengths[0] if code == OK else -code
+    return lengths[0] if row >= 0 else np.int64(0)

@@ -43,20 +43,25 @@ OUT_SAME, OUT_FLOAT32, OUT_FLOAT64, OUT_IDS32, OUT_IDS64, OUT_IDS_FLOAT32, OUT_I
 # ---- where a kernel says what an answer is about
 FAULT_SHARD, FAULT_CHUNK, FAULT_PART, FAULT_SCRATCH, FAULT_SIZE = range(5)
 
-# ---- one row, asked for
+# ---- what to read: addresses of int64 arrays, and numbers
 (
-    ROW_PARTS,  # addresses of the vectors of data, indices and row pointers,
-    ROW_DECODERS,  # of two decoders' and two caches' vectors,
-    ROW_CACHES,
-    ROW_RANGE,  # of three int64: where the row starts, how long it is, and a zero
-    ROW_KINDS,  # of OUT_ kind and bytes a value, for values and ids
-    ROW_FAULT,
-    ROW_DATA,  # of memory for the values
-    ROW_IDS,  # and for the ids; 0: they follow the values
-    ROW_ROOM,  # bytes of memory for values, and for ids (for both together where the ids follow)
-    ROW_NNZ,
-    ROW_SIZE,
-) = range(11)
+    ASK_PARTS,  # the vectors of data, indices and row pointers,
+    ASK_DECODERS,  # of two decoders and two caches,
+    ASK_CACHES,
+    ASK_KINDS,  # OUT_ kind and bytes a value, for values and ids
+    ASK_FAULT,
+    ASK_ORDER,  # which ranges, one after the other, and how many
+    ASK_COUNT,
+    ASK_STARTS,  # of all ranges: where they start, how long they are, where they go,
+    ASK_LENGTHS,
+    ASK_OFFSETS,
+    ASK_RANGES,  # and how many there are
+    ASK_DATA,  # memory for the values
+    ASK_IDS,  # and for the ids; 0: they follow the values
+    ASK_ROOM,  # how many values there is memory for, where one row is asked for
+    ASK_NNZ,
+    ASK_SIZE,
+) = range(16)
 
 # ---- a decoder
 (

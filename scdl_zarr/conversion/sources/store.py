@@ -1,0 +1,315 @@
+"""Stores of ours as sources: each file that a store was made of comes out as it was.
+
+A store is as many sources as it has in ``uns/scdl/sources``.  Each has its own rows, its own genes in its own order, and its
+recorded name; what is read from it is what was read from its file::
+
+    gene ids of the store ──► of the source (the var table's map, backwards) ──► rows that were sorted there, sorted
+
+so that whatever is made of it (a joined store, a longer one) is what would be made of the files.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scdl_zarr.conversion.kernels import map_rows, sort_rows
+from scdl_zarr.conversion.sources import MatrixHeader, Provenance, SourceSpec
+from scdl_zarr.errors import CorruptStoreError, SourceError
+from scdl_zarr.reading.blocks import Blocks
+from scdl_zarr.reading.csr import Columns, open_columns, value_dtype
+from scdl_zarr.reading.plan import Int64Array, plan_rows
+from scdl_zarr.reading.tables import LazyArrays, LazyTable
+from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, read_metadata
+from scdl_zarr.storage.metadata import StoreMetadata
+from scdl_zarr.storage.schema import MatrixLayout
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["StoreSource", "forget_stores", "store_specs"]
+
+OPEN_STORES = 16  # kept open between the tasks of a process
+BLOCK_ROWS = 1 << 16
+
+
+def store_specs(path: Path) -> list[SourceSpec]:
+    """The sources of a committed store, in order."""
+    status = os.stat(path / ROOT_KEY)
+    opened = _open(str(path), status.st_size, status.st_mtime_ns)
+    return [
+        SourceSpec(path=str(path), name=name, size=status.st_size, mtime_ns=status.st_mtime_ns, kind="store", part=part)
+        for part, name in enumerate(opened.names)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OpenedStore:
+    """A store, and what all of its sources share.  Used by several threads."""
+
+    location: StoreLocation
+    metadata: StoreMetadata
+    blocks: Blocks
+    sources: pd.DataFrame
+    tables: list[int]
+
+    @property
+    def names(self) -> list[str]:
+        return [str(name) for name in self.sources["name"]]
+
+    @functools.cached_property
+    def obs(self) -> pd.DataFrame:
+        return LazyTable(self.location, "obs", self.metadata.nodes, self.metadata.n_obs).to_pandas()
+
+    @functools.cached_property
+    def _columns(self) -> dict[str, Columns]:
+        return {}
+
+    def columns(self, path: str) -> Columns:
+        if path not in self._columns:
+            self._columns[path] = open_columns(self.location, self.metadata.matrices[path], threads=1, check="first")
+        return self._columns[path]
+
+    @functools.cached_property
+    def _kept(self) -> dict[Any, Any]:
+        return {}
+
+    def table(self, number: int) -> pd.DataFrame:
+        """A var table: the same object for all sources that have it."""
+        if ("table", number) not in self._kept:
+            self._kept["table", number] = self.blocks.table(number)
+        found: pd.DataFrame = self._kept["table", number]
+        return found
+
+    def local_genes(self, number: int) -> tuple[Int64Array, bool] | None:
+        """For each gene of the store its number in a var table (-1: not there), and whether that keeps order; None: the same."""
+        if ("genes", number) not in self._kept:
+            ids, n = self.blocks.table_gene_ids(number), self.metadata.n_vars
+            local = np.full(n, -1, np.int64)
+            local[ids] = np.arange(len(ids))
+            same = np.array_equal(ids, np.arange(n))
+            self._kept["genes", number] = None if same else (local, bool((np.diff(ids) > 0).all()))
+        found: tuple[Int64Array, bool] | None = self._kept["genes", number]
+        return found
+
+    def unsorted_rows(self, path: str) -> Int64Array:
+        if ("unsorted", path) not in self._kept:
+            self._kept["unsorted", path] = self.blocks.unsorted_rows(path)
+        found: Int64Array = self._kept["unsorted", path]
+        return found
+
+
+@functools.lru_cache(OPEN_STORES)
+def _open(path: str, _size: int, _mtime_ns: int) -> _OpenedStore:
+    location = StoreLocation(path=Path(path)).pinned()
+    metadata = read_metadata(location)
+    blocks = Blocks(location, metadata)
+    return _OpenedStore(
+        location=location, metadata=metadata, blocks=blocks, sources=blocks.sources(), tables=blocks.tables_of_sources()
+    )
+
+
+def forget_stores() -> None:
+    """Let go of the stores that were read: their mapped files keep space on the disk even when they are deleted."""
+    _open.cache_clear()
+
+
+class StoreSource:
+    """One source of a store.  Use as a context manager."""
+
+    def __init__(self, spec: SourceSpec) -> None:
+        self.spec = spec
+
+    def __enter__(self) -> StoreSource:
+        self._require_unchanged()
+        self._store = _open(self.spec.path, self.spec.size, self.spec.mtime_ns)
+        lengths = np.asarray(self._store.sources["n_obs"], np.int64)
+        stop = int(lengths[: self.spec.part + 1].sum())
+        self._rows = range(stop - int(lengths[self.spec.part]), stop)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None or issubclass(kind, SourceError):
+            self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        try:
+            status = os.stat(os.path.join(self.spec.path, ROOT_KEY))
+        except OSError as error:
+            raise SourceError(f"{self.spec.path} cannot be read any more: {error.strerror}") from error
+        if (status.st_size, status.st_mtime_ns) != (self.spec.size, self.spec.mtime_ns):
+            raise SourceError(f"{self.spec.path} changed while it was being converted; run again when nothing writes it")
+
+    # ---- matrices
+
+    def matrices(self) -> dict[str, str]:
+        return {path: "csr" for path in self._store.metadata.matrices if not path.startswith("obsp/")}
+
+    def kind(self, key: str) -> str | None:
+        return "csr" if key in self._store.metadata.matrices else None
+
+    def matrix(self, key: str) -> StoreMatrix:
+        layout = self._store.metadata.matrices.get(key)
+        if layout is None:
+            listed = ", ".join(self.matrices())
+            raise SourceError(
+                f"{self.spec.path} has no matrix {key} (a store keeps raw.X as X, if that was taken); it has: {listed}"
+            )
+        table = self._store.tables[self.spec.part]
+        genes = self._store.local_genes(table)
+        if key.startswith("obsp/"):
+            return StoreMatrix(self._store, layout, self._rows, len(self._rows), None, first_id=self._rows.start)
+        return StoreMatrix(self._store, layout, self._rows, len(self._store.table(table)), genes)
+
+    # ---- tables and the rest
+
+    def obs(self) -> pd.DataFrame:
+        return self._store.obs.iloc[self._rows.start : self._rows.stop]
+
+    def var(self, key: str) -> pd.DataFrame:  # noqa: ARG002 (all matrices of a store have the same genes)
+        return self._store.table(self._store.tables[self.spec.part])
+
+    def columns_left_out(self, key: str) -> list[str]:  # noqa: ARG002
+        """What its file had and the store has not, as the store lists it: ``uns/colors``, or ``uns/colors (of a.h5ad)``."""
+        listed = [re.fullmatch(r"(.*?)(?: \(of (.*)\))?", str(text)) for text in self._store.metadata.header.get("left_out", [])]
+        return [found[1] for found in listed if found and (found[2] is None or self.spec.name in found[2].split(", "))]
+
+    def others(self) -> list[str]:
+        obsp = [path for path in self._store.metadata.matrices if path.startswith("obsp/")]
+        return sorted([*obsp, *(f"obsm/{name}" for name in self._store.metadata.children("obsm"))])
+
+    def element(self, path: str) -> Any:
+        group, _, name = path.partition("/")
+        nodes, n_obs = self._store.metadata.nodes, self._store.metadata.n_obs
+        whole = LazyArrays(self._store.location, group, self._store.metadata.children(group), nodes, n_obs)[name]
+        return whole[self._rows.start : self._rows.stop]
+
+    def provenance(self) -> Provenance:
+        row = self._store.sources.iloc[self.spec.part]
+        return Provenance(matrix=str(row["matrix"]), size_bytes=int(row["size_bytes"]), checksum=int(row["checksum"]))
+
+
+class StoreMatrix:
+    """One source's part of a matrix, with the gene ids (for an obsp: the row numbers) of the source."""
+
+    def __init__(
+        self,
+        store: _OpenedStore,
+        layout: MatrixLayout,
+        rows: range,
+        n_vars: int,
+        genes: tuple[Int64Array, bool] | None,
+        first_id: int = 0,
+    ) -> None:
+        self._store, self._layout, self._rows = store, layout, rows
+        self._genes, self._first_id = genes, first_id
+        self._columns = store.columns(layout.path)
+        self._known: tuple[int, Int64Array] | None = None  # first row and row pointers of the run of rows asked for last
+        self._id_dtype = np.dtype(np.int32 if layout.n_vars <= 1 << 31 else np.int64)
+        ends = self._bounds(rows[:1]), self._bounds(rows[-1:])
+        self._first = int(ends[0][0][0]) if len(rows) else 0
+        nnz = int(ends[1][0][0] + ends[1][1][0]) - self._first if len(rows) else 0
+        assert layout.data is not None and layout.indices is not None
+        self.header = MatrixHeader(
+            key=layout.path,
+            n_obs=len(rows),
+            n_vars=n_vars,
+            nnz=nnz,
+            dtype=value_dtype(layout),  # what a file had as floats and the store has as integers comes as floats again
+            index_dtype=self._id_dtype,
+            chunk_bytes=max(layout.data.chunk_bytes, layout.indices.chunk_bytes),
+        )
+
+    def _bounds(self, rows: range) -> tuple[Int64Array, Int64Array]:
+        return self._columns.bounds(np.arange(rows.start, rows.stop, dtype=np.int64))
+
+    def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        pointers: Int64Array = np.empty(stop - start, np.int64)
+        rows = self._rows[start : min(stop, len(self._rows))]
+        if rows:
+            starts, _ = self._bounds(rows)
+            pointers[: len(rows)] = starts - self._first
+        if len(rows) < stop - start:  # the pointer after the last row
+            pointers[-1] = self.header.nnz
+        self._known = (start, pointers)
+        return pointers
+
+    def elements(
+        self, start: int, stop: int, out: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        if out is None:
+            out = np.empty(stop - start, self.header.dtype), np.empty(stop - start, self.header.index_dtype)
+        if stop == start:
+            return out
+        if self._genes is None:
+            self._gather(start, stop, *out)
+            if self._first_id:
+                out[1][:] -= self._first_id
+            self._check_ids(out[1])
+            return out
+        first_row, pointers = self._rows_of(start, stop)
+        low, high = int(pointers[0]), int(pointers[-1])
+        whole = out if (low, high) == (start, stop) else (np.empty(high - low, out[0].dtype), np.empty(high - low, out[1].dtype))
+        self._gather(low, high, *whole)
+        self._localize(first_row, pointers - low, *whole)
+        if whole is not out:
+            for target, found in zip(out, whole, strict=True):
+                target[:] = found[start - low : stop - low]
+        return out
+
+    def _gather(self, start: int, stop: int, values: npt.NDArray[Any], ids: npt.NDArray[Any]) -> None:
+        plan = plan_rows(np.array([self._first + start], np.int64), np.array([stop - start], np.int64))
+        self._columns.gather(plan, values, ids)
+
+    def _localize(self, first_row: int, pointers: Int64Array, values: npt.NDArray[Any], ids: npt.NDArray[Any]) -> None:
+        """Ids of the store into ids of the source, in place, and the rows into the order they had there."""
+        assert self._genes is not None
+        local, rising = self._genes
+        mapped, in_order = np.empty_like(ids), np.empty(len(pointers) - 1, np.bool_)
+        map_rows(ids, pointers, local, False, mapped, in_order)  # the reader has checked that ids are genes of the store
+        ids[:] = mapped
+        self._check_ids(ids)
+        if rising:
+            return
+        unsorted = self._store.unsorted_rows(self._layout.path)
+        first = self._rows.start + first_row
+        low, high = np.searchsorted(unsorted, [first, first + len(in_order)])
+        in_order[:] = True
+        in_order[unsorted[low:high] - first] = False
+        longest = int(np.diff(pointers).max())
+        words = values.view(f"u{values.dtype.itemsize}")
+        sort_rows(pointers, in_order, ids, words, np.empty(longest, ids.dtype), np.empty(longest, words.dtype))
+
+    def _check_ids(self, ids: npt.NDArray[Any]) -> None:
+        if ids.min() < 0 or ids.max() >= self.header.n_vars:
+            what = "names cells of another source" if self._layout.path.startswith("obsp/") else "holds a gene its source has not"
+            raise CorruptStoreError(f"{self._store.location}: {self._layout.path} {what} in rows of {self._rows}")
+
+    def _rows_of(self, start: int, stop: int) -> tuple[int, Int64Array]:
+        """The whole rows that hold elements [start, stop): the first row's number and their row pointers."""
+        if self._known is not None:
+            row, pointers = self._known
+            if pointers[0] <= start and stop <= pointers[-1]:
+                low = int(np.searchsorted(pointers, start, side="right")) - 1
+                high = int(np.searchsorted(pointers, stop, side="left"))
+                return row + low, pointers[low : high + 1]
+        first = self._row_of(start)
+        last = self._row_of(stop - 1)
+        return first, self.indptr(first, last + 2)
+
+    def _row_of(self, element: int) -> int:
+        """The row that holds an element: the last one that starts at it or before."""
+        low, high = 0, len(self._rows)
+        while high - low > 1:
+            middle = (low + high) // 2
+            starts, _ = self._bounds(self._rows[middle : middle + 1])
+            low, high = (middle, high) if starts[0] - self._first <= element else (low, middle)
+        return low
