@@ -146,6 +146,9 @@ def _store_paths(options: ConversionOptions) -> list[str]:
 def _choose_matrices(specs: list[SourceSpec], matrix: Any) -> list[str]:
     """The key of each source's matrix, decided once for all of them."""
     if isinstance(matrix, Mapping):
+        odd = [key for key in matrix.values() if not isinstance(key, str)]
+        if odd:
+            raise OptionError(f"matrix= (--matrix) names {odd[0]!r}; expected a name such as 'X', 'raw' or 'layers/counts'")
         return [_matrix_key(_of_source(spec, matrix)) for spec in specs]
     if not isinstance(matrix, str):
         raise OptionError(f"matrix={matrix!r}; expected a name such as 'X', 'raw' or 'layers/counts', or one per source")
