@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def _drawn_file(draw: Any, repeats: bool) -> DrawnFile:
 
 @st.composite
 def _obs(draw: Any, n: int) -> pd.DataFrame:
-    kinds = {
+    kinds: dict[str, Callable[[], Any]] = {
         "batch": lambda: pd.Categorical(draw(st.lists(st.sampled_from("abc"), min_size=n, max_size=n))),
         "count": lambda: np.array(draw(st.lists(st.integers(0, 99), min_size=n, max_size=n)), np.int64),
         "share": lambda: np.array(draw(st.lists(st.sampled_from([0.5, 0.25]), min_size=n, max_size=n)), np.float64),

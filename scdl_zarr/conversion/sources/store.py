@@ -223,7 +223,8 @@ class StoreMatrix:
             n_obs=len(rows),
             n_vars=n_vars,
             nnz=nnz,
-            dtype=value_dtype(layout),  # what a file had as floats and the store has as integers comes as floats again
+            # what a file had as floats and the store has as integers comes as floats again
+            dtype=value_dtype(layout) if layout.data_dtype.kind in "iu" else layout.data_dtype,
             index_dtype=self._id_dtype,
             chunk_bytes=max(layout.data.chunk_bytes, layout.indices.chunk_bytes),
         )
