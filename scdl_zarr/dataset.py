@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import numpy as np
@@ -18,6 +19,8 @@ from scdl_zarr.storage.foreign import dtype_name, open_metadata
 from scdl_zarr.storage.location import StoreLocation, locate
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import anndata
     import pandas as pd
     import torch
@@ -447,6 +450,57 @@ class SingleCellZarrDataset:
         recast_values(self._location, dtype, dtype_tolerance)
         self._open()
 
+    def append(
+        self,
+        sources: Any,
+        *,
+        matrix: str | Mapping[str, str] | None = None,
+        dtype: npt.DTypeLike | Literal["auto"] | None = None,
+        memory_budget: str | int = "2GB",
+        workers: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Append the rows of further sources; this object then reads the longer store.
+
+        Parameters
+        ----------
+        sources
+            One source or a list of them, as in :func:`scdl_zarr.convert`: files, stores, or open datasets of stores.  Their genes
+            are matched with the store's, new ones are added at the end of the vocabulary.  Layers, obsm and obsp that the store
+            has must be in every source.
+        matrix
+            Which matrix the sources give, as in :func:`scdl_zarr.convert`; by default what the store was made with.
+        dtype
+            Dtype to store the values in from now on; by default the store's own, made wider if values need that and the store
+            was made with ``dtype="auto"``.
+        memory_budget, workers, progress
+            As in :func:`scdl_zarr.convert`.
+
+        Raises
+        ------
+        SourceError, InexactValueError
+            A source cannot be read, or a value does not survive the store's dtype.  The store stays as it was.
+        OptionError
+            The store is no local folder, or another program made it.
+        StoreBusyError, StoreAccessError, StoreFullError
+            Another process replaces this store; the folder beside it cannot be written; there is no room.
+
+        Notes
+        -----
+        The result is what :func:`scdl_zarr.convert` makes of all sources at once.  It is built beside the store, which shares its
+        full shards by hard links, and takes its place by one rename: killed at any moment the store is the old one or the new
+        one, and the same call goes on where it stopped.  Called again with the same sources right after, it does nothing.  Reads
+        the row pointers of the whole store and its last shard; where a wider dtype is needed, every value is written anew.
+        Datasets that other code opened before have to be opened again.
+        """
+        from scdl_zarr.conversion.append import append_sources
+
+        options = {"matrix": matrix, "dtype": dtype, "memory_budget": memory_budget, "workers": workers, "progress": progress}
+        summary = append_sources(self._location, _paths_of(sources), options)
+        self._open()
+        if progress:
+            print(summary)
+
     # ---- inside
 
     def _open(self) -> None:
@@ -513,6 +567,15 @@ class SingleCellZarrDataset:
         if with_obs:
             obs = [self.obs.lookup(name)[row] for name in (self.obs.columns if obs_names is None else obs_names)]
         return var, obs
+
+
+def _paths_of(sources: Any) -> Any:
+    """Open datasets as the paths of their stores."""
+    if isinstance(sources, SingleCellZarrDataset):
+        return sources.path
+    if isinstance(sources, (str, os.PathLike)) or not isinstance(sources, Iterable):
+        return sources
+    return [source.path if isinstance(source, SingleCellZarrDataset) else source for source in sources]
 
 
 def _reopen(location: StoreLocation, options: dict[str, Any]) -> SingleCellZarrDataset:

@@ -30,8 +30,8 @@ import pytest
 import scdl_zarr
 from scdl_zarr import errors
 from scdl_zarr.conversion import construction
-from scdl_zarr.conversion.encode import replace_file
 from scdl_zarr.conversion.execution import run_conversion
+from scdl_zarr.conversion.files import replace_file
 from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.sources.h5ad import H5adMatrix
 from scdl_zarr.conversion.stopping import interruptible_pool, refuse_if_stopped

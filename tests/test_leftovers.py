@@ -16,8 +16,9 @@ import scdl_zarr
 from scdl_zarr import errors
 from scdl_zarr.conversion import construction
 from scdl_zarr.conversion.construction import remove_partial_files, run_task
-from scdl_zarr.conversion.encode import ShardEncoder, is_partial, partial_path, replace_file, sync_folder
+from scdl_zarr.conversion.encode import ShardEncoder
 from scdl_zarr.conversion.execution import ConversionSummary, run_conversion
+from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, sync_folder
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.stopping import StoppedError, interruptible_pool, refuse_if_stopped

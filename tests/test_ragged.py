@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -157,3 +158,28 @@ def test_stores_as_sources_give_what_their_files_give(files: list[DrawnFile], cu
                 assert made_of[key] == content, key
         assert made.sources.equals(whole.sources)
         assert made.verify().ok
+
+
+@settings(max_examples=30)
+@given(files=drawn_files(least=2), cuts=st.lists(st.integers(1, 5), max_size=2))
+def test_appending_is_converting_everything_at_once(files: list[DrawnFile], cuts: list[int]) -> None:
+    """Whatever is appended in whatever portions."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sources = write_all(files, folder)
+        whole = convert(sources, folder / "whole.zarr")
+        borders = sorted({1, len(files), *(cut for cut in cuts if cut < len(files))})
+        data = convert(sources[:1], folder / "grown.zarr")
+        for start, stop in itertools.pairwise(borders):
+            data.append([*sources[start:stop]], progress=False)
+            assert_holds(data, files[:stop])
+        assert_sources_come_back(data, files)
+        assert data.sources.equals(whole.sources)
+        assert data.blocks.unsorted_rows().tolist() == whole.blocks.unsorted_rows().tolist()
+        grown = objects_of(folder / "grown.zarr")
+        for key, content in objects_of(folder / "whole.zarr").items():
+            if key.startswith(("X/indices/", "X/indptr/", "var/", "uns/")):
+                assert grown[key] == content, key
+        report = data.verify()
+        assert report.ok, str(report)
+        assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []

@@ -37,14 +37,17 @@ def commit_store(
     options: ConversionOptions,
     results: dict[str, list[ShardResult]],
     elements: EncodedElements,
-    plan: Mapping[str, Any],
+    record: Mapping[str, Any],
 ) -> None:
-    """Commit a store whose shards are all written; `elements` are its tables, from :func:`encode_tables`."""
+    """Commit a store whose shards are all written.
+
+    `elements` are its tables, from :func:`encode_tables`; `record` is what it says of its conversion.
+    """
     _add_provenance(elements, survey, results)
     nodes = {name: group_node("dict") for name in DICT_GROUPS} | elements.nodes()
     for path in survey.plans:
         nodes |= matrix_nodes(survey.plans[path].layout)
-    construction.commit(root_document(nodes, _header(survey, options, results, plan)), nodes, elements.objects())
+    construction.commit(root_document(nodes, _header(survey, options, results, record)), nodes, elements.objects())
 
 
 def recorded_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def recorded_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _header(
-    survey: Survey, options: ConversionOptions, results: dict[str, list[ShardResult]], plan: Mapping[str, Any]
+    survey: Survey, options: ConversionOptions, results: dict[str, list[ShardResult]], record: Mapping[str, Any]
 ) -> dict[str, Any]:
     from scdl_zarr import __version__
 
@@ -71,7 +74,7 @@ def _header(
             path: {"float32_exact": union_stats(result.stats for result in results[path]).float32_exact} for path in survey.plans
         },
         "left_out": survey.left_out,
-        "conversion": recorded_plan(plan),
+        "conversion": dict(record),
     }
 
 

@@ -26,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scdl_zarr.conversion.encode import is_partial, partial_path, replace_file, sync_folder
+from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, sync_folder
 from scdl_zarr.conversion.plan import ShardTask
 from scdl_zarr.conversion.shards import ShardResult, write_shard
 from scdl_zarr.conversion.values import ValueStats

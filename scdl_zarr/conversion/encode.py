@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
-import secrets
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,14 +22,14 @@ import numcodecs.blosc
 import numpy as np
 import numpy.typing as npt
 
+from scdl_zarr.conversion.files import partial_path, sync_folder
 from scdl_zarr.conversion.kernels import BLOSC_OVERHEAD, CHECKSUM_BYTES, blosc_address, difference, encode_chunks
 from scdl_zarr.conversion.plan import SLAB_BYTES
 from scdl_zarr.storage.schema import ArrayLayout
 
-__all__ = ["ShardEncoder", "is_partial", "partial_path", "replace_file", "sync_file", "sync_folder"]
+__all__ = ["ShardEncoder"]
 
 _ABSENT = 2**64 - 1
-_PARTIAL = re.compile(r"\.\d+(-[0-9a-f]{8})?\.part$")
 _SHUFFLES = {
     "noshuffle": numcodecs.blosc.NOSHUFFLE,
     "shuffle": numcodecs.blosc.SHUFFLE,
@@ -157,51 +155,3 @@ class ShardEncoder:
         raw = index.tobytes()
         self._write(raw + google_crc32c.value(raw).to_bytes(4, "little"))
         os.fsync(self._file.fileno())
-
-
-def partial_path(path: Path) -> Path:
-    """A name beside `path` for what is not whole yet, which no other writer has.
-
-    The process alone does not make it so: a thread that was given up may still write when the next conversion is at the same
-    file, and two machines that share a disk may have a process of one number.
-    """
-    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-
-
-def is_partial(path: Path) -> bool:
-    """Whether a file has such a name (or that of an earlier version, with the process alone)."""
-    return _PARTIAL.search(path.name) is not None
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a whole file so that it is either the old one or the new one, also after a crash.
-
-    That it is the new one is certain once its folder was synced.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = partial_path(path)
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_file(path: Path) -> None:
-    """Make a file's content durable."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable (folders cannot be opened on Windows, which needs no such call)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

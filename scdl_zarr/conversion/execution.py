@@ -59,7 +59,15 @@ from scdl_zarr.storage.schema import (
     profile_named,
 )
 
-__all__ = ["ConversionSummary", "run_conversion"]
+__all__ = [
+    "ConversionSummary",
+    "build_store",
+    "plan_record",
+    "projected_size",
+    "run_conversion",
+    "summarize",
+    "worker_count",
+]
 
 SLOWEST_SHOWN = 0.5  # million values a second: what is slower rounds to 0
 TABLE_FACTOR = 6  # obs and var: as read, joined, as objects, encoded
@@ -117,6 +125,14 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     An error in the sources or options leaves nothing at the target.  Anything else that stops a conversion (a kill, Ctrl-C, a
     full disk) leaves an unfinished one, which nothing opens and which the same call finishes.
     """
+    try:
+        return _run_conversion(sources, target, options)
+    finally:
+        if "scdl_zarr.conversion.sources.store" in sys.modules:
+            sys.modules["scdl_zarr.conversion.sources.store"].forget_stores()
+
+
+def _run_conversion(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> ConversionSummary:
     began = time.perf_counter()
     if not isinstance(target, (str, os.PathLike)):
         raise OptionError(f"target={target!r}; expected a path")
@@ -130,38 +146,39 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
         restore_interrupted(root)
         taken = _target_state(root, options)
     survey = survey_sources(specs, options)
-    plan = _plan_record(survey, options)
+    plan = plan_record(survey, options)
+    record = recorded_plan(plan)
     with explained_errors(root):
         if taken == "store" and not options.overwrite:
             return _same_store(root, plan, survey)
         prepare_target(root)
-        workers = _workers(survey, options)
-        check_room(root, _projected_size(survey, options))
+        workers = worker_count(survey, options)
+        check_room(root, projected_size(survey, options))
     tables = encode_tables(survey)  # what cannot be stored is refused here, before anything is written
     if taken == "store":
         with exclusive(root):
-            place = replacement_path(root)
-            written = _build(Construction(place, plan, resume=False, replaces=True), survey, options, workers, tables, plan)
-            swap_folders(place, root)
+            construction = Construction(replacement_path(root), plan, resume=False, replaces=True)
+            written = build_store(construction, survey, options, workers, tables, record)
+            swap_folders(construction.root, root)
     else:
         resume = options.resume and not options.overwrite
-        written = _build(Construction(root, plan, resume=resume), survey, options, workers, tables, plan)
-    return _summary(root, survey, time.perf_counter() - began, written)
+        written = build_store(Construction(root, plan, resume=resume), survey, options, workers, tables, record)
+    return summarize(root, survey, time.perf_counter() - began, written)
 
 
-def _build(
+def build_store(
     construction: Construction,
     survey: Survey,
     options: ConversionOptions,
     workers: int,
     tables: EncodedElements,
-    plan: Mapping[str, Any],
+    record: Mapping[str, Any],
 ) -> int:
     """Write every shard and commit; what can never finish leaves nothing behind.  How many values this run wrote."""
     with construction:
         try:
             results, written = _run(construction, survey, options, workers)
-            commit_store(construction, survey, options, results, tables, plan)
+            commit_store(construction, survey, options, results, tables, record)
             return written
         except (SourceError, InexactValueError, OptionError) as error:
             if not _may_pass(error):
@@ -219,7 +236,7 @@ def _same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> Conversi
 
         with contextlib.suppress(StoreBusyError):  # its own conversion is still at it
             finish_interrupted(root, read_metadata(StoreLocation(path=root)).nodes)
-    return _summary(root, survey, 0.0, None)
+    return summarize(root, survey, 0.0, None)
 
 
 def _difference(root: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], sources: list[dict[str, Any]]) -> str:
@@ -238,7 +255,7 @@ def _difference(root: Path, found: Mapping[str, Any], wanted: Mapping[str, Any],
 # ---- the plan
 
 
-def _plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
+def plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
     content = options.content()
     content["matrix"] = survey.matrix_names
     if len(set(content["matrix"])) == 1:
@@ -247,7 +264,7 @@ def _plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
     return {"plan_version": PLAN_VERSION, "options": content, "sources": sources, "digest": digest_of(survey.digests)}
 
 
-def _workers(survey: Survey, options: ConversionOptions) -> int:
+def worker_count(survey: Survey, options: ConversionOptions) -> int:
     """As many as asked for (or cores), but no more than the memory budget holds."""
     budget = parse_bytes(options.memory_budget)
     shards = sum(len(plan.cuts) for plan in survey.plans.values())
@@ -273,7 +290,7 @@ def table_bytes(survey: Survey) -> int:
     return rows + TABLE_FACTOR * held + 3 * sum(int(value.nbytes) for values in survey.obsm.values() for value in values)
 
 
-def _projected_size(survey: Survey, options: ConversionOptions) -> int:
+def projected_size(survey: Survey, options: ConversionOptions) -> int:
     profile = profile_named(options.profile)
     size = 0.0
     for plan in survey.plans.values():
@@ -393,7 +410,7 @@ def _run_tasks(construction: Construction, tasks: list[ShardTask], workers: int,
     return [result for task in tasks if (result := results[task.name]) is not None]
 
 
-def _summary(root: Path, survey: Survey, seconds: float, written_values: int | None) -> ConversionSummary:
+def summarize(root: Path, survey: Survey, seconds: float, written_values: int | None) -> ConversionSummary:
     layout = survey.plans["X"].layout
     sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob("*") if path.is_file()}
     return ConversionSummary(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.construction import Construction, exclusive, explained_errors, prepare_target, swap_folders
-from scdl_zarr.conversion.encode import ShardEncoder, is_partial, sync_file
+from scdl_zarr.conversion.encode import ShardEncoder
+from scdl_zarr.conversion.files import is_partial, link_file
 from scdl_zarr.conversion.plan import PIECE_VALUES
 from scdl_zarr.conversion.values import ValueStats, value_stats
 from scdl_zarr.errors import InexactValueError, OptionError
@@ -102,13 +102,7 @@ def _link_others(root: Path, place: Path, skipped: str) -> None:
         name = path.relative_to(root).as_posix()
         if name == "zarr.json" or name.startswith((skipped, f"{BUILD_FOLDER}/")) or is_partial(path) or not path.is_file():
             continue
-        target = place / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, target)
-        except OSError:  # a file system without links, or too many of them
-            shutil.copy2(path, target)
-            sync_file(target)  # the old store, with its copy, is removed after the exchange
+        link_file(path, place / name)
 
 
 def _encode(location: StoreLocation, matrix: MatrixLayout, target: ArrayLayout, place: Path, tolerance: float) -> ValueStats:

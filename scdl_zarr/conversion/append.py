@@ -1,0 +1,223 @@
+"""Sources appended to a store: the longer store is built beside it and takes its place by one rename.
+
+::
+
+    atlas.zarr               c.h5ad
+      │   │                     │
+      │   └── last shard ───────┴──► encoded together ──► .atlas.zarr.scdl-new/X/data/c/7, 8, ...
+      └── full shards ──────────── hard links ──────────► .atlas.zarr.scdl-new/X/data/c/0 ... 6     then one exchange of the names
+
+The store is taken as the sources it was made of (``sources/store.py``), the plan is that of converting those and the new ones,
+and a shard that holds nothing new in no other dtype is not made but linked.  So the result is what converting everything at once
+gives, killed at any moment one whole store lies under the name, and the next call goes on from the shards that are there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scdl_zarr.conversion.assembly import encode_tables, merge_runs, recorded_plan
+from scdl_zarr.conversion.construction import (
+    Construction,
+    check_room,
+    exclusive,
+    explained_errors,
+    prepare_target,
+    restore_interrupted,
+    swap_folders,
+)
+from scdl_zarr.conversion.execution import (
+    ConversionSummary,
+    build_store,
+    plan_record,
+    projected_size,
+    summarize,
+    worker_count,
+)
+from scdl_zarr.conversion.files import link_file
+from scdl_zarr.conversion.plan import ConversionOptions, ShardTask
+from scdl_zarr.conversion.shards import ShardResult
+from scdl_zarr.conversion.sources import SourceSpec
+from scdl_zarr.conversion.sources.store import forget_stores, store_specs
+from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
+from scdl_zarr.conversion.values import ValueStats
+from scdl_zarr.errors import CorruptStoreError, OptionError, StoreExistsError
+from scdl_zarr.reading.blocks import Blocks
+from scdl_zarr.storage.location import StoreLocation, read_metadata, replacement_path
+from scdl_zarr.storage.metadata import StoreMetadata
+from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout
+
+__all__ = ["append_sources"]
+
+FLOAT32_INTEGERS = 1 << 24
+
+
+def append_sources(location: StoreLocation, sources: Any, overrides: Mapping[str, Any]) -> ConversionSummary:
+    """Append sources to a store of ours, with the options it was made with.
+
+    Parameters
+    ----------
+    overrides
+        Options that are others now: ``matrix`` (of the new sources), ``dtype``, ``memory_budget``, ``workers``, ``progress``.
+
+    Raises
+    ------
+    OptionError
+        The store is no local folder or was not made by a conversion, or an option does not fit.
+    SourceError, InexactValueError
+        As in a conversion.  The store stays as it was, as it does after any other error.
+    StoreBusyError
+        Another process replaces this store.
+    """
+    began = time.perf_counter()
+    if location.path is None:
+        raise OptionError(f"{location} is no local folder, and only a folder can be replaced as a whole")
+    root = Path(os.path.realpath(location.path))
+    try:
+        with explained_errors(root):
+            restore_interrupted(root)
+            prepare_target(root.parent)
+            new = find_sources(sources)
+            with exclusive(root):
+                base = _Base(root)
+                options = base.options(overrides)
+                survey = survey_sources([*base.specs, *new], options)
+                base.require_same_genes(survey)
+                digest = digest_of(survey.digests[len(base.specs) :])
+                if base.appended[-1:] == [digest]:
+                    return summarize(root, survey, 0.0, None)
+                record = base.record(survey, options, digest)
+                written = _extend(base, survey, options, record)
+        return summarize(root, survey, time.perf_counter() - began, written)
+    finally:
+        forget_stores()
+
+
+def _extend(base: _Base, survey: Survey, options: ConversionOptions, record: Mapping[str, Any]) -> int:
+    base.keep_dtypes(survey, options)
+    workers = worker_count(survey, options)
+    total = sum(plan.layout.nnz for plan in survey.plans.values())
+    new = total - sum(base.metadata.matrices[path].nnz for path in survey.plans)
+    check_room(base.root, projected_size(survey, options) * new // max(total, 1))
+    tables = encode_tables(survey)
+    place, plan = replacement_path(base.root), plan_record(survey, options)
+    try:
+        written = build_store(_Extension(base, place, plan, resume=True), survey, options, workers, tables, record)
+    except StoreExistsError:  # something else was begun there and given up: a cast, an overwrite, another append
+        written = build_store(_Extension(base, place, plan, resume=False), survey, options, workers, tables, record)
+    swap_folders(place, base.root)
+    return written
+
+
+class _Base:
+    """The store that is appended to."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.metadata: StoreMetadata = read_metadata(StoreLocation(path=root))
+        recorded = self.metadata.header.get("conversion")
+        if not self.metadata.ours or not isinstance(recorded, dict) or not isinstance(recorded.get("options"), dict):
+            raise OptionError(f"{root} was not made by a conversion; convert it into a new store together with the new sources")
+        self._recorded = recorded
+        self.specs: list[SourceSpec] = store_specs(root)
+        self.blocks = Blocks(StoreLocation(path=root), self.metadata)
+        appended = recorded.get("appended", [])
+        self.appended = [str(digest) for digest in appended] if isinstance(appended, list) else []
+
+    def options(self, overrides: Mapping[str, Any]) -> ConversionOptions:
+        """The options of the store's own conversion, and which matrix the new sources give."""
+        known = {field.name for field in dataclasses.fields(ConversionOptions)}
+        kept = {name: value for name, value in self._recorded["options"].items() if name in known and name != "matrix"}
+        chosen = {name: value for name, value in overrides.items() if value is not None}
+        matrix = chosen.pop("matrix", self._recorded["options"].get("matrix", "auto"))
+        if not isinstance(matrix, (str, Mapping)):  # the store's sources did not agree
+            matrix = "auto"
+        if "dtype" in chosen:
+            kept.pop("dtype_tolerance", None)
+        try:
+            return ConversionOptions(**{**kept, **chosen, "matrix": matrix})
+        except TypeError as error:
+            raise CorruptStoreError(f"{self.root} records options that make no sense: {error}") from error
+
+    def require_same_genes(self, survey: Survey) -> None:
+        """The vocabulary made of the store's sources must be the store's: else its ids would get another meaning."""
+        known = survey.vocabulary.maps
+        for table in set(survey.tables[: len(self.specs)]):
+            if not np.array_equal(known[table], self.blocks.table_gene_ids(table)):
+                raise CorruptStoreError(f"{self.root}: the gene map of var table {table} is not that of its genes")
+
+    def keep_dtypes(self, survey: Survey, options: ConversionOptions) -> None:
+        """Start with the dtypes that the store has, unless another one was asked for."""
+        for path, plan in survey.plans.items():
+            asked = plan.asked_dtype(options)
+            if asked in ("auto", self._recorded["options"].get("dtype")):
+                survey.plans[path] = plan.with_dtype(self.metadata.matrices[path].data_dtype)
+
+    def record(self, survey: Survey, options: ConversionOptions, digest: str) -> dict[str, Any]:
+        whole = recorded_plan(plan_record(survey, options))
+        before = str(self._recorded.get("sources_digest"))
+        return {**whole, "sources_digest": digest_of([before, digest]), "appended": [*self.appended, digest]}
+
+    def reported(self, task: ShardTask) -> ShardResult | None:
+        """What making that shard would report, if the store has it already: nothing in it is new, and no dtype is another."""
+        matrix = self.metadata.matrices.get(task.matrix)
+        if matrix is None or not all(self._has(matrix, layout, task.stop) for layout in task.arrays):
+            return None
+        stats = ValueStats() if task.kind == "indptr" else self._stats(matrix)
+        runs = tuple(merge_runs((row, row + 1) for row in self._unsorted(task.matrix))) if task.number == 0 else ()
+        return ShardResult(
+            name=task.name,
+            dtype=task.arrays[0].dtype.name,
+            stats=stats,
+            unsorted=runs if task.kind == "values" else (),
+            values=task.stop - task.start if task.kind == "values" else 0,
+        )
+
+    def _unsorted(self, path: str) -> list[int]:
+        found: list[int] = self.blocks.unsorted_rows(path).tolist()
+        return found
+
+    @staticmethod
+    def _has(matrix: MatrixLayout, layout: ArrayLayout, stop: int) -> bool:
+        for own in (matrix.data, matrix.indices, matrix.indptr):
+            if own is not None and own.path == layout.path:
+                same = dataclasses.replace(own, size=0) == dataclasses.replace(layout, size=0)
+                return same and stop <= own.size
+        return False
+
+    @staticmethod
+    def _stats(matrix: MatrixLayout) -> ValueStats:
+        """What is known of values without reading them: their dtype, and whether float32 holds them."""
+        if matrix.data_dtype.kind == "f":
+            return ValueStats(count=1, integral=False, float32_exact=matrix.float32_exact)
+        info = np.iinfo(matrix.data_dtype)
+        low, high = int(info.min), int(info.max)
+        if matrix.float32_exact:
+            low, high = max(low, -FLOAT32_INTEGERS), min(high, FLOAT32_INTEGERS)
+        return ValueStats(count=1, low=low, high=high, float32_exact=matrix.float32_exact)
+
+
+class _Extension(Construction):
+    """The longer store while it is being built: shards that the shorter one has are linked when they are asked for."""
+
+    def __init__(self, base: _Base, place: Path, plan: Mapping[str, Any], *, resume: bool) -> None:
+        super().__init__(place, plan, resume=resume, replaces=True)
+        self._base = base
+
+    def finished(self, task: ShardTask) -> ShardResult | None:
+        found = super().finished(task)
+        if found is not None:
+            return found
+        found = self._base.reported(task)
+        if found is not None:
+            for layout in task.arrays:
+                key = layout.shard_key(task.number)
+                link_file(self._base.root / key, self.root / key)
+        return found
