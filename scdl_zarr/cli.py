@@ -1,4 +1,4 @@
-"""The command line: ``scdl-zarr convert | info | verify | demo``."""
+"""The command line: ``scdl-zarr convert | append | info | verify | demo``."""
 
 from __future__ import annotations
 
@@ -119,6 +119,41 @@ def convert(
             workers=workers,
             overwrite=overwrite,
             resume=not restart,
+            progress=not quiet,
+        )
+    except KeyboardInterrupt:
+        typer.echo("scdl-zarr: stopped; run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def append(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="The store that grows.")],
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Files or stores whose rows are added.")],
+    matrix: Annotated[
+        list[str] | None,
+        typer.Option("--matrix", help="X, raw, or the name of a layer; or SOURCE=NAME. [default: what the store was made with]"),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype to store the values in from now on [default: the store's].")] = None,
+    memory_budget: Annotated[str, typer.Option(help="Most memory to use, such as 2GB.")] = "2GB",
+    workers: Annotated[int | None, typer.Option(help="Threads [default: one per core].")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")] = False,
+) -> None:
+    """Append the rows of further sources to a store.
+
+    The longer store takes the place of the old one when it is complete. An interrupted command goes on when it is run again.
+
+    Example: scdl-zarr append atlas.zarr c.h5ad
+    """
+    from scdl_zarr.api import open_store
+
+    try:
+        open_store(store).append(
+            sources,
+            matrix=_chosen_matrix(matrix, sources) if matrix else None,
+            dtype=dtype,
+            memory_budget=memory_budget,
+            workers=workers,
             progress=not quiet,
         )
     except KeyboardInterrupt:

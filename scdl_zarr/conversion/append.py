@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.conversion.sources.store import forget_stores, store_specs
 from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
 from scdl_zarr.conversion.values import ValueStats
-from scdl_zarr.errors import CorruptStoreError, OptionError, StoreExistsError
+from scdl_zarr.errors import CorruptStoreError, NotAStoreError, OptionError, StoreExistsError
 from scdl_zarr.reading.blocks import Blocks
 from scdl_zarr.storage.location import StoreLocation, read_metadata, replacement_path
 from scdl_zarr.storage.metadata import StoreMetadata
@@ -57,6 +58,7 @@ from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout
 __all__ = ["append_sources"]
 
 FLOAT32_INTEGERS = 1 << 24
+_NOT_OURS = "was not made by a conversion; convert it into a new store together with the new sources"
 
 
 def append_sources(location: StoreLocation, sources: Any, overrides: Mapping[str, Any]) -> ConversionSummary:
@@ -92,6 +94,7 @@ def append_sources(location: StoreLocation, sources: Any, overrides: Mapping[str
                 base.require_same_genes(survey)
                 digest = digest_of(survey.digests[len(base.specs) :])
                 if base.appended[-1:] == [digest]:
+                    shutil.rmtree(replacement_path(root), ignore_errors=True)  # the old store, if that run was killed late
                     return summarize(root, survey, 0.0, None)
                 record = base.record(survey, options, digest)
                 written = _extend(base, survey, options, record)
@@ -121,10 +124,13 @@ class _Base:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.metadata: StoreMetadata = read_metadata(StoreLocation(path=root))
+        try:
+            self.metadata: StoreMetadata = read_metadata(StoreLocation(path=root))
+        except NotAStoreError as error:
+            raise OptionError(f"{root} {_NOT_OURS}") from error
         recorded = self.metadata.header.get("conversion")
-        if not self.metadata.ours or not isinstance(recorded, dict) or not isinstance(recorded.get("options"), dict):
-            raise OptionError(f"{root} was not made by a conversion; convert it into a new store together with the new sources")
+        if not isinstance(recorded, dict) or not isinstance(recorded.get("options"), dict):
+            raise OptionError(f"{root} {_NOT_OURS}")
         self._recorded = recorded
         self.specs: list[SourceSpec] = store_specs(root)
         self.blocks = Blocks(StoreLocation(path=root), self.metadata)
