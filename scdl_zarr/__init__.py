@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from scdl_zarr import errors
     from scdl_zarr.api import convert
     from scdl_zarr.api import open_store as open
+    from scdl_zarr.collection import SingleCellCollection
     from scdl_zarr.dataset import SingleCellZarrDataset
     from scdl_zarr.loading.collate import collate_sparse_matrix_batch
     from scdl_zarr.reading.batch import RowBatch
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RowBatch",
+    "SingleCellCollection",
     "SingleCellZarrDataset",
     "__version__",
     "collate_sparse_matrix_batch",
@@ -31,6 +33,7 @@ __all__ = [
 
 _HOMES = {
     "RowBatch": ("scdl_zarr.reading.batch", "RowBatch"),
+    "SingleCellCollection": ("scdl_zarr.collection", "SingleCellCollection"),
     "SingleCellZarrDataset": ("scdl_zarr.dataset", "SingleCellZarrDataset"),
     "collate_sparse_matrix_batch": ("scdl_zarr.loading.collate", "collate_sparse_matrix_batch"),
     "convert": ("scdl_zarr.api", "convert"),

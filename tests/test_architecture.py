@@ -23,6 +23,7 @@ FLOORS = {
     "analysis": 4,
     "verify": 4,
     "dataset": 5,
+    "collection": 5,
     "api": 6,
     "__init__": 6,
     "__main__": 6,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.frames import join_columns, nullable
 from scdl_zarr.errors import OptionError, SourceError
+from scdl_zarr.reading.joining import join_keys
 from scdl_zarr.storage.packing import TablePacker
 
 if TYPE_CHECKING:
@@ -60,13 +61,7 @@ class Vocabulary:
         keys = var.index if self.var_key is None else var[self.var_key]
         if keys.isna().any():
             raise SourceError(f"{where}: gene {int(np.flatnonzero(keys.isna())[0])} has no {self.var_key or 'name'}")
-        seen: dict[Any, int] = {}
-        mapped = np.empty(len(var), np.int64)
-        for position, key in enumerate(keys.astype(object).tolist()):
-            occurrence = seen.get(key, 0)
-            seen[key] = occurrence + 1
-            mapped[position] = self._ids.setdefault((key, occurrence), len(self._ids))
-        return mapped
+        return join_keys(self._ids, keys.astype(object).tolist())
 
     def shared(self) -> list[bool]:
         """For each var table, whether another one has one of its genes."""
