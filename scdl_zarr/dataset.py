@@ -18,16 +18,19 @@ from scdl_zarr.storage.foreign import dtype_name, open_metadata
 from scdl_zarr.storage.location import StoreLocation, locate
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import anndata
     import pandas as pd
     import torch
 
     from scdl_zarr.loading.collate import RowList
-    from scdl_zarr.reading.batch import RowBatch
+    from scdl_zarr.reading.batch import Batch, RowBatch
     from scdl_zarr.reading.blocks import Blocks
     from scdl_zarr.reading.csr import Buffers
     from scdl_zarr.reading.neighbors import Neighbors
-    from scdl_zarr.reading.tables import LazyArrays, LazyTable
+    from scdl_zarr.reading.row_arrays import LazyArrays
+    from scdl_zarr.reading.tables import LazyTable
     from scdl_zarr.verify import VerifyReport
 
 __all__ = ["Check", "SingleCellZarrDataset"]
@@ -52,7 +55,8 @@ class SingleCellZarrDataset:
     check
         When a chunk's crc32c is verified: the ``"first"`` time this dataset reads it, ``"always"`` or ``"never"``.
     chunk_cache_bytes
-        Memory for decoded chunks that are read again and again (0: none), shared by the matrices and threads of this object.
+        Memory for decoded chunks that are read again and again (0: none), shared by the matrices and threads of this object;
+        once more as much for obsm, once rows of it are read.
     conversion
         Further keyword arguments of :func:`scdl_zarr.convert`.
 
@@ -72,6 +76,7 @@ class SingleCellZarrDataset:
     """
 
     _blocks: Blocks | None
+    _obsm: LazyArrays | None
 
     def __init__(
         self,
@@ -134,11 +139,23 @@ class SingleCellZarrDataset:
 
     @property
     def obsm(self) -> LazyArrays:
-        """The arrays with a row for each cell, by name: ``data.obsm["X_pca"]`` reads that one whole into memory, each time."""
-        from scdl_zarr.reading.tables import LazyArrays
+        """The arrays with a row for each cell, by name.
 
-        names, ours = self._metadata.children("obsm"), self._metadata.ours
-        return LazyArrays(self._location, "obsm", names, self._metadata.nodes, self.n_obs, whole=ours)
+        ``data.obsm["X_pca"]`` reads that one whole into memory, each time; ``data.obsm.read("X_pca", rows)`` some of its rows.
+        """
+        if self._obsm is None:
+            from scdl_zarr.reading.row_arrays import LazyArrays
+
+            self._obsm = LazyArrays(
+                self._location,
+                "obsm",
+                self._metadata.children("obsm"),
+                self._metadata.nodes,
+                self.n_obs,
+                whole=self._metadata.ours,
+                budget_bytes=self._cache_bytes,
+            )
+        return self._obsm
 
     @property
     def obsp(self) -> list[str]:
@@ -324,6 +341,49 @@ class SingleCellZarrDataset:
         """
         return self._reader(layer).read(resolve_rows(rows, self.n_obs), dtype, out)
 
+    def read_batch(
+        self,
+        rows: Any,
+        *,
+        layers: str | Sequence[str] = (),
+        obsm: str | Sequence[str] = (),
+        obs: str | Sequence[str] = (),
+        dtype: npt.DTypeLike | None = None,
+    ) -> Batch:
+        """Read rows of X and, with them, of layers, obsm arrays and obs columns: those that are named, and nothing else.
+
+        Parameters
+        ----------
+        rows, dtype
+            As in :meth:`read_rows`; `dtype` is that of the values of X and of the layers.
+        layers, obsm, obs
+            A name, or several.
+
+        Returns
+        -------
+        Batch
+            ``batch.X``, ``batch.layers[name]``, ``batch.obsm[name]``, ``batch.obs[name]`` and ``batch.rows``, all in the order
+            of `rows`.
+
+        Raises
+        ------
+        FeatureNameError
+            There is no such layer, array or column; nothing was read.
+
+        Notes
+        -----
+        A column of obs is read whole the first time and kept; for obsm see :meth:`LazyArrays.read`.
+
+        Examples
+        --------
+        >>> batch = demo.read_batch([10, -1, 10], obs="n_genes")
+        >>> batch.X.shape, batch.rows.tolist(), batch.obs["n_genes"].tolist()
+        ((3, 32786), [10, 558, 10], [774, 2072, 774])
+        """
+        from scdl_zarr.reading.carrying import read_batch
+
+        return read_batch(self, resolve_rows(rows, self.n_obs), layers, obsm, obs, dtype)
+
     def neighbors(self, name: str) -> Neighbors:
         """The neighbours of the cells, from ``obsp/<name>``, which the conversion was asked to carry along.
 
@@ -459,6 +519,7 @@ class SingleCellZarrDataset:
         self._readers: dict[str, CsrReader] = {}
         self._tables: dict[str, LazyTable] = {}
         self._blocks = None
+        self._obsm = None
 
     def _names(self, group: str) -> list[str]:
         return [path.removeprefix(f"{group}/") for path in self._metadata.matrices if path.startswith(f"{group}/")]
