@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from scdl_zarr.api import convert
     from scdl_zarr.api import open_store as open
     from scdl_zarr.dataset import SingleCellZarrDataset
-    from scdl_zarr.loading.collate import collate_sparse_matrix_batch
+    from scdl_zarr.loading.collate import collate_neighbor_sparse_matrix_batch, collate_sparse_matrix_batch
     from scdl_zarr.reading.batch import RowBatch
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __all__ = [
     "RowBatch",
     "SingleCellZarrDataset",
     "__version__",
+    "collate_neighbor_sparse_matrix_batch",
     "collate_sparse_matrix_batch",
     "convert",
     "errors",
@@ -32,6 +33,7 @@ __all__ = [
 _HOMES = {
     "RowBatch": ("scdl_zarr.reading.batch", "RowBatch"),
     "SingleCellZarrDataset": ("scdl_zarr.dataset", "SingleCellZarrDataset"),
+    "collate_neighbor_sparse_matrix_batch": ("scdl_zarr.loading.collate", "collate_neighbor_sparse_matrix_batch"),
     "collate_sparse_matrix_batch": ("scdl_zarr.loading.collate", "collate_sparse_matrix_batch"),
     "convert": ("scdl_zarr.api", "convert"),
     "open": ("scdl_zarr.api", "open_store"),

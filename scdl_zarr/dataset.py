@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from scdl_zarr.reading.batch import Batch, RowBatch
     from scdl_zarr.reading.blocks import Blocks
     from scdl_zarr.reading.csr import Buffers
-    from scdl_zarr.reading.neighbors import Neighbors
+    from scdl_zarr.reading.neighbors import Missing, Neighbors, Strategy
+    from scdl_zarr.reading.pairs import NeighborBatch
     from scdl_zarr.reading.row_arrays import LazyArrays
     from scdl_zarr.reading.tables import LazyTable
     from scdl_zarr.verify import VerifyReport
@@ -384,17 +385,66 @@ class SingleCellZarrDataset:
 
         return read_batch(self, resolve_rows(rows, self.n_obs), layers, obsm, obs, dtype)
 
-    def neighbors(self, name: str) -> Neighbors:
+    def neighbors(self, name: str | None = None) -> Neighbors:
         """The neighbours of the cells, from ``obsp/<name>``, which the conversion was asked to carry along.
+
+        Parameters
+        ----------
+        name
+            May be left out where the store has one obsp.
 
         Raises
         ------
         FeatureNameError
-            The store has no such obsp; the message lists those it has.
+            The store has no such obsp, or none or several and no name was given; the message lists those it has.
         """
         from scdl_zarr.reading.neighbors import Neighbors
 
+        if name is None:
+            there = self.obsp
+            if len(there) != 1:
+                raise FeatureNameError(f"{self.path} has {len(there)} obsp; name one of: {', '.join(there) or 'none'}")
+            name = there[0]
         return Neighbors(self._reader(name, "obsp"))
+
+    def read_rows_with_neighbors(
+        self,
+        rows: Any,
+        name: str | None = None,
+        *,
+        strategy: Strategy = "random",
+        rng: np.random.Generator | int | None = None,
+        missing: Missing = "self",
+        layer: str | None = None,
+        dtype: npt.DTypeLike | None = None,
+    ) -> NeighborBatch:
+        """Read rows and, for each, the row of one of its neighbours.
+
+        Parameters
+        ----------
+        rows, layer, dtype
+            As in :meth:`read_rows`.
+        name
+            Which obsp; may be left out where the store has one.
+        strategy, rng, missing
+            Which neighbour, as in :meth:`Neighbors.sample`.  Pass one generator on from batch to batch.
+
+        Returns
+        -------
+        NeighborBatch
+            ``batch.current`` and ``batch.next``, two batches as :meth:`read_rows` gives them, and their row numbers
+            ``batch.rows`` and ``batch.neighbors``.
+
+        Notes
+        -----
+        The neighbours of all rows are read at once, then all rows and all sampled neighbours: one gather each, in which a row
+        is decoded once however often it occurs.
+        """
+        from scdl_zarr.reading.pairs import read_pairs
+
+        numbers = resolve_rows(rows, self.n_obs)
+        reader = self._reader(layer)
+        return read_pairs(reader, numbers, self.neighbors(name).sample(numbers, strategy, rng, missing=missing), dtype)
 
     def get_row(
         self,
@@ -430,6 +480,53 @@ class SingleCellZarrDataset:
         batch = self._reader(None).read(np.array([row], np.int64))
         var, obs = self._features(row, return_var_features, var_feature_names, return_obs_features, obs_feature_names)
         return batch.to_dense()[0], var, obs
+
+    def get_row_with_neighbor(
+        self,
+        index: SupportsIndex,
+        return_var_features: bool = False,
+        var_feature_names: list[str] | None = None,
+        return_obs_features: bool = False,
+        obs_feature_names: list[str] | None = None,
+        *,
+        name: str | None = None,
+        strategy: Strategy = "random",
+        rng: np.random.Generator | int | None = None,
+    ) -> dict[str, Any]:
+        """One row and that of a sampled neighbour (itself where it has none); :meth:`read_rows_with_neighbors` reads many faster.
+
+        Returns
+        -------
+        dict
+            As in BioNeMo-SCDL: ``current_cell`` and ``next_cell``, each ``(values, gene ids)``, ``current_cell_index`` and
+            ``next_cell_index``, and the row's ``var_features`` and ``obs_features``, as :meth:`get_row` gives them.
+        """
+        from scdl_zarr.reading.pairs import as_pair
+
+        row = self._one_row(index)
+        other = int(self.neighbors(name).sample(row, strategy, rng)[0])
+        current = self.get_row(row, return_var_features, var_feature_names, return_obs_features, obs_feature_names)
+        return as_pair(row, other, current, self.get_row(other)[0])
+
+    def get_row_padded_with_neighbor(
+        self,
+        index: SupportsIndex,
+        return_var_features: bool = False,
+        var_feature_names: list[str] | None = None,
+        return_obs_features: bool = False,
+        obs_feature_names: list[str] | None = None,
+        *,
+        name: str | None = None,
+        strategy: Strategy = "random",
+        rng: np.random.Generator | int | None = None,
+    ) -> dict[str, Any]:
+        """The same, with both rows dense, as :meth:`get_row_padded` gives them."""
+        from scdl_zarr.reading.pairs import as_pair
+
+        row = self._one_row(index)
+        other = int(self.neighbors(name).sample(row, strategy, rng)[0])
+        current = self.get_row_padded(row, return_var_features, var_feature_names, return_obs_features, obs_feature_names)
+        return as_pair(row, other, current, self.get_row_padded(other)[0])
 
     def get_row_column(self, index: SupportsIndex, column: int | None, impute_missing_zeros: bool = True) -> Any:
         """The value of one gene in one row; 0.0 (or None without imputing) if it is not stored.
