@@ -477,9 +477,11 @@ class SingleCellZarrDataset:
     ) -> tuple[npt.NDArray[Any], list[Any] | None, list[Any] | None]:
         """One row as ``(dense array of length n_vars, var features, obs features)``; genes that are not stored are zero."""
         row = self._one_row(index)
-        batch = self._reader(None).read(np.array([row], np.int64))
+        values, ids = self._reader(None).read_one(row)
+        dense = np.zeros(self.n_vars, values.dtype)
+        np.add.at(dense, ids.astype(np.intp), values)  # a gene that is stored twice is summed, as SciPy does
         var, obs = self._features(row, return_var_features, var_feature_names, return_obs_features, obs_feature_names)
-        return batch.to_dense()[0], var, obs
+        return dense, var, obs
 
     def get_row_with_neighbor(
         self,
@@ -504,7 +506,7 @@ class SingleCellZarrDataset:
         from scdl_zarr.reading.pairs import as_pair
 
         row = self._one_row(index)
-        other = int(self.neighbors(name).sample(row, strategy, rng)[0])
+        other = self.neighbors(name).sample_one(row, strategy, rng)
         current = self.get_row(row, return_var_features, var_feature_names, return_obs_features, obs_feature_names)
         return as_pair(row, other, current, self.get_row(other)[0])
 
@@ -524,7 +526,7 @@ class SingleCellZarrDataset:
         from scdl_zarr.reading.pairs import as_pair
 
         row = self._one_row(index)
-        other = int(self.neighbors(name).sample(row, strategy, rng)[0])
+        other = self.neighbors(name).sample_one(row, strategy, rng)
         current = self.get_row_padded(row, return_var_features, var_feature_names, return_obs_features, obs_feature_names)
         return as_pair(row, other, current, self.get_row_padded(other)[0])
 

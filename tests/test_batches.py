@@ -263,6 +263,13 @@ def test_a_batch_needs_no_anndata_torch_or_tensorstore(store: Path) -> None:
     assert loaded_after(code) & {"torch", "dask", "anndata", "tensorstore", "h5py", "matplotlib"} == set()
 
 
+def test_dense_buffers_of_any_memory_order_are_filled(data: SingleCellZarrDataset) -> None:
+    batch = data.read_rows([3, 1, 3])
+    for out in (np.ones((3, 12)), np.ones((12, 3)).T, np.ones((3, 24))[:, ::2]):
+        assert batch.to_dense(out) is out
+        np.testing.assert_array_equal(out, MATRIX[[3, 1, 3]].toarray())
+
+
 # ---- other programs' stores
 
 

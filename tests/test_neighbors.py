@@ -314,6 +314,18 @@ def test_samples_are_neighbours(store: Path, graphs: list[sp.csr_matrix]) -> Non
                 assert weights[ids == neighbor] > 0
 
 
+def test_one_row_is_sampled_as_many_are(store: Path) -> None:
+    near = scdl_zarr.open(store).neighbors()
+    for strategy in STRATEGIES:
+        rng = np.random.default_rng(7)
+        assert [near.sample_one(row, strategy, rng) for row in range(51)] == near.sample(slice(None), strategy, 7).tolist()
+    with pytest.raises(errors.OptionError, match="row 0 has no neighbor to sample"):
+        near.sample_one(0, missing="raise")
+    for row in (-1, 51):
+        with pytest.raises(errors.RowIndexError, match=f"row {row} is out of range for 51 rows"):
+            near.sample_one(row)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six cells: 0 has all others with weights 0 to 4, 1 has one twice, 2 only zeros, 3 none, 4 a negative one, 5 a NaN."""

@@ -114,8 +114,14 @@ class RowBatch:
             raise OptionError(f"out has shape {out.shape}, the batch {self.shape}")
         else:
             out[...] = 0
-        of_row = np.repeat(np.arange(len(self)), np.diff(self.indptr))
-        np.add.at(out, (of_row, self.indices), self.data.astype(out.dtype, copy=False))
+        values = self.data.astype(out.dtype, copy=False)
+        if out.flags.c_contiguous:  # NumPy adds at positions of one dimension several times as fast
+            positions = np.repeat(np.arange(len(self)) * self.shape[1], np.diff(self.indptr))
+            positions += self.indices
+            np.add.at(out.reshape(-1), positions, values)
+        else:
+            of_row = np.repeat(np.arange(len(self)), np.diff(self.indptr))
+            np.add.at(out, (of_row, self.indices), values)
         return out
 
     def to_torch(self, *, dense: bool = False, device: Any = None) -> torch.Tensor:

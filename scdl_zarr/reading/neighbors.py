@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.errors import OptionError
+from scdl_zarr.errors import OptionError, RowIndexError
 from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.csr import CsrReader
 from scdl_zarr.reading.plan import Int64Array, resolve_rows
@@ -114,22 +114,37 @@ class Neighbors:
         -----
         The neighbours and weights of the rows are read, 65,536 rows at a time; nothing is done row by row.
         """
-        if strategy not in ("random", "first", "weighted"):
-            raise OptionError(f"strategy={strategy!r}; choose 'random', 'first' or 'weighted'")
-        if missing not in ("self", "raise"):
-            raise OptionError(f"missing={missing!r}; choose 'self' or 'raise'")
+        _check_options(strategy, missing)
         numbers = resolve_rows(rows, len(self))
         draws = np.zeros(len(numbers)) if strategy == "first" else np.random.default_rng(rng).random(len(numbers))
-        blocks = range(0, len(numbers), SAMPLED_ROWS)
-        found = [self._sample(numbers[k : k + SAMPLED_ROWS], draws[k : k + SAMPLED_ROWS], strategy, missing) for k in blocks]
+        blocks = [slice(k, k + SAMPLED_ROWS) for k in range(0, len(numbers), SAMPLED_ROWS)]
+        found = [self._choose(self._reader.read(numbers[block]), draws[block], strategy, missing) for block in blocks]
         return np.concatenate(found) if found else numbers
 
-    def _sample(self, rows: Int64Array, draws: npt.NDArray[np.float64], strategy: Strategy, missing: Missing) -> Int64Array:
-        batch = self._reader.read(rows)
+    def sample_one(
+        self,
+        row: int,
+        strategy: Strategy = "random",
+        rng: np.random.Generator | int | None = None,
+        *,
+        missing: Missing = "self",
+    ) -> int:
+        """One neighbour of one row (a number from 0 on): what :meth:`sample` gives for it, in a fraction of the time."""
+        _check_options(strategy, missing)
+        if not 0 <= row < len(self):
+            raise RowIndexError(f"row {row} is out of range for {len(self)} rows")
+        weights, ids = self._reader.read_one(row)
+        draws = np.zeros(1) if strategy == "first" else np.random.default_rng(rng).random(1)
+        indptr = np.array([0, len(ids)], np.int64)
+        batch = RowBatch(weights, ids, indptr, len(self), np.array([row], np.int64))
+        return int(self._choose(batch, draws, strategy, missing)[0])
+
+    def _choose(self, batch: RowBatch, draws: npt.NDArray[np.float64], strategy: Strategy, missing: Missing) -> Int64Array:
+        """One neighbour of each row of a batch of neighbours."""
         if strategy == "weighted":
             self._require_weights(batch)
         at = pick_entries(batch.indptr, draws, batch.data if strategy == "weighted" else None)
-        alone = at < 0
+        alone, rows = at < 0, batch.rows
         if missing == "raise" and alone.any():
             path = self._reader.layout.path
             raise OptionError(f"row {rows[alone][0]} has no neighbor to sample in {path}; missing='self' gives the row itself")
@@ -157,6 +172,13 @@ class Neighbors:
             fewest, most = min(fewest, int(counts.min())), max(most, int(counts.max()))
             total, without = total + int(counts.sum()), without + int((counts == 0).sum())
         return NeighborStats(total=total, fewest=fewest, most=most, mean=total / n if n else 0.0, cells_without=without)
+
+
+def _check_options(strategy: str, missing: str) -> None:
+    if strategy not in ("random", "first", "weighted"):
+        raise OptionError(f"strategy={strategy!r}; choose 'random', 'first' or 'weighted'")
+    if missing not in ("self", "raise"):
+        raise OptionError(f"missing={missing!r}; choose 'self' or 'raise'")
 
 
 def pick_entries(indptr: Int64Array, draws: npt.NDArray[np.float64], weights: npt.NDArray[Any] | None = None) -> Int64Array:
