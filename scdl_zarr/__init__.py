@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from scdl_zarr.api import open_store as open
     from scdl_zarr.collection import SingleCellCollection
     from scdl_zarr.dataset import SingleCellZarrDataset
-    from scdl_zarr.loading.collate import collate_sparse_matrix_batch
+    from scdl_zarr.loading.collate import collate_neighbor_sparse_matrix_batch, collate_sparse_matrix_batch
     from scdl_zarr.reading.batch import RowBatch
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "SingleCellCollection",
     "SingleCellZarrDataset",
     "__version__",
+    "collate_neighbor_sparse_matrix_batch",
     "collate_sparse_matrix_batch",
     "convert",
     "errors",
@@ -35,6 +36,7 @@ _HOMES = {
     "RowBatch": ("scdl_zarr.reading.batch", "RowBatch"),
     "SingleCellCollection": ("scdl_zarr.collection", "SingleCellCollection"),
     "SingleCellZarrDataset": ("scdl_zarr.dataset", "SingleCellZarrDataset"),
+    "collate_neighbor_sparse_matrix_batch": ("scdl_zarr.loading.collate", "collate_neighbor_sparse_matrix_batch"),
     "collate_sparse_matrix_batch": ("scdl_zarr.loading.collate", "collate_sparse_matrix_batch"),
     "convert": ("scdl_zarr.api", "convert"),
     "open": ("scdl_zarr.api", "open_store"),

@@ -19,18 +19,20 @@ from scdl_zarr.storage.foreign import dtype_name, open_metadata
 from scdl_zarr.storage.location import StoreLocation, locate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import anndata
     import pandas as pd
     import torch
 
     from scdl_zarr.loading.collate import RowList
-    from scdl_zarr.reading.batch import RowBatch
+    from scdl_zarr.reading.batch import Batch, RowBatch
     from scdl_zarr.reading.blocks import Blocks
     from scdl_zarr.reading.csr import Buffers
-    from scdl_zarr.reading.neighbors import Neighbors
-    from scdl_zarr.reading.tables import LazyArrays, LazyTable
+    from scdl_zarr.reading.neighbors import Missing, Neighbors, Strategy
+    from scdl_zarr.reading.pairs import NeighborBatch
+    from scdl_zarr.reading.row_arrays import LazyArrays
+    from scdl_zarr.reading.tables import LazyTable
     from scdl_zarr.verify import VerifyReport
 
 __all__ = ["Check", "SingleCellZarrDataset"]
@@ -55,7 +57,8 @@ class SingleCellZarrDataset:
     check
         When a chunk's crc32c is verified: the ``"first"`` time this dataset reads it, ``"always"`` or ``"never"``.
     chunk_cache_bytes
-        Memory for decoded chunks that are read again and again (0: none), shared by the matrices and threads of this object.
+        Memory for decoded chunks that are read again and again (0: none), shared by the matrices and threads of this object;
+        once more as much for obsm, once rows of it are read.
     conversion
         Further keyword arguments of :func:`scdl_zarr.convert`.
 
@@ -75,6 +78,7 @@ class SingleCellZarrDataset:
     """
 
     _blocks: Blocks | None
+    _obsm: LazyArrays | None
 
     def __init__(
         self,
@@ -137,11 +141,23 @@ class SingleCellZarrDataset:
 
     @property
     def obsm(self) -> LazyArrays:
-        """The arrays with a row for each cell, by name: ``data.obsm["X_pca"]`` reads that one whole into memory, each time."""
-        from scdl_zarr.reading.tables import LazyArrays
+        """The arrays with a row for each cell, by name.
 
-        names, ours = self._metadata.children("obsm"), self._metadata.ours
-        return LazyArrays(self._location, "obsm", names, self._metadata.nodes, self.n_obs, whole=ours)
+        ``data.obsm["X_pca"]`` reads that one whole into memory, each time; ``data.obsm.read("X_pca", rows)`` some of its rows.
+        """
+        if self._obsm is None:
+            from scdl_zarr.reading.row_arrays import LazyArrays
+
+            self._obsm = LazyArrays(
+                self._location,
+                "obsm",
+                self._metadata.children("obsm"),
+                self._metadata.nodes,
+                self.n_obs,
+                whole=self._metadata.ours,
+                budget_bytes=self._cache_bytes,
+            )
+        return self._obsm
 
     @property
     def obsp(self) -> list[str]:
@@ -327,17 +343,109 @@ class SingleCellZarrDataset:
         """
         return self._reader(layer).read(resolve_rows(rows, self.n_obs), dtype, out)
 
-    def neighbors(self, name: str) -> Neighbors:
-        """The neighbours of the cells, from ``obsp/<name>``, which the conversion was asked to carry along.
+    def read_batch(
+        self,
+        rows: Any,
+        *,
+        layers: str | Sequence[str] = (),
+        obsm: str | Sequence[str] = (),
+        obs: str | Sequence[str] = (),
+        dtype: npt.DTypeLike | None = None,
+    ) -> Batch:
+        """Read rows of X and, with them, of layers, obsm arrays and obs columns: those that are named, and nothing else.
+
+        Parameters
+        ----------
+        rows, dtype
+            As in :meth:`read_rows`; `dtype` is that of the values of X and of the layers.
+        layers, obsm, obs
+            A name, or several.
+
+        Returns
+        -------
+        Batch
+            ``batch.X``, ``batch.layers[name]``, ``batch.obsm[name]``, ``batch.obs[name]`` and ``batch.rows``, all in the order
+            of `rows`.
 
         Raises
         ------
         FeatureNameError
-            The store has no such obsp; the message lists those it has.
+            There is no such layer, array or column; nothing was read.
+
+        Notes
+        -----
+        A column of obs is read whole the first time and kept; for obsm see :meth:`LazyArrays.read`.
+
+        Examples
+        --------
+        >>> batch = demo.read_batch([10, -1, 10], obs="n_genes")
+        >>> batch.X.shape, batch.rows.tolist(), batch.obs["n_genes"].tolist()
+        ((3, 32786), [10, 558, 10], [774, 2072, 774])
+        """
+        from scdl_zarr.reading.carrying import read_batch
+
+        return read_batch(self, resolve_rows(rows, self.n_obs), layers, obsm, obs, dtype)
+
+    def neighbors(self, name: str | None = None) -> Neighbors:
+        """The neighbours of the cells, from ``obsp/<name>``, which the conversion was asked to carry along.
+
+        Parameters
+        ----------
+        name
+            May be left out where the store has one obsp.
+
+        Raises
+        ------
+        FeatureNameError
+            The store has no such obsp, or none or several and no name was given; the message lists those it has.
         """
         from scdl_zarr.reading.neighbors import Neighbors
 
+        if name is None:
+            there = self.obsp
+            if len(there) != 1:
+                raise FeatureNameError(f"{self.path} has {len(there)} obsp; name one of: {', '.join(there) or 'none'}")
+            name = there[0]
         return Neighbors(self._reader(name, "obsp"))
+
+    def read_rows_with_neighbors(
+        self,
+        rows: Any,
+        name: str | None = None,
+        *,
+        strategy: Strategy = "random",
+        rng: np.random.Generator | int | None = None,
+        missing: Missing = "self",
+        layer: str | None = None,
+        dtype: npt.DTypeLike | None = None,
+    ) -> NeighborBatch:
+        """Read rows and, for each, the row of one of its neighbours.
+
+        Parameters
+        ----------
+        rows, layer, dtype
+            As in :meth:`read_rows`.
+        name
+            Which obsp; may be left out where the store has one.
+        strategy, rng, missing
+            Which neighbour, as in :meth:`Neighbors.sample`.  Pass one generator on from batch to batch.
+
+        Returns
+        -------
+        NeighborBatch
+            ``batch.current`` and ``batch.next``, two batches as :meth:`read_rows` gives them, and their row numbers
+            ``batch.rows`` and ``batch.neighbors``.
+
+        Notes
+        -----
+        The neighbours of all rows are read at once, then all rows and all sampled neighbours: one gather each, in which a row
+        is decoded once however often it occurs.
+        """
+        from scdl_zarr.reading.pairs import read_pairs
+
+        numbers = resolve_rows(rows, self.n_obs)
+        reader = self._reader(layer)
+        return read_pairs(reader, numbers, self.neighbors(name).sample(numbers, strategy, rng, missing=missing), dtype)
 
     def get_row(
         self,
@@ -370,9 +478,58 @@ class SingleCellZarrDataset:
     ) -> tuple[npt.NDArray[Any], list[Any] | None, list[Any] | None]:
         """One row as ``(dense array of length n_vars, var features, obs features)``; genes that are not stored are zero."""
         row = self._one_row(index)
-        batch = self._reader(None).read(np.array([row], np.int64))
+        values, ids = self._reader(None).read_one(row)
+        dense = np.zeros(self.n_vars, values.dtype)
+        np.add.at(dense, ids.astype(np.intp), values)  # a gene that is stored twice is summed, as SciPy does
         var, obs = self._features(row, return_var_features, var_feature_names, return_obs_features, obs_feature_names)
-        return batch.to_dense()[0], var, obs
+        return dense, var, obs
+
+    def get_row_with_neighbor(
+        self,
+        index: SupportsIndex,
+        return_var_features: bool = False,
+        var_feature_names: list[str] | None = None,
+        return_obs_features: bool = False,
+        obs_feature_names: list[str] | None = None,
+        *,
+        name: str | None = None,
+        strategy: Strategy = "random",
+        rng: np.random.Generator | int | None = None,
+    ) -> dict[str, Any]:
+        """One row and that of a sampled neighbour (itself where it has none); :meth:`read_rows_with_neighbors` reads many faster.
+
+        Returns
+        -------
+        dict
+            As in BioNeMo-SCDL: ``current_cell`` and ``next_cell``, each ``(values, gene ids)``, ``current_cell_index`` and
+            ``next_cell_index``, and the row's ``var_features`` and ``obs_features``, as :meth:`get_row` gives them.
+        """
+        from scdl_zarr.reading.pairs import as_pair
+
+        row = self._one_row(index)
+        other = self.neighbors(name).sample_one(row, strategy, rng)
+        current = self.get_row(row, return_var_features, var_feature_names, return_obs_features, obs_feature_names)
+        return as_pair(row, other, current, self.get_row(other)[0])
+
+    def get_row_padded_with_neighbor(
+        self,
+        index: SupportsIndex,
+        return_var_features: bool = False,
+        var_feature_names: list[str] | None = None,
+        return_obs_features: bool = False,
+        obs_feature_names: list[str] | None = None,
+        *,
+        name: str | None = None,
+        strategy: Strategy = "random",
+        rng: np.random.Generator | int | None = None,
+    ) -> dict[str, Any]:
+        """The same, with both rows dense, as :meth:`get_row_padded` gives them."""
+        from scdl_zarr.reading.pairs import as_pair
+
+        row = self._one_row(index)
+        other = self.neighbors(name).sample_one(row, strategy, rng)
+        current = self.get_row_padded(row, return_var_features, var_feature_names, return_obs_features, obs_feature_names)
+        return as_pair(row, other, current, self.get_row_padded(other)[0])
 
     def get_row_column(self, index: SupportsIndex, column: int | None, impute_missing_zeros: bool = True) -> Any:
         """The value of one gene in one row; 0.0 (or None without imputing) if it is not stored.
@@ -513,6 +670,7 @@ class SingleCellZarrDataset:
         self._readers: dict[str, CsrReader] = {}
         self._tables: dict[str, LazyTable] = {}
         self._blocks = None
+        self._obsm = None
 
     def _names(self, group: str) -> list[str]:
         return [path.removeprefix(f"{group}/") for path in self._metadata.matrices if path.startswith(f"{group}/")]

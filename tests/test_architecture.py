@@ -135,6 +135,7 @@ def test_the_package_has_the_public_names() -> None:
         "RowBatch",
         "SingleCellZarrDataset",
         "__version__",
+        "collate_neighbor_sparse_matrix_batch",
         "collate_sparse_matrix_batch",
         "convert",
         "errors",

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scdl_zarr.loading.collate import RowList
+from scdl_zarr.loading.collate import collate_neighbor_sparse_matrix_batch as collate_pairs
 from scdl_zarr.loading.collate import collate_sparse_matrix_batch as collate_rows
-from scdl_zarr.reading.batch import RowBatch, import_torch
+from scdl_zarr.reading.batch import RowBatch
 
 if TYPE_CHECKING:
     import torch
@@ -28,15 +29,9 @@ def collate_sparse_matrix_batch(batch: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def collate_neighbor_sparse_matrix_batch(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Dicts of ``get_row_with_neighbor`` as one dict: two CSR tensors (float32), two lists of indices, the batch's size."""
-    torch = import_torch()
 
-    def collated(key: str) -> Any:
-        return collate_rows([torch.from_numpy(np.stack([np.asarray(part, np.float32) for part in item[key]])) for item in batch])
+    def in_float32(row: Sequence[Any]) -> list[Any]:
+        return [np.asarray(part, np.float32) for part in row]
 
-    return {
-        "current_cells": collated("current_cell"),
-        "next_cells": collated("next_cell"),
-        "current_cell_indices": [item["current_cell_index"] for item in batch],
-        "next_cell_indices": [item["next_cell_index"] for item in batch],
-        "batch_size": len(batch),
-    }
+    cells = ("current_cell", "next_cell")
+    return collate_pairs([{**item, **{cell: in_float32(item[cell]) for cell in cells}} for item in batch])

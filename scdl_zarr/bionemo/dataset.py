@@ -252,7 +252,7 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
             return found[0]
         return np.random.choice(found)  # noqa: NPY002 (scripts seed it with np.random.seed)
 
-    def get_row_with_neighbor(
+    def get_row_with_neighbor(  # type: ignore[override]  # which neighbour is the dataset's choice
         self,
         index: int,
         return_var_features: bool = False,
@@ -273,7 +273,7 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
             "obs_features": obs,
         }
 
-    def get_row_padded_with_neighbor(
+    def get_row_padded_with_neighbor(  # type: ignore[override]  # which neighbour is the dataset's choice
         self,
         index: int,
         return_var_features: bool = False,

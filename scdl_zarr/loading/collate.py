@@ -8,18 +8,19 @@ that rows are neither taken apart nor put together again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from scdl_zarr.errors import OptionError
 from scdl_zarr.reading.batch import RowBatch, import_torch
+from scdl_zarr.reading.pairs import NeighborBatch
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RowList", "collate_sparse_matrix_batch", "row_tensor"]
+__all__ = ["RowList", "collate_neighbor_sparse_matrix_batch", "collate_sparse_matrix_batch", "row_tensor"]
 
 
 def row_tensor(values: Any, ids: Any) -> torch.Tensor:
@@ -141,3 +142,35 @@ def collate_sparse_matrix_batch(batch: Sequence[torch.Tensor]) -> torch.Tensor:
     ids = joined[1].to(torch.int32)
     width = int(ids.max()) + 1 if len(ids) else 0
     return torch.sparse_csr_tensor(pointers, ids, joined[0], size=(len(rows), width), check_invariants=False)
+
+
+def collate_neighbor_sparse_matrix_batch(batch: NeighborBatch | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows and their neighbours as two ``torch.sparse_csr_tensor``.
+
+    Parameters
+    ----------
+    batch
+        What ``data.read_rows_with_neighbors`` gives, or a list of what ``data.get_row_with_neighbor`` gives.
+
+    Returns
+    -------
+    dict
+        As in BioNeMo-SCDL: the tensors ``current_cells`` and ``next_cells``, the lists ``current_cell_indices`` and
+        ``next_cell_indices`` of row numbers, and ``batch_size``.  Both tensors are as wide as the store has genes; of a list,
+        each as wide as its own largest id says (see :func:`collate_sparse_matrix_batch`).
+    """
+    if isinstance(batch, NeighborBatch):
+        return {
+            "current_cells": batch.current.to_torch(),
+            "next_cells": batch.next.to_torch(),
+            "current_cell_indices": batch.rows.tolist(),
+            "next_cell_indices": batch.neighbors.tolist(),
+            "batch_size": len(batch),
+        }
+    return {
+        "current_cells": collate_sparse_matrix_batch([row_tensor(*item["current_cell"]) for item in batch]),
+        "next_cells": collate_sparse_matrix_batch([row_tensor(*item["next_cell"]) for item in batch]),
+        "current_cell_indices": [item["current_cell_index"] for item in batch],
+        "next_cell_indices": [item["next_cell_index"] for item in batch],
+        "batch_size": len(batch),
+    }

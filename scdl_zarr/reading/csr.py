@@ -17,7 +17,7 @@ from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.buffers import BufferPool
 from scdl_zarr.reading.exactness import inexact_positions
 from scdl_zarr.reading.first_use import FIRST_USE
-from scdl_zarr.reading.plan import Int64Array, RowPlan, plan_rows
+from scdl_zarr.reading.plan import Int64Array, RowPlan, copy_repeats, plan_once, plan_rows
 from scdl_zarr.storage.location import StoreLocation
 from scdl_zarr.storage.schema import MatrixLayout
 from scdl_zarr.storage.shards import LARGEST_TABLE
@@ -96,13 +96,18 @@ class CsrReader:
                 self._columns = self._columns or open_columns(self._location, self.layout, **self._options)
         return self._columns
 
-    def read(self, rows: Int64Array, dtype: npt.DTypeLike | None = None, out: Buffers | None = None) -> RowBatch:
-        """The rows (numbers already checked) as a batch; see :meth:`SingleCellZarrDataset.read_rows`."""
+    def read(
+        self, rows: Int64Array, dtype: npt.DTypeLike | None = None, out: Buffers | None = None, *, once: bool = False
+    ) -> RowBatch:
+        """The rows (numbers already checked) as a batch; see :meth:`SingleCellZarrDataset.read_rows`.
+
+        With `once` a row that is given several times is decoded once and copied, which pays where many are.
+        """
         wanted = self._dtype if dtype is None else checked_dtype(dtype)
         if self._read_before:
-            return self._read(rows, wanted, out)
+            return self._read(rows, wanted, out, once)
         with FIRST_USE:
-            batch = self._read(rows, wanted, out)
+            batch = self._read(rows, wanted, out, once)
         self._read_before = True
         return batch
 
@@ -124,13 +129,18 @@ class CsrReader:
         pair[0], pair[1] = values, ids
         return pair
 
-    def _read(self, rows: Int64Array, wanted: np.dtype[Any], out: Buffers | None) -> RowBatch:
+    def _read(self, rows: Int64Array, wanted: np.dtype[Any], out: Buffers | None, once: bool) -> RowBatch:
         plan = plan_rows(*self.columns.bounds(rows))
         # a path fills a buffer of the natural dtype, or of the stored one, at once
         native = wanted if wanted in (self._dtype, self.layout.data_dtype) else self._dtype
         data, indices = self._outputs(plan.total, wanted, out)
         target = data if data.dtype == native else np.empty(plan.total, native)
-        self.columns.gather(plan, target, indices)
+        if once:
+            first, *repeats = plan_once(plan)
+            self.columns.gather(first, target, indices)
+            copy_repeats(plan, *repeats, target, indices)
+        else:
+            self.columns.gather(plan, target, indices)
         if target is not data:
             cast_exactly(target, data)
         return RowBatch(data, indices, plan.indptr, self.layout.n_vars, rows)

@@ -7,7 +7,7 @@ to chunks.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from scdl_zarr.errors import CorruptStoreError, OptionError, RowIndexError
 
-__all__ = ["Int64Array", "RowPlan", "plan_rows", "resolve_rows", "split_rows"]
+__all__ = ["Int64Array", "RowPlan", "copy_repeats", "plan_once", "plan_rows", "resolve_rows", "split_rows"]
 
 LARGEST_BATCH = 1 << 44  # stored values
 
@@ -44,6 +44,26 @@ def plan_rows(starts: Int64Array, lengths: Int64Array) -> RowPlan:
     if indptr.min() < 0 or indptr[-1] > LARGEST_BATCH:  # a length is below 2**62: a wrap-around shows as a negative number
         raise CorruptStoreError("these rows claim more stored values than any memory holds")
     return RowPlan(starts=starts, lengths=lengths, indptr=indptr, order=np.argsort(starts, kind="stable"))
+
+
+def plan_once(plan: RowPlan) -> tuple[RowPlan, Int64Array, Int64Array]:
+    """The plan with every range read once, and the places of the rows that repeat another: (repeats, which they repeat)."""
+    order = plan.order[plan.lengths[plan.order] > 0]  # an empty row starts where its successor does
+    ranges = np.stack([plan.starts[order], plan.lengths[order]])
+    new = np.ones(len(order), bool)
+    new[1:] = (ranges[:, 1:] != ranges[:, :-1]).any(axis=0)
+    firsts = order[new]
+    return replace(plan, order=firsts), order[~new], firsts[np.cumsum(new) - 1][~new]
+
+
+def copy_repeats(plan: RowPlan, repeats: Int64Array, originals: Int64Array, *buffers: npt.NDArray[Any]) -> None:
+    """Fill the ranges of the rows that repeat another from that one's."""
+    lengths = plan.lengths[repeats]
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    source = np.repeat(plan.indptr[originals], lengths) + within
+    target = np.repeat(plan.indptr[repeats], lengths) + within
+    for buffer in buffers:
+        buffer[target] = buffer[source]
 
 
 def touched_pieces(starts: Int64Array, lengths: Int64Array, size: int) -> Int64Array:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from scdl_zarr.storage.location import StoreLocation
 
-__all__ = ["LazyArrays", "LazyTable", "read_element", "refuse_pickles"]
+__all__ = ["LazyTable", "read_element", "refuse_pickles", "require_objects"]
 
 SELECTIONS = "expected a column name, a list of names, a row number, a slice, row numbers or a boolean mask"
 
@@ -209,52 +209,6 @@ class LazyTable:
                 )
             self._kept[column] = found
         return found
-
-
-class LazyArrays(Mapping[str, Any]):
-    """Arrays of the store by name, with a row for each cell (``data.obsm``).
-
-    An array is read whole whenever it is asked for, and not kept: hold on to it to use it twice.
-
-    Raises
-    ------
-    FeatureNameError
-        There is no such array; the message lists those there are.
-    CorruptStoreError
-        It is damaged, or has not as many rows as the store.
-    """
-
-    def __init__(
-        self,
-        location: StoreLocation,
-        path: str,
-        names: list[str],
-        nodes: Mapping[str, Mapping[str, Any]],
-        length: int,
-        *,
-        whole: bool = True,
-    ) -> None:
-        self._location, self._path, self._names = location, path, names
-        self._nodes, self._length, self._whole = nodes, length, whole
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._names:
-            listed = ", ".join(self._names) or "none (a conversion carries those it is asked for)"
-            raise FeatureNameError(f"{self._location} has no {self._path} {name!r}; it has: {listed}")
-        found = read_element(self._location, f"{self._path}/{name}", self._nodes, whole=self._whole)
-        shape = getattr(found, "shape", ())
-        if not shape or shape[0] != self._length:
-            raise CorruptStoreError(f"{self._location}: {self._path}/{name} has shape {shape} for {self._length} cells")
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __repr__(self) -> str:
-        return f"LazyArrays {self._path}: {', '.join(self._names) or 'none'}"
 
 
 def read_element(location: StoreLocation, path: str, nodes: Mapping[str, Mapping[str, Any]], *, whole: bool = True) -> Any:

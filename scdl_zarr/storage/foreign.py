@@ -34,7 +34,7 @@ Nodes = dict[str, dict[str, Any]]
 DEEPEST_NODE = 32
 LARGEST_CELLS = 1 << 62  # rows times genes of a dense matrix: a value's position fits int64
 SPARSE: dict[str, Encoding] = {"csr_matrix": "csr_matrix", "csc_matrix": "csc_matrix"}
-ASIDE = ("raw", "varm", "obsp", "varp", "uns")
+ASIDE = ("raw", "varm", "varp", "uns")
 
 
 def open_metadata(location: StoreLocation) -> StoreMetadata:
@@ -179,15 +179,15 @@ def _describe(nodes: Nodes, where: str) -> StoreMetadata:
             raise CorruptStoreError(f"{where}: {table} has an index of shape {index.get('shape')!r} for a matrix of {length}")
     metadata = StoreMetadata(n_obs=x.n_obs, n_vars=x.n_vars, nodes=nodes, header={})
     matrices, aside = {"X": x}, []
-    for name in metadata.children("layers"):
-        path = f"layers/{name}"
-        layer = _matrix(path, nodes, where)
-        if isinstance(layer, str):
-            aside.append(path)
-        elif (layer.n_obs, layer.n_vars) != (x.n_obs, x.n_vars):
-            raise CorruptStoreError(f"{where}: {path} is {layer.n_obs} × {layer.n_vars} and X is {x.n_obs} × {x.n_vars}")
-        else:
-            matrices[path] = layer
+    for group, n_columns in (("layers", x.n_vars), ("obsp", x.n_obs)):
+        for path in (f"{group}/{name}" for name in metadata.children(group)):
+            found = _matrix(path, nodes, where)
+            if isinstance(found, str):
+                aside.append(path)
+            elif (found.n_obs, found.n_vars) != (x.n_obs, n_columns):
+                raise CorruptStoreError(f"{where}: {path} is {found.n_obs} × {found.n_vars} and X is {x.n_obs} × {x.n_vars}")
+            else:
+                matrices[path] = found
     for name in ASIDE:
         aside += ["raw"] * ("raw" in nodes) if name == "raw" else [f"{name}/{child}" for child in metadata.children(name)]
     return StoreMetadata(n_obs=x.n_obs, n_vars=x.n_vars, nodes=nodes, header={}, matrices=matrices, left_aside=tuple(aside))

@@ -1,0 +1,54 @@
+"""What a batch carries besides X: rows of layers, of obsm arrays and of obs columns, on request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy.typing as npt
+
+from scdl_zarr.errors import FeatureNameError
+from scdl_zarr.reading.batch import Batch, RowBatch
+from scdl_zarr.reading.plan import Int64Array
+
+if TYPE_CHECKING:
+    from scdl_zarr.reading.row_arrays import LazyArrays
+    from scdl_zarr.reading.tables import LazyTable
+
+__all__ = ["read_batch"]
+
+Names = str | Sequence[str]
+
+
+class Carrier(Protocol):
+    """What is taken from a dataset."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def layers(self) -> list[str]: ...
+    @property
+    def obsm(self) -> LazyArrays: ...
+    @property
+    def obs(self) -> LazyTable: ...
+    def read_rows(self, rows: Any, layer: str | None = None, dtype: npt.DTypeLike | None = None) -> RowBatch: ...
+
+
+def read_batch(data: Carrier, rows: Int64Array, layers: Names, obsm: Names, obs: Names, dtype: npt.DTypeLike | None) -> Batch:
+    """See :meth:`scdl_zarr.SingleCellZarrDataset.read_batch`."""
+    wanted = {"layer": _listed(layers), "obsm": _listed(obsm), "obs column": _listed(obs)}
+    there = {"layer": data.layers, "obsm": list(data.obsm), "obs column": data.obs.columns}
+    for kind, names in wanted.items():  # before anything is read
+        for name in names:
+            if name not in there[kind]:
+                raise FeatureNameError(f"{data.path} has no {kind} {name!r}; it has: {', '.join(there[kind]) or 'none'}")
+    return Batch(
+        X=data.read_rows(rows, dtype=dtype),
+        layers={name: data.read_rows(rows, layer=name, dtype=dtype) for name in wanted["layer"]},
+        obsm={name: data.obsm.read(name, rows) for name in wanted["obsm"]},
+        obs={name: data.obs.lookup(name)[rows] for name in wanted["obs column"]},
+    )
+
+
+def _listed(names: Names) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
