@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MatrixHeader", "MatrixReader", "Source", "SourceKind", "SourceSpec", "describe_path", "open_source"]
 
-SourceKind = Literal["h5ad"]
+SourceKind = Literal["h5ad", "anndata-zarr"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class SourceSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixHeader:
-    """A CSR matrix of a source, from its header alone."""
+    """A matrix of a source as CSR."""
 
     key: str  # "X", "raw/X", "layers/<name>" or "obsp/<name>"
     n_obs: int
@@ -78,7 +78,10 @@ class Source(Protocol):
         """What is stored under a key, such as "obsp/<name>": "csr", "csc", "dense", or None for anything else and nothing."""
 
     def matrix(self, key: str) -> MatrixReader:
-        """Open a CSR matrix; another kind, or an inconsistent one, is a SourceError."""
+        """Open a matrix, by rows or dense; another kind, or an inconsistent one, is a SourceError.
+
+        A dense one is read whole by the first opening in a process, which counts what its rows store.
+        """
 
     def obs(self) -> pd.DataFrame:
         """The cells' table, indexed by name."""
@@ -107,13 +110,22 @@ def describe_path(path: str | os.PathLike[str], name: str | None = None) -> list
     StoreNotFoundError, SourceError
         There is nothing, or nothing that can be converted.
     """
+    where = Path(os.path.abspath(os.path.expanduser(path)))
+    if where.is_dir():
+        from scdl_zarr.conversion.sources.anndata_zarr import anndata_zarr_spec
+
+        return [anndata_zarr_spec(where, name)]
     from scdl_zarr.conversion.sources.h5ad import h5ad_spec
 
-    return [h5ad_spec(Path(os.path.abspath(os.path.expanduser(path))), name)]
+    return [h5ad_spec(where, name)]
 
 
 def open_source(spec: SourceSpec) -> AbstractContextManager[Source]:
     """Open a source for reading."""
+    if spec.kind == "anndata-zarr":
+        from scdl_zarr.conversion.sources.anndata_zarr import AnnDataZarrSource
+
+        return AnnDataZarrSource(spec)
     from scdl_zarr.conversion.sources.h5ad import H5adSource
 
     return H5adSource(spec)
