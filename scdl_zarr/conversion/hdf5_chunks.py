@@ -183,7 +183,8 @@ class RowReader:
         self.n_obs, self.n_vars = (int(n) for n in dataset.shape)
         self.dtype = np.dtype(bool) if dataset.dtype.kind == "b" else dataset.dtype.newbyteorder("=")
         self.chunk_rows = self._chunk[0] if self._chunk else 1
-        self.chunk_bytes = math.prod(self._chunk or (0,)) * self.dtype.itemsize
+        self._chunk_bytes = math.prod(self._chunk or (0,)) * self.dtype.itemsize
+        self.scratch_bytes = 3 * self._chunk_bytes  # one chunk: as stored, inflated and unshuffled
 
     def blocks(self, ranges: Iterable[tuple[int, int]]) -> Iterator[npt.NDArray[Any]]:
         """Rows [start, stop) of each range; the array is good until the next one is asked for.
@@ -222,7 +223,7 @@ class RowReader:
 
     def _chunk_at(self, row: int, column: int, height: int, width: int) -> npt.NDArray[Any] | None:
         """A whole chunk in the file's byte order (assigning turns it), or None where only HDF5 can tell its values."""
-        raw = inflated(self._dataset, (row, column), self._filters, self.chunk_bytes)
+        raw = inflated(self._dataset, (row, column), self._filters, self._chunk_bytes)
         if raw is None:
             return None
         values = np.frombuffer(raw, self._dataset.dtype)

@@ -23,6 +23,7 @@ from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missin
 from scdl_zarr.errors import CorruptStoreError, NotAStoreError, SourceError, StoreAccessError, StoreReplacedError
 from scdl_zarr.reading.arrays import MatrixArrays
 from scdl_zarr.reading.tables import LazyTable, read_element, refuse_pickles
+from scdl_zarr.reading.tensorstore_arrays import FILES_AT_ONCE
 from scdl_zarr.storage.foreign import Nodes, chunk_shape, describe_matrix, open_nodes
 from scdl_zarr.storage.location import ROOT_KEY, StoreLocation
 from scdl_zarr.storage.metadata import is_ours, node_attributes, parse_root
@@ -240,14 +241,17 @@ class ZarrRows:
         self._arrays, self._path = MatrixArrays(location, layout, threads=1), layout.path
         self.n_obs, self.n_vars, self.dtype = layout.n_obs, layout.n_vars, layout.data_dtype
         self.chunk_rows = chunk[0]
-        self.chunk_bytes = math.prod(chunk) * self.dtype.itemsize
+        self.scratch_bytes = 2 * FILES_AT_ONCE * math.prod(chunk) * self.dtype.itemsize  # as stored and decoded
 
     def blocks(self, ranges: Iterable[tuple[int, int]]) -> Iterator[npt.NDArray[Any]]:
-        """Rows [start, stop) of each range; those of the next ones are under way while one is used."""
-        wanted = list(ranges)
-        if not self.n_vars:
-            yield from (np.empty((stop - start, 0), self.dtype) for start, stop in wanted)
-            return
+        """Rows [start, stop) of each range; one is decoded at a time, since several may be as much as memory holds."""
+        for start, stop in ranges:
+            if not self.n_vars:
+                yield np.empty((stop - start, 0), self.dtype)
+                continue
+            yield self._rows(start, stop)  # and no name holds it while the next one is made
+
+    def _rows(self, start: int, stop: int) -> npt.NDArray[Any]:
         with as_source_errors():
-            for cells in self._arrays.stream((self._path, slice(start, stop)) for start, stop in wanted):
-                yield np.ascontiguousarray(cells, self.dtype)
+            (cells,) = self._arrays.stream([(self._path, slice(start, stop))])
+        return np.ascontiguousarray(cells, self.dtype)

@@ -40,7 +40,7 @@ class DenseRows(Protocol):
     n_vars: int
     dtype: np.dtype[Any]  # in this machine's byte order
     chunk_rows: int  # rows of a chunk, 1 where there are none
-    chunk_bytes: int  # decoded bytes of a chunk
+    scratch_bytes: int  # what reading holds for a moment beside the block: chunks, compressed and decoded
 
     def blocks(self, ranges: Iterable[tuple[int, int]]) -> Iterator[npt.NDArray[Any]]:
         """Rows [start, stop) of each range, C-contiguous, each good until the next is asked for."""
@@ -115,8 +115,9 @@ class DenseMatrix:
         self._mask = self._words.type(np.iinfo(self._words).max - sign)
         self._counts = KNOWN.get(identity) or self._count()
         self._held: tuple[int, npt.NDArray[Any], npt.NDArray[np.int32]] | None = None
-        full = self._counts.largest_block
-        held = self._counts.height * rows.n_vars * rows.dtype.itemsize + full * (rows.dtype.itemsize + 4) + 3 * rows.chunk_bytes
+        self._room = self._counts.largest_block + rows.n_vars  # as `take_stored` wants it
+        block_bytes = self._counts.height * rows.n_vars * rows.dtype.itemsize
+        held = block_bytes + self._room * (rows.dtype.itemsize + 4) + rows.scratch_bytes
         self.header = MatrixHeader(
             key=key,
             n_obs=rows.n_obs,
@@ -149,15 +150,14 @@ class DenseMatrix:
     def _stored(self, block: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
         """Values and ids of a block; the last one is kept, because the next range usually starts in it."""
         if self._held is None or self._held[0] != block:
-            values, ids = self._held[1:] if self._held is not None else self._room()
+            if self._held is None:
+                values, ids = np.empty(self._room, self.header.dtype), np.empty(self._room, np.int32)
+            else:
+                _, values, ids = self._held
             self._held = None
             self._take(block, values, ids)
             self._held = block, values, ids
         return self._held[1], self._held[2]
-
-    def _room(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-        room = self._counts.largest_block + self._rows.n_vars  # as `take_stored` wants it
-        return np.empty(room, self.header.dtype), np.empty(room, np.int32)
 
     def _take(self, block: int, values: npt.NDArray[Any], ids: npt.NDArray[np.int32]) -> None:
         height = self._counts.height
@@ -175,10 +175,10 @@ class DenseMatrix:
         counts = np.zeros(rows.n_obs, np.uint16 if rows.n_vars < 1 << 16 else np.uint32)
         starts = np.zeros(-(-rows.n_obs // height) + 1, np.int64)
         ranges = [(start, min(start + height, rows.n_obs)) for start in range(0, rows.n_obs, height)]
-        found = np.empty(height, np.int64)
-        for block, ((start, stop), cells) in enumerate(zip(ranges, rows.blocks(ranges), strict=True)):
+        found, blocks = np.empty(height, np.int64), rows.blocks(ranges)
+        for block, (start, stop) in enumerate(ranges):
             own = found[: stop - start]
-            count_stored(cells.view(self._words), self._mask, own)
+            count_stored(next(blocks).view(self._words), self._mask, own)  # no name holds a block while the next one is made
             counts[start:stop] = own
             starts[block + 1] = starts[block] + own.sum()
         counted = RowCounts(height=height, counts=counts, starts=starts)
