@@ -95,13 +95,15 @@ def convert(
     overwrite: bool = False,
     progress: bool = True,
 ) -> SingleCellZarrDataset:
-    """Convert H5AD files into one store, and open it.
+    """Convert H5AD files and AnnData Zarr stores into one store, and open it.
 
     Parameters
     ----------
     sources
-        An H5AD file or a list of them, with CSR matrices.  Their rows follow one another; sources with different genes are
-        outer-joined: ids are those of the union, in order of first appearance.
+        An H5AD file, an AnnData Zarr store of another program (a local folder, Zarr v2 or v3), or a list of these.  Their
+        matrices are stored CSR or dense; of a dense one, what is not equal to zero is stored, as ``scipy.sparse.csr_matrix`` has
+        it (NaN is stored, -0.0 is not).  Their rows follow one another; sources with different genes are outer-joined: ids are
+        those of the union, in order of first appearance.
     target
         Folder to make.  A finished store of the same sources and options is opened and nothing is written; an unfinished one
         is finished; anything else there is an error.
@@ -142,7 +144,7 @@ def convert(
     Raises
     ------
     SourceError
-        A source is not HDF5, truncated, has no such matrix, or contradicts itself.
+        A source is neither HDF5 nor a Zarr store, truncated, has no such matrix, contradicts itself, or changes meanwhile.
     InexactValueError
         A value does not survive the `dtype` asked for; the message names file, row and value.
     StoreExistsError, StoreAccessError, StoreFullError, StoreBusyError
@@ -157,6 +159,10 @@ def convert(
     Sources are opened read-only.  The result is committed by one atomic rename: killed at any moment, a conversion leaves a store
     that opens whole or one that does not open.  The same sources and options give the same bytes.  Memory is bounded by
     `memory_budget` and does not grow with the number of values; obs and var are held whole.
+
+    A dense matrix is read twice: once to count what its rows store, before anything is written, and once by the shards.  It is
+    read in blocks of 4 MB, or one row of chunks where that is more.  Chunks that are tall and narrow, so that a row of them takes
+    more than 256 MB, are decoded once for each such part: chunks of a few hundred rows convert faster.
 
     Examples
     --------

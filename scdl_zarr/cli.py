@@ -58,7 +58,10 @@ def _common(
 @app.command()
 def convert(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE... TARGET", help="H5AD files, then the store to make (a new folder).")
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE... TARGET", help="H5AD files or AnnData Zarr stores, then the store to make (a new folder)."
+        ),
     ],
     matrix: Annotated[
         list[str] | None,
@@ -89,7 +92,7 @@ def convert(
     restart: Annotated[bool, typer.Option("--restart", help="Start an unfinished conversion over.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")] = False,
 ) -> None:
-    """Convert H5AD files into one store.
+    """Convert H5AD files and AnnData Zarr stores into one store.
 
     An interrupted conversion goes on when the same command is run again. Sources are never changed.
 

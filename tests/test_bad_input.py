@@ -26,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pytest
-import scipy.sparse as sp
 import zarr
 
 import scdl_zarr
@@ -279,10 +278,9 @@ def test_raw_in_some_sources_only_lists_both_kinds(good: Path, tmp_path: Path, t
     refused(errors.SourceError, [good, tmp_path / "with_raw.h5ad"], target, *words)
 
 
-@pytest.mark.parametrize(("change", "shown"), [(sp.csr_matrix.toarray, "stored dense"), (sp.csr_matrix.tocsc, "stored csc")])
-def test_a_matrix_that_is_not_csr(tmp_path: Path, target: Path, change: Callable[[Any], Any], shown: str) -> None:
-    source = write_h5ad(tmp_path / "other.h5ad", change(encoded_rows(4, 6, 2)))
-    refused(errors.SourceError, source, target, source, f"X is {shown}", "csr_matrix")
+def test_a_matrix_that_is_stored_by_columns(tmp_path: Path, target: Path) -> None:
+    source = write_h5ad(tmp_path / "other.h5ad", encoded_rows(4, 6, 2).tocsc())
+    refused(errors.SourceError, source, target, source, "X is stored csc", "csr_matrix")
 
 
 POINTERS = np.arange(N_OBS + 1) * PER_ROW

@@ -1,4 +1,4 @@
-"""Elements of a one-dimensional HDF5 dataset, read around HDF5's lock where that is possible.
+"""Elements of a one-dimensional HDF5 dataset, and rows of a two-dimensional one, read around HDF5's lock where that is possible.
 
 HDF5 decodes every chunk under one lock for the whole process.  A chunk's raw bytes can be fetched without decoding (10 µs under
 the lock), and inflated here by libdeflate with the GIL released, so that threads scale.  Contiguous datasets are read straight
@@ -10,7 +10,9 @@ zlib-ng 59, zlib 48.
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import deflate
@@ -21,7 +23,7 @@ import numpy.typing as npt
 from scdl_zarr.conversion.kernels import unshuffle
 from scdl_zarr.errors import SourceError
 
-__all__ = ["ElementReader", "unavailable_filters"]
+__all__ = ["ElementReader", "RowReader", "unavailable_filters"]
 
 _DEFLATE, _SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
 _RAW_PIPELINES = ((), (_DEFLATE,), (_SHUFFLE, _DEFLATE), (_SHUFFLE,))
@@ -42,6 +44,21 @@ def unavailable_filters(dataset: h5py.Dataset) -> list[str]:
 def is_stored_as(dataset: h5py.Dataset) -> bool:
     """Whether the bytes in the file are NumPy's: HDF5 also has integers of fewer bits and floats of other shapes."""
     return bool(dataset.id.get_type().equal(h5py.h5t.py_create(dataset.dtype)))
+
+
+def inflated(dataset: h5py.Dataset, corner: tuple[int, ...], filters: tuple[int, ...], nbytes: int) -> bytes | None:
+    """The bytes, before they were compressed, of the chunk that begins at `corner`; None where only HDF5 can tell them."""
+    try:
+        mask, raw = dataset.id.read_direct_chunk(corner)
+    except (RuntimeError, ValueError):  # a chunk that was never written
+        return None
+    if mask != 0:  # some filters were skipped for this chunk: HDF5 knows best
+        return None
+    if _DEFLATE in filters:
+        raw = deflate.zlib_decompress(raw, nbytes)  # an error if there are more, or fewer
+    if len(raw) != nbytes:
+        raise OSError(f"the chunk at {', '.join(map(str, corner))} holds {len(raw)} bytes, expected {nbytes}")
+    return raw  # type: ignore[no-any-return]
 
 
 class ElementReader:
@@ -131,18 +148,8 @@ class ElementReader:
     def _inflated(self, c: int) -> bytes | npt.NDArray[Any]:
         """A chunk's bytes before they were compressed, or its values where only HDF5 can tell them."""
         low = c * self._chunk
-        try:
-            mask, raw = self._dataset.id.read_direct_chunk((low,))
-        except (RuntimeError, ValueError):  # a chunk that was never written
-            mask, raw = -1, b""
-        if mask != 0:  # absent, or some filters were skipped for this chunk: HDF5 knows best
-            return np.asarray(self._dataset[low : low + self._chunk])
-        nbytes = self._chunk * self.dtype.itemsize
-        if _DEFLATE in self._filters:
-            raw = deflate.zlib_decompress(raw, nbytes)  # an error if there are more, or fewer
-        if len(raw) != nbytes:
-            raise OSError(f"chunk {c} holds {len(raw)} bytes, expected {nbytes}")
-        return raw  # type: ignore[no-any-return]
+        raw = inflated(self._dataset, (low,), self._filters, self._chunk * self.dtype.itemsize)
+        return np.asarray(self._dataset[low : low + self._chunk]) if raw is None else raw
 
     def _place(self, chunk: bytes | npt.NDArray[Any], first: int, out: npt.NDArray[Any]) -> None:
         """The chunk's elements from `first` on into all of `out`."""
@@ -158,3 +165,69 @@ class ElementReader:
     def _to_native(self, out: npt.NDArray[Any]) -> None:
         if not self._dataset.dtype.isnative:
             out.byteswap(inplace=True)
+
+
+class RowReader:
+    """Reads rows of a 2-D numeric dataset as native-endian arrays.  Not shared between threads.
+
+    Chunks that lie side by side are decoded together, each once for a range of rows.
+    """
+
+    def __init__(self, dataset: h5py.Dataset, where: str) -> None:
+        self._dataset = dataset
+        self._where = where
+        self._filters = pipeline(dataset)
+        self._chunk: tuple[int, int] | None = dataset.chunks
+        self._raw = self._filters in _RAW_PIPELINES and dataset.dtype.kind in "iuf" and is_stored_as(dataset)
+        self._room: npt.NDArray[Any] | None = None
+        self.n_obs, self.n_vars = (int(n) for n in dataset.shape)
+        self.dtype = np.dtype(bool) if dataset.dtype.kind == "b" else dataset.dtype.newbyteorder("=")
+        self.chunk_rows = self._chunk[0] if self._chunk else 1
+        self._chunk_bytes = math.prod(self._chunk or (0,)) * self.dtype.itemsize
+        self.scratch_bytes = 3 * self._chunk_bytes  # one chunk: as stored, inflated and unshuffled
+
+    def blocks(self, ranges: Iterable[tuple[int, int]]) -> Iterator[npt.NDArray[Any]]:
+        """Rows [start, stop) of each range; the array is good until the next one is asked for.
+
+        Raises
+        ------
+        SourceError
+            The bytes cannot be read or inflated (a truncated or damaged file).
+        """
+        for start, stop in ranges:
+            if self._room is None or len(self._room) < stop - start:
+                self._room = np.empty((stop - start, self.n_vars), self.dtype)
+            out = self._room[: stop - start]
+            try:
+                self._read(start, stop, out)
+            except Exception as error:  # h5py's and libdeflate's errors have no common base
+                raise SourceError(f"{self._where}: rows {start} to {stop - 1} cannot be read: {error}") from error
+            yield out
+
+    def _read(self, start: int, stop: int, out: npt.NDArray[Any]) -> None:
+        if not out.size:
+            return
+        if self._chunk is None or not self._raw:
+            self._dataset.read_direct(out, np.s_[start:stop])
+            return
+        height, width = self._chunk
+        for row in range(start // height * height, stop, height):
+            low, high = max(start, row), min(stop, row + height)
+            for column in range(0, self.n_vars, width):
+                target = out[low - start : high - start, column : column + width]
+                chunk = self._chunk_at(row, column, height, width)
+                if chunk is None:
+                    target[...] = self._dataset[low:high, column : column + width]
+                else:
+                    target[...] = chunk[low - row : high - row, : target.shape[1]]
+
+    def _chunk_at(self, row: int, column: int, height: int, width: int) -> npt.NDArray[Any] | None:
+        """A whole chunk in the file's byte order (assigning turns it), or None where only HDF5 can tell its values."""
+        raw = inflated(self._dataset, (row, column), self._filters, self._chunk_bytes)
+        if raw is None:
+            return None
+        values = np.frombuffer(raw, self._dataset.dtype)
+        if _SHUFFLE in self._filters and values.itemsize > 1:
+            values = np.empty(height * width, self._dataset.dtype)
+            unshuffle(np.frombuffer(raw, np.uint8), height * width, 0, values.view(f"u{values.itemsize}"))
+        return values.reshape(height, width)

@@ -24,12 +24,14 @@ __all__ = [
     "BLOSC_OVERHEAD",
     "CHECKSUM_BYTES",
     "blosc_address",
+    "count_stored",
     "difference",
     "encode_chunks",
     "map_rows",
     "sort_rows",
     "take_floats",
     "take_integers",
+    "take_stored",
     "unshuffle",
 ]
 
@@ -320,3 +322,38 @@ def sort_rows(
             _insert_sorted(row, carried)
         else:
             _sort_by_bytes(row, carried, other_ids[: len(row)], other_values[: len(row)], counts)
+
+
+# ---- dense rows
+
+
+@nb.njit(nogil=True, cache=True)
+def count_stored(cells: Any, mask: Any, counts: npt.NDArray[np.int64]) -> None:
+    """How many cells of each row are stored: those whose word has a bit of the mask (-0.0 has only the one that is left out)."""
+    for r in range(len(cells)):
+        row = cells[r]
+        found = 0
+        for j in range(len(row)):
+            found += (row[j] & mask) != 0
+        counts[r] = found
+
+
+@nb.njit(nogil=True, cache=True)
+def take_stored(cells: Any, mask: Any, counts: npt.NDArray[np.int64], values: Any, ids: Any) -> int:
+    """Write the stored cells of all rows and their columns; -1, or the first row that has not as many as `counts` says.
+
+    Every cell is written, and the next one takes its place unless it is stored: no branch depends on the cells, which takes half
+    the time where one in ten is stored and a sixth where every other one is.  So both outputs have room for a row more than is
+    stored.
+    """
+    start = np.uint64(0)  # an index without a sign is not asked whether it counts from the end
+    for r in range(len(cells)):
+        row, at = cells[r], start
+        for j in range(len(row)):
+            word = row[j]
+            values[at], ids[at] = word, j
+            at += np.uint64((word & mask) != 0)
+        start += np.uint64(counts[r])
+        if at != start:
+            return r
+    return -1

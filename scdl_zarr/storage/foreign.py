@@ -27,7 +27,17 @@ from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, read_metadata
 from scdl_zarr.storage.metadata import StoreMetadata, as_count, describe_store, is_ours, node_attributes, parse_root
 from scdl_zarr.storage.schema import Encoding, MatrixLayout
 
-__all__ = ["chunk_shape", "codec_names", "dtype_name", "needs_pickle", "open_metadata", "shard_shape"]
+__all__ = [
+    "Nodes",
+    "chunk_shape",
+    "codec_names",
+    "describe_matrix",
+    "dtype_name",
+    "needs_pickle",
+    "open_metadata",
+    "open_nodes",
+    "shard_shape",
+]
 
 Nodes = dict[str, dict[str, Any]]
 
@@ -46,17 +56,41 @@ def open_metadata(location: StoreLocation) -> StoreMetadata:
     """
     where = str(location)
     document = location.read(ROOT_KEY)
-    if document is not None:
-        root: dict[str, Any] = parse_root(document, where)
-        return describe_store(root, where) if is_ours(root) else _describe(_nodes_v3(location, root), where)
-    group = location.read(".zgroup")
-    if group is None:
-        return read_metadata(location)  # there is no root: it says what there is instead
-    root = _node_v2(_parse(group, f"{where}: .zgroup"), location.read(".zattrs"), "group", where)
-    return _describe(_nodes_v2(location, root), where)
+    root = None if document is None else parse_root(document, where)
+    if root is not None and is_ours(root):
+        return describe_store(root, where)
+    nodes = _nodes(location, root)
+    return read_metadata(location) if nodes is None else _describe(nodes, where)  # the former says what there is instead
+
+
+def open_nodes(location: StoreLocation) -> Nodes:
+    """The metadata documents of an AnnData store, whoever wrote it, by path; what they say of its matrices is not looked at.
+
+    Raises
+    ------
+    NotAStoreError, CorruptStoreError
+    """
+    where = str(location)
+    document = location.read(ROOT_KEY)
+    nodes = _nodes(location, None if document is None else parse_root(document, where))
+    if nodes is None:
+        raise NotAStoreError(f"{where} has neither {ROOT_KEY} nor .zgroup, expected an AnnData Zarr store")
+    _require_anndata(nodes[""], nodes.get, where)
+    return nodes
 
 
 # ---- from documents to nodes
+
+
+def _nodes(location: StoreLocation, root: dict[str, Any] | None) -> Nodes | None:
+    """All nodes of a store with that root of Zarr v3, or of Zarr v2 if there is none; None where neither format has a root."""
+    if root is not None:
+        return _nodes_v3(location, root)
+    group = location.read(".zgroup")
+    if group is None:
+        return None
+    where = str(location)
+    return _nodes_v2(location, _node_v2(_parse(group, f"{where}: .zgroup"), location.read(".zattrs"), "group", where))
 
 
 def _nodes_v3(location: StoreLocation, root: dict[str, Any]) -> Nodes:
@@ -166,7 +200,7 @@ def _checked(nodes: dict[str, Any], where: str) -> Nodes:
 
 def _describe(nodes: Nodes, where: str) -> StoreMetadata:
     _require_anndata(nodes[""], nodes.get, where)
-    x = _matrix("X", nodes, where)
+    x = describe_matrix("X", nodes, where)
     if isinstance(x, str):
         layers = [path for path in nodes if path.startswith("layers/") and path.count("/") == 1]
         raise NotAStoreError(
@@ -181,7 +215,7 @@ def _describe(nodes: Nodes, where: str) -> StoreMetadata:
     matrices, aside = {"X": x}, []
     for group, n_columns in (("layers", x.n_vars), ("obsp", x.n_obs)):
         for path in (f"{group}/{name}" for name in metadata.children(group)):
-            found = _matrix(path, nodes, where)
+            found = describe_matrix(path, nodes, where)
             if isinstance(found, str):
                 aside.append(path)
             elif (found.n_obs, found.n_vars) != (x.n_obs, n_columns):
@@ -203,7 +237,7 @@ def _require_anndata(root: Mapping[str, Any], node_at: Any, where: str) -> None:
         raise NotAStoreError(f"{where} is a Zarr group but not an AnnData store (encoding-type is not 'anndata')")
 
 
-def _matrix(path: str, nodes: Nodes, where: str) -> MatrixLayout | str:
+def describe_matrix(path: str, nodes: Nodes, where: str) -> MatrixLayout | str:
     """The matrix's layout, or why its kind is not read.  Numbers that contradict each other are an error."""
     node = nodes.get(path)
     if node is None:

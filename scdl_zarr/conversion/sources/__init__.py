@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MatrixHeader", "MatrixReader", "Provenance", "Source", "SourceKind", "SourceSpec", "describe_path", "open_source"]
 
-SourceKind = Literal["h5ad", "store"]
+SourceKind = Literal["h5ad", "anndata-zarr", "store"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixHeader:
-    """A CSR matrix of a source, from its header alone."""
+    """A matrix of a source as CSR."""
 
     key: str  # "X", "raw/X", "layers/<name>" or "obsp/<name>"
     n_obs: int
@@ -89,7 +89,10 @@ class Source(Protocol):
         """What is stored under a key, such as "obsp/<name>": "csr", "csc", "dense", or None for anything else and nothing."""
 
     def matrix(self, key: str) -> MatrixReader:
-        """Open a CSR matrix; another kind, or an inconsistent one, is a SourceError."""
+        """Open a matrix, by rows or dense; another kind, or an inconsistent one, is a SourceError.
+
+        A dense one is read whole by the first opening in a process, which counts what its rows store.
+        """
 
     def obs(self) -> pd.DataFrame:
         """The cells' table, indexed by name."""
@@ -126,6 +129,10 @@ def describe_path(path: str | os.PathLike[str], name: str | None = None) -> list
         from scdl_zarr.conversion.sources.store import store_specs
 
         return store_specs(where)
+    if where.is_dir():
+        from scdl_zarr.conversion.sources.anndata_zarr import anndata_zarr_spec
+
+        return [anndata_zarr_spec(where, name)]
     from scdl_zarr.conversion.sources.h5ad import h5ad_spec
 
     return [h5ad_spec(where, name)]
@@ -147,6 +154,10 @@ def open_source(spec: SourceSpec) -> AbstractContextManager[Source]:
         from scdl_zarr.conversion.sources.store import StoreSource
 
         return StoreSource(spec)
+    if spec.kind == "anndata-zarr":
+        from scdl_zarr.conversion.sources.anndata_zarr import AnnDataZarrSource
+
+        return AnnDataZarrSource(spec)
     from scdl_zarr.conversion.sources.h5ad import H5adSource
 
     return H5adSource(spec)

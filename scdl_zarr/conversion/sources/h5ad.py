@@ -1,4 +1,4 @@
-"""H5AD files as sources: CSR matrices in X, raw.X and layers, written by any anndata from 0.6 on.
+"""H5AD files as sources: CSR and dense matrices in X, raw.X and layers, written by any anndata from 0.6 on.
 
 Files are opened read-only.  Tables are read here, those of the usual encodings (``h5ad_frames.py``) and the compound ones that
 anndata wrote before 0.7; anndata is imported only for what is neither.
@@ -17,15 +17,17 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.conversion.hdf5_chunks import ElementReader, unavailable_filters
-from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
+from scdl_zarr.conversion.hdf5_chunks import ElementReader, RowReader, unavailable_filters
+from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, SourceSpec
+from scdl_zarr.conversion.sources.dense import DenseMatrix
 from scdl_zarr.conversion.sources.h5ad_frames import read_frame
+from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible
 from scdl_zarr.errors import ScdlZarrError, SourceError, StoreAccessError, StoreNotFoundError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["H5adSource", "h5ad_spec"]
+__all__ = ["H5adSource", "h5ad_spec", "matrix_name"]
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -99,24 +101,24 @@ class H5adSource:
         node = self._node(key)
         return None if node is None else _kind(node)
 
-    def matrix(self, key: str) -> H5adMatrix:
-        group = self._node(key)
-        shown = matrix_name(key)
-        if group is None or _kind(group) is None:
-            listed = ", ".join(f"{matrix_name(k)} ({kind})" for k, kind in self.matrices().items()) or "none"
+    def matrix(self, key: str) -> MatrixReader:
+        node = self._node(key)
+        kind = None if node is None else _kind(node)
+        if node is None or kind is None:
             if self._is_tenx():
                 raise SourceError(
                     f"{self.spec.path} looks like 10x Genomics HDF5, which this version does not convert; read it with "
                     "scanpy.read_10x_h5 and write it with write_h5ad first"
                 )
-            raise SourceError(f"{self.spec.path} has no matrix {shown}; it has: {listed}")
-        if _kind(group) != "csr":
-            raise SourceError(
-                f"{self.spec.path}: {shown} is stored {_kind(group)}, this version converts CSR matrices; "
-                f"write it with anndata as scipy.sparse.csr_matrix first"
-            )
+            raise missing_matrix(self.spec.path, key, self.matrices())
+        require_convertible(self.spec.path, key, kind)
+        shown, where = matrix_name(key), f"{self.spec.path}: {matrix_name(key)}"
+        if kind == "dense":
+            with reading(self.spec.path, shown):
+                refuse_unreadable(where, node, self._file)
+                return DenseMatrix(RowReader(node, where), key=key, where=where, identity=(self.spec, key))
         with reading(self.spec.path, shown, "is not a readable CSR matrix"):
-            matrix = H5adMatrix(self.spec.path, key, group)
+            matrix = H5adMatrix(self.spec.path, key, node)
         self._readers += matrix.readers
         return matrix
 
@@ -132,18 +134,7 @@ class H5adSource:
         return self._raw_var()[1] if key == "raw/X" else []
 
     def _raw_var(self) -> tuple[pd.DataFrame, list[str]]:
-        """The genes of raw, and which columns of var do not come along with them."""
-        frame = self._frame("raw/var")
-        if self._node("var") is None:
-            return frame, []
-        other = self._frame("var")
-        if not frame.index.equals(other.index):
-            return frame, [f"var/{name}" for name in other.columns]
-        # what was learnt of the same genes since raw was set aside holds for raw, too
-        hidden = [name for name in other.columns if name in frame.columns and not _same_values(frame[name], other[name])]
-        for name in other.columns.difference(frame.columns, sort=False):
-            frame[name] = other[name].array
-        return frame, [f"var/{name}" for name in hidden]
+        return genes_of_raw(self._frame("raw/var"), None if self._node("var") is None else self._frame("var"))
 
     def others(self) -> list[str]:
         with reading(self.spec.path, "the list of its elements"):
@@ -223,16 +214,7 @@ class H5adMatrix:
         for part in (data, indices, indptr):
             if not isinstance(part, h5py.Dataset) or part.ndim != 1:
                 raise SourceError(f"{where} is not a CSR matrix: {part.name} should be one-dimensional")
-            if part.file.filename != group.file.filename or part.is_virtual:
-                raise SourceError(
-                    f"{where}: {part.name} lies in another file ({part.file.filename}); copy it into one file first"
-                )
-            missing = unavailable_filters(part)
-            if missing:
-                raise SourceError(
-                    f"{where}: {part.name} is compressed with {', '.join(missing)}, which this HDF5 cannot decode; "
-                    "pip install hdf5plugin and import it first"
-                )
+            refuse_unreadable(where, part, group.file)
         if data.dtype.kind not in "biuf" or data.dtype.itemsize > 8:
             raise SourceError(f"{where} has values of dtype {data.dtype}; integers, floats and booleans can be converted")
         if indices.dtype.kind not in "iu" or indptr.dtype.kind not in "iu":
@@ -266,9 +248,16 @@ class H5adMatrix:
         return self._data.read(start, stop, values), self._indices.read(start, stop, ids)
 
 
-def _same_values(a: pd.Series[Any], b: pd.Series[Any]) -> bool:
-    """Whether two columns hold the same, categories or not, missing values included."""
-    return bool(a.dtype == b.dtype and a.reset_index(drop=True).equals(b.reset_index(drop=True)))
+def refuse_unreadable(where: str, part: h5py.Dataset, file: h5py.File) -> None:
+    """Refuse a dataset that lies in another file, or is compressed in a way that is not known here."""
+    if part.file.filename != file.filename or part.is_virtual:
+        raise SourceError(f"{where}: {part.name} lies in another file ({part.file.filename}); copy it into one file first")
+    missing = unavailable_filters(part)
+    if missing:
+        raise SourceError(
+            f"{where}: {part.name} is compressed with {', '.join(missing)}, which this HDF5 cannot decode; "
+            "pip install hdf5plugin and import it first"
+        )
 
 
 @contextlib.contextmanager
@@ -280,11 +269,6 @@ def reading(where: str, what: str, fault: str = "cannot be read") -> Iterator[No
         raise
     except Exception as error:
         raise SourceError(f"{where}: {what} {fault}: {error}") from error
-
-
-def matrix_name(key: str) -> str:
-    """The name users know: raw.X for raw/X."""
-    return "raw.X" if key == "raw/X" else key
 
 
 def _kind(node: h5py.Group | h5py.Dataset) -> str | None:

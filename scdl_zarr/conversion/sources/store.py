@@ -27,7 +27,8 @@ from scdl_zarr.errors import CorruptStoreError, SourceError
 from scdl_zarr.reading.blocks import Blocks
 from scdl_zarr.reading.csr import Columns, open_columns, value_dtype
 from scdl_zarr.reading.plan import Int64Array, plan_rows
-from scdl_zarr.reading.tables import LazyArrays, LazyTable
+from scdl_zarr.reading.row_arrays import LazyArrays
+from scdl_zarr.reading.tables import LazyTable
 from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, read_metadata
 from scdl_zarr.storage.metadata import StoreMetadata
 from scdl_zarr.storage.schema import MatrixLayout
