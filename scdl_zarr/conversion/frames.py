@@ -24,6 +24,7 @@ def join_columns(parts: list[pd.Series[Any]]) -> pd.Series[Any]:
     if len(parts) == 1:
         only: pd.Series[Any] = parts[0]
         return only
+    parts = _typed(parts)
     index = parts[0].index.append([part.index for part in parts[1:]])
     if all(isinstance(part.dtype, pd.CategoricalDtype) for part in parts):
         same = all(part.cat.categories.equals(parts[0].cat.categories) for part in parts)
@@ -41,6 +42,16 @@ def join_columns(parts: list[pd.Series[Any]]) -> pd.Series[Any]:
     if joined.dtype == object and not all(isinstance(v, str) for v in joined.dropna()):
         joined = joined.map(str, na_action="ignore")
     return joined
+
+
+def _typed(parts: list[pd.Series[Any]]) -> list[pd.Series[Any]]:
+    """The parts, those without a single value in the dtype of the others: they do not say what their values would be."""
+    nothing = [part.dtype == object and bool(part.isna().all()) for part in parts]
+    typed = [part for part, empty in zip(parts, nothing, strict=True) if not empty]
+    if len(typed) in (0, len(parts)):
+        return parts
+    like = nullable(typed[0].iloc[:0])
+    return [like.reindex(part.index) if empty else part for part, empty in zip(parts, nothing, strict=True)]
 
 
 def _without_categories(part: pd.Series[Any]) -> pd.Series[Any]:
