@@ -95,12 +95,13 @@ def convert(
     overwrite: bool = False,
     progress: bool = True,
 ) -> SingleCellZarrDataset:
-    """Convert H5AD files into one store, and open it.
+    """Convert H5AD files, or archives of BioNeMo-SCDL, into one store, and open it.
 
     Parameters
     ----------
     sources
-        An H5AD file or a list of them, with CSR matrices.  Their rows follow one another; sources with different genes are
+        An H5AD file or a list of them, with CSR matrices; or a folder that BioNeMo-SCDL made (see Notes).
+        Rows follow one another; sources with different genes are
         outer-joined: ids are those of the union, in order of first appearance.
     target
         Folder to make.  A finished store of the same sources and options is opened and nothing is written; an unfinished one
@@ -149,6 +150,8 @@ def convert(
         The target is taken, cannot be written, has no room, or is being written by another process.
     OptionError
         An option outside what it accepts.
+    MissingDependencyError
+        An archive of BioNeMo-SCDL is a source and pyarrow is missing.
     KeyboardInterrupt
         Ctrl-C: the shards under way are given up after the piece they are at.
 
@@ -157,6 +160,10 @@ def convert(
     Sources are opened read-only.  The result is committed by one atomic rename: killed at any moment, a conversion leaves a store
     that opens whole or one that does not open.  The same sources and options give the same bytes.  Memory is bounded by
     `memory_budget` and does not grow with the number of values; obs and var are held whole.
+
+    An archive of BioNeMo-SCDL (any package up to 0.1.3; a folder of archives is all of them, by name) is as many sources as it
+    has runs of rows with one table of genes.  Nothing in it is unpickled.  Its neighbours are ``obsp=["next_cell_ids"]``.  Where
+    SCDL dropped the names of genes or cells, they are numbers, and genes of different tables are matched only with `var_key`.
 
     Examples
     --------
