@@ -95,15 +95,15 @@ def convert(
     overwrite: bool = False,
     progress: bool = True,
 ) -> SingleCellZarrDataset:
-    """Convert H5AD files and AnnData Zarr stores into one store, and open it.
+    """Convert H5AD files, AnnData Zarr stores and archives of BioNeMo-SCDL into one store, and open it.
 
     Parameters
     ----------
     sources
-        An H5AD file, an AnnData Zarr store of another program (a local folder, Zarr v2 or v3), or a list of these.  Their
-        matrices are stored CSR or dense; of a dense one, what is not equal to zero is stored, as ``scipy.sparse.csr_matrix`` has
-        it (NaN is stored, -0.0 is not).  Their rows follow one another; sources with different genes are outer-joined: ids are
-        those of the union, in order of first appearance.
+        An H5AD file; an AnnData Zarr store (a local folder, Zarr v2 or v3), of this package, too; a folder that BioNeMo-SCDL made
+        (see Notes); or a list of these.  Matrices are stored CSR or dense; of a dense one, what is not equal to zero is stored,
+        as ``scipy.sparse.csr_matrix`` has it (NaN is stored, -0.0 is not).  Rows follow one another; sources with different
+        genes are outer-joined: ids are those of the union, in order of first appearance.
     target
         Folder to make.  A finished store of the same sources and options is opened and nothing is written; an unfinished one
         is finished; anything else there is an error.
@@ -151,6 +151,8 @@ def convert(
         The target is taken, cannot be written, has no room, or is being written by another process.
     OptionError
         An option outside what it accepts.
+    MissingDependencyError
+        An archive of BioNeMo-SCDL is a source and pyarrow is missing.
     KeyboardInterrupt
         Ctrl-C: the shards under way are given up after the piece they are at.
 
@@ -163,6 +165,10 @@ def convert(
     A dense matrix is read twice: once to count what its rows store, before anything is written, and once by the shards.  It is
     read in blocks of 4 MB, or one row of chunks where that is more.  Chunks that are tall and narrow, so that a row of them takes
     more than 256 MB, are decoded once for each such part: chunks of a few hundred rows convert faster.
+
+    An archive of BioNeMo-SCDL (any package up to 0.1.3; a folder of archives is all of them, by name) is as many sources as it
+    has runs of rows with one table of genes.  Nothing in it is unpickled.  Its neighbours are ``obsp=["next_cell_ids"]``.  Where
+    SCDL dropped the names of genes or cells, they are numbers, and genes of different tables are matched only with `var_key`.
 
     Examples
     --------

@@ -60,7 +60,8 @@ def convert(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="SOURCE... TARGET", help="H5AD files or AnnData Zarr stores, then the store to make (a new folder)."
+            metavar="SOURCE... TARGET",
+            help="H5AD files, AnnData Zarr stores or BioNeMo-SCDL archives, then the store to make (a new folder).",
         ),
     ],
     matrix: Annotated[
@@ -92,7 +93,7 @@ def convert(
     restart: Annotated[bool, typer.Option("--restart", help="Start an unfinished conversion over.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")] = False,
 ) -> None:
-    """Convert H5AD files and AnnData Zarr stores into one store.
+    """Convert H5AD files, AnnData Zarr stores and archives of BioNeMo-SCDL into one store.
 
     An interrupted conversion goes on when the same command is run again. Sources are never changed.
 
@@ -182,10 +183,17 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command()
 def info(store: StoreArgument, as_json: JsonOption = False) -> None:
-    """Say what a store holds: shape, sizes, codecs, dtypes, columns, what was left out."""
+    """Say what a store, or an archive of BioNeMo-SCDL, holds: shape, sizes, codecs, dtypes, columns, what was left out."""
     from scdl_zarr.analysis.describe import describe, text_summary
     from scdl_zarr.api import open_store
+    from scdl_zarr.storage.scdl_archive import archive_kind
 
+    if archive_kind(store) is not None:
+        from scdl_zarr.conversion.sources.scdl_describe import archive_summary, describe_archives
+
+        archives = describe_archives(store)
+        typer.echo(json.dumps(archives, indent=2) if as_json else archive_summary(archives))
+        return
     facts = describe(open_store(store))
     typer.echo(json.dumps(facts, indent=2) if as_json else text_summary(facts))
 

@@ -166,6 +166,14 @@ def test_columns_of_different_kinds_join() -> None:
     assert join_columns([pd.Series([True, False]), pd.Series([5, 6])]).tolist() == [1, 0, 5, 6]
 
 
+@pytest.mark.parametrize("values", [[2**60 + 1, 7], [0.5, 1.5], [True, False], ["x", "y"]])
+def test_a_column_without_a_value_has_no_say_in_the_dtype(values: list[Any]) -> None:
+    nothing = pd.Series([None, None], index=["a", "a"], dtype=object)
+    joined = join_columns([nothing, pd.Series(values)])
+    assert joined.isna().tolist() == [True, True, False, False]
+    assert joined.iloc[2:].tolist() == values
+
+
 def test_integers_of_a_source_that_lacks_a_column_stay_integers() -> None:
     frames = [pd.DataFrame({"n": [1, 2]}, index=["a", "a"]), pd.DataFrame({"m": [True]}, index=["b"])]
     joined = join_frames(frames)

@@ -37,6 +37,7 @@ __all__ = ["Survey", "find_sources", "survey_sources"]
 POINTER_BLOCK = 1 << 20
 PROBE_VALUES = 1 << 16
 SAMPLE_VALUES = 4096
+DECIDED = ("scdl", "store")  # kinds that have one X and do not know of raw: what it is was decided when they were made
 SHOWN_SOURCES = 3  # in a message that names sources
 
 
@@ -162,7 +163,7 @@ def _store_paths(options: ConversionOptions) -> list[str]:
 
 def _choose_matrices(specs: list[SourceSpec], matrix: Any) -> list[str]:
     """The key of each source's matrix, decided once for all of them."""
-    files = [spec for spec in specs if spec.kind != "store"]  # a store has decided that already
+    files = [spec for spec in specs if spec.kind not in DECIDED]
     if isinstance(matrix, Mapping):
         odd = [key for key in matrix.values() if not isinstance(key, str)]
         if odd:
@@ -173,7 +174,7 @@ def _choose_matrices(specs: list[SourceSpec], matrix: Any) -> list[str]:
         raise OptionError(f"matrix={matrix!r}; expected a name such as 'X', 'raw' or 'layers/counts', or one per source")
     if matrix != "auto":
         key = _matrix_key(matrix)
-        return ["X" if spec.kind == "store" and key == "raw/X" else key for spec in specs]
+        return ["X" if spec.kind in DECIDED and key == "raw/X" else key for spec in specs]
     has_raw = []
     for spec in files:
         with open_source(spec) as source:
@@ -186,7 +187,7 @@ def _choose_matrices(specs: list[SourceSpec], matrix: Any) -> list[str]:
             "Say which matrix to take, for all with matrix='X' (--matrix X), or for each with matrix={source: name} "
             "(--matrix a.h5ad=raw --matrix b.h5ad=X)"
         )
-    return ["raw/X" if spec.kind != "store" and all(has_raw) else "X" for spec in specs]
+    return ["raw/X" if spec.kind not in DECIDED and all(has_raw) else "X" for spec in specs]
 
 
 def _of_source(spec: SourceSpec, matrix: Mapping[Any, str]) -> str:

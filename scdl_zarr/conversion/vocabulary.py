@@ -41,18 +41,34 @@ class Vocabulary:
     _ids: dict[tuple[Any, int], int] = field(default_factory=dict)
     _frames: list[pd.DataFrame] = field(default_factory=list)
     _joined: pd.DataFrame | None = None
+    _numbered: str | None = None  # a source without names of genes
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def add(self, var: pd.DataFrame, where: str) -> int:
         """Join a source's genes; the number of its var table."""
+        numbered = bool(var.attrs.get("numbered"))  # the source has no names of genes: those of the table are their numbers
+        if numbered and self.var_key in var.columns and not var[self.var_key].isna().any():
+            var = var.set_axis(var[self.var_key].astype(object).map(str).to_numpy(), axis=0)
         table = self.packer.add(var, where)
         if table == len(self.maps):
+            self._numbered = self._numbered or (where if numbered else None)
+            if self.var_key is None and self._numbered and self.maps:
+                self._refuse_numbers(var)
             self.maps.append(self._join(var, where))
             self._frames.append(var)
             self._joined = None
         return table
+
+    def _refuse_numbers(self, var: pd.DataFrame) -> None:
+        """Gene 7 of one table and gene 7 of another are two genes, and a number is no name to match anything by."""
+        shared = [str(column) for column in var.columns if all(column in frame.columns for frame in self._frames)]
+        listed = f"the tables share the columns {', '.join(shared)}" if shared else "the tables share no column"
+        raise SourceError(
+            f"{self._numbered} has no gene names, only their numbers, and the sources have different genes: "
+            f"say by which column of var to match them with var_key= (--var-key); {listed}"
+        )
 
     def _join(self, var: pd.DataFrame, where: str) -> npt.NDArray[np.int64]:
         if self.var_key is not None and self.var_key not in var.columns:

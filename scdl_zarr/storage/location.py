@@ -26,6 +26,7 @@ from scdl_zarr.errors import (
 )
 from scdl_zarr.storage.identity import FolderIdentity, Imprint, identify, this_machine
 from scdl_zarr.storage.metadata import StoreMetadata, parse_store
+from scdl_zarr.storage.scdl_archive import archive_advice
 from scdl_zarr.storage.schema import BUILD_FOLDER
 
 if TYPE_CHECKING:
@@ -270,5 +271,8 @@ def read_metadata(location: StoreLocation) -> StoreMetadata:
                 f"rename the one you want to {path}"
             )
         raise StoreNotFoundError(f"no store at {path}")
+    advice = archive_advice(path)
+    if advice is not None:
+        raise NotAStoreError(advice)
     kind = "a file" if path.is_file() else "a folder without zarr.json"
     raise NotAStoreError(f"{path} is {kind}, expected an AnnData Zarr store (scdl-zarr convert makes one from an H5AD file)")

@@ -1,7 +1,7 @@
 """What a conversion needs to know of a source, whatever kind of file it is.
 
 A source is opened where it is read: what travels is a :class:`SourceSpec`.  A folder that was made of several files (a store of
-ours) is as many sources, so that each keeps its own genes and its name.
+ours, an archive of BioNeMo-SCDL) is as many sources, so that each keeps its own genes and its name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MatrixHeader", "MatrixReader", "Provenance", "Source", "SourceKind", "SourceSpec", "describe_path", "open_source"]
 
-SourceKind = Literal["h5ad", "anndata-zarr", "store"]
+SourceKind = Literal["h5ad", "anndata-zarr", "scdl", "store"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,11 +124,17 @@ def describe_path(path: str | os.PathLike[str], name: str | None = None) -> list
     StoreNotFoundError, SourceError
         There is nothing, or nothing that can be converted.
     """
+    from scdl_zarr.storage.scdl_archive import archive_kind
+
     where = Path(os.path.abspath(os.path.expanduser(path)))
     if is_store(where):
         from scdl_zarr.conversion.sources.store import store_specs
 
         return store_specs(where)
+    if archive_kind(where) is not None:
+        from scdl_zarr.conversion.sources.scdl_memmap import archive_specs
+
+        return archive_specs(where, name or where.name)
     if where.is_dir():
         from scdl_zarr.conversion.sources.anndata_zarr import anndata_zarr_spec
 
@@ -158,6 +164,10 @@ def open_source(spec: SourceSpec) -> AbstractContextManager[Source]:
         from scdl_zarr.conversion.sources.anndata_zarr import AnnDataZarrSource
 
         return AnnDataZarrSource(spec)
+    if spec.kind == "scdl":
+        from scdl_zarr.conversion.sources.scdl_memmap import ScdlSource
+
+        return ScdlSource(spec)
     from scdl_zarr.conversion.sources.h5ad import H5adSource
 
     return H5adSource(spec)
