@@ -276,6 +276,15 @@ def test_a_dataset_pickles_with_its_choices(made: Path) -> None:
     assert not hasattr(SingleCellMemMapDataset(made), "neighbor_key")
 
 
+def test_a_pickled_dataset_refuses_a_store_that_took_its_place(h5ad: Path, tmp_path: Path) -> None:
+    scdl_zarr.convert(h5ad, tmp_path / "s.zarr", progress=False)
+    raw = pickle.dumps(SingleCellMemMapDataset(tmp_path / "s.zarr"))
+    assert len(pickle.loads(raw)) > 0
+    scdl_zarr.convert(h5ad, tmp_path / "s.zarr", profile="compact", overwrite=True, progress=False)
+    with pytest.raises(errors.StoreReplacedError):
+        pickle.loads(raw)
+
+
 # ---- dtypes
 
 

@@ -371,7 +371,7 @@ def test_a_converter_that_another_overtook_writes_nothing(tmp_path: Path, monkey
 def test_ctrl_c_whose_exception_is_lost_stops_a_conversion_all_the_same(real_h5ad: Path, tmp_path: Path) -> None:
     """A KeyboardInterrupt that is raised in a finalizer is printed and forgotten; the handler has noted it by then."""
     root = str(tmp_path)
-    with pytest.raises(KeyboardInterrupt), interruptible_pool(root, 1, lambda _: None) as pool:
+    with pytest.raises(KeyboardInterrupt), interruptible_pool(1, lambda _: None) as pool:
         with contextlib.suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(10)

@@ -190,6 +190,12 @@ def test_lengths_that_wrap_around_are_refused() -> None:
         plan_rows(rows, np.full(1 << 20, 1 << 44))
 
 
+def test_a_matrix_that_is_no_name_is_refused(tmp_path: Path) -> None:
+    source = write_h5ad(tmp_path / "a.h5ad", encoded_rows(5, 6, 3))
+    with pytest.raises(errors.OptionError, match="names None; expected a name"):
+        scdl_zarr.convert(source, tmp_path / "s.zarr", matrix={"a.h5ad": None}, progress=False)  # type: ignore[dict-item]
+
+
 def test_two_overwriters_exclude_one_another(tmp_path: Path) -> None:
     from scdl_zarr.conversion.construction import exclusive
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from scdl_zarr.reading.neighbors import Neighbors
     from scdl_zarr.reading.plan import Int64Array
+    from scdl_zarr.storage.location import StoreLocation
 
 __all__ = ["SingleCellMemMapDataset"]
 
@@ -124,7 +125,7 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
         names = ["var_feature_index_name", "obs_feature_index_name", "load_neighbors", "data_dtype_tolerance", "use_X_not_raw"]
         if self.load_neighbors:
             names += ["neighbor_key", "neighbor_sampling_strategy", "fallback_to_identity"]
-        return _reopen, (self.path, {name: getattr(self, name) for name in names})
+        return _reopen, (self._location, {name: getattr(self, name) for name in names})
 
     # ---- what it holds
 
@@ -358,5 +359,7 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
             raise OptionError("Cannot include neighbor data: neighbor functionality is disabled or no neighbor data available")
 
 
-def _reopen(path: str, arguments: dict[str, Any]) -> SingleCellMemMapDataset:
-    return SingleCellMemMapDataset(path, **arguments)
+def _reopen(location: StoreLocation, arguments: dict[str, Any]) -> SingleCellMemMapDataset:
+    dataset = SingleCellMemMapDataset(str(location), **arguments)
+    location.pinned()  # refuses the store that has taken the place of the one that was pickled
+    return dataset

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scdl_zarr.conversion.encode import replace_file, sync_folder
+from scdl_zarr.conversion.encode import is_partial, partial_path, replace_file, sync_folder
 from scdl_zarr.conversion.plan import ShardTask
 from scdl_zarr.conversion.shards import ShardResult, write_shard
 from scdl_zarr.conversion.values import ValueStats
@@ -37,6 +38,7 @@ from scdl_zarr.errors import (
     StoreExistsError,
     StoreFullError,
 )
+from scdl_zarr.storage.location import replaced_path, was_interrupted
 from scdl_zarr.storage.schema import BUILD_FOLDER, node_document
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ __all__ = [
     "finish_interrupted",
     "open_blocks",
     "prepare_target",
+    "restore_interrupted",
     "run_task",
     "swap_folders",
 ]
@@ -71,10 +74,15 @@ def run_task(task: ShardTask) -> ShardResult:
     result = write_shard(task)
     mark = _mark_path(Path(task.root), task)
     mark.parent.mkdir(parents=True, exist_ok=True)
-    temporary = mark.with_name(f"{mark.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(asdict(result)))
+    temporary = partial_path(mark)
+    temporary.write_text(json.dumps({**asdict(result), **_evidence(Path(task.root), task)}))
     os.replace(temporary, mark)
     return result
+
+
+def _evidence(root: Path, task: ShardTask) -> dict[str, Any]:
+    """What a mark says beside the result, so that it counts for that plan and for whole files only."""
+    return {"plan": task.plan, "sizes": [(root / layout.shard_key(task.number)).stat().st_size for layout in task.arrays]}
 
 
 def _mark_path(root: Path, task: ShardTask) -> Path:
@@ -88,13 +96,17 @@ class Construction:
         self.root = root
         self._replaces = replaces  # the folder is a scratch place of our own beside the store that it will replace
         self._plan = dict(plan)
+        self.plan_digest = hashlib.blake2b(json.dumps(self._plan, sort_keys=True).encode(), digest_size=16).hexdigest()
         self._resume = resume
         self._build = root / BUILD_FOLDER
 
     def __enter__(self) -> Construction:
         with explained_errors(self.root):
             fresh = not self._build.exists()
+            made = [folder for folder in self.root.parents if not folder.exists()]
             self._build.mkdir(parents=True, exist_ok=True)
+            for folder in made:
+                _sync_entry(folder)
             self._lock = open(self._build / "lock", "a+b")
         _take_lock(self._lock, self.root)
         try:
@@ -162,11 +174,15 @@ class Construction:
             sync_folder(self._build)
 
     def finished(self, task: ShardTask) -> ShardResult | None:
-        """What the task reported when it was done, if its shard is still there in the dtype that is wanted now."""
+        """What the task reported when it was done, if its shard is still there, whole and in the dtype that is wanted now."""
         record = _read_json(_mark_path(self.root, task))
         if record is None or record.get("dtype") != task.arrays[0].dtype.name:
             return None
-        if not all((self.root / layout.shard_key(task.number)).is_file() for layout in task.arrays):
+        try:
+            evidence = _evidence(self.root, task)
+        except OSError:  # the mark outlived its shard
+            return None
+        if {name: record.pop(name, None) for name in evidence} != evidence:
             return None
         try:
             stats = ValueStats(**record.pop("stats"))
@@ -183,6 +199,7 @@ class Construction:
         with explained_errors(self.root):
             _replace_files({self.root / key: objects[key] for key in sorted(objects)})
             _side_by_side(sync_folder, [self.root, *(path for path in self.root.rglob("*") if path.is_dir())])
+            _sync_entry(self.root)  # a crash of the machine must not take the whole folder along
             replace_file(self.root / "zarr.json", root_document)
             sync_folder(self.root)
             finish_documents(self.root, nodes)
@@ -204,6 +221,12 @@ def finish_documents(root: Path, nodes: Mapping[str, Mapping[str, Any]]) -> None
     _replace_files(documents)
     _side_by_side(sync_folder, {path.parent for path in documents})
     shutil.rmtree(root / BUILD_FOLDER, ignore_errors=True)
+
+
+def _sync_entry(folder: Path) -> None:
+    """Make it durable that `folder` is there."""
+    with contextlib.suppress(PermissionError):  # its parent may be a folder to write into and not to read
+        sync_folder(folder.parent)
 
 
 def _replace_files(contents: Mapping[Path, bytes]) -> None:
@@ -228,7 +251,7 @@ def finish_interrupted(root: Path, nodes: Mapping[str, Mapping[str, Any]]) -> No
 def remove_partial_files(root: Path) -> None:
     """What killed writers left behind.  The caller holds the lock, or the store is committed."""
     for path in root.rglob("*.part"):
-        if path.is_file() and path.suffixes[-2:-1] and path.suffixes[-2][1:].isdigit():
+        if path.is_file() and is_partial(path):
             path.unlink(missing_ok=True)
 
 
@@ -379,13 +402,26 @@ def swap_folders(new: Path, target: Path) -> None:
     """Put `new` in the place of `target` and remove the old one; one atomic exchange where the system has it."""
     assert (new / "zarr.json").is_file(), "only a committed store replaces another"
     if not _exchange(new, target):
-        aside = target.with_name(f".{target.name}.scdl-old")
+        aside = replaced_path(target)
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(target, aside)
         os.rename(new, target)
         new = aside
     sync_folder(target.parent)
     shutil.rmtree(new)
+
+
+def restore_interrupted(target: Path) -> None:
+    """Give a store its name back where :func:`swap_folders` was killed between its two renames.
+
+    Only where both folders of that moment are there: an old one alone is what a finished replacement had no time to remove, and
+    whoever removed the new store since did not ask for the old one.
+    """
+    if was_interrupted(target):
+        with exclusive(target):
+            if was_interrupted(target):
+                os.rename(replaced_path(target), target)
+                sync_folder(target.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:

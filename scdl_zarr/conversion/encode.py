@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+import secrets
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,9 +28,10 @@ from scdl_zarr.conversion.kernels import BLOSC_OVERHEAD, CHECKSUM_BYTES, blosc_a
 from scdl_zarr.conversion.plan import SLAB_BYTES
 from scdl_zarr.storage.schema import ArrayLayout
 
-__all__ = ["ShardEncoder", "replace_file", "sync_file", "sync_folder"]
+__all__ = ["ShardEncoder", "is_partial", "partial_path", "replace_file", "sync_file", "sync_folder"]
 
 _ABSENT = 2**64 - 1
+_PARTIAL = re.compile(r"\.\d+(-[0-9a-f]{8})?\.part$")
 _SHUFFLES = {
     "noshuffle": numcodecs.blosc.NOSHUFFLE,
     "shuffle": numcodecs.blosc.SHUFFLE,
@@ -54,8 +57,8 @@ class ShardEncoder:
 
     def __enter__(self) -> ShardEncoder:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
-        self._file = open(self._temporary, "wb", buffering=0)
+        self._temporary = partial_path(self._path)
+        self._file = open(self._temporary, "xb", buffering=0)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -156,15 +159,29 @@ class ShardEncoder:
         os.fsync(self._file.fileno())
 
 
+def partial_path(path: Path) -> Path:
+    """A name beside `path` for what is not whole yet, which no other writer has.
+
+    The process alone does not make it so: a thread that was given up may still write when the next conversion is at the same
+    file, and two machines that share a disk may have a process of one number.
+    """
+    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a file has such a name (or that of an earlier version, with the process alone)."""
+    return _PARTIAL.search(path.name) is not None
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a whole file so that it is either the old one or the new one, also after a crash.
 
     That it is the new one is certain once its folder was synced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = partial_path(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from scdl_zarr.conversion.construction import (
     finish_interrupted,
     open_blocks,
     prepare_target,
+    restore_interrupted,
     run_task,
     swap_folders,
 )
@@ -52,7 +54,7 @@ from scdl_zarr.errors import (
     StoreExistsError,
 )
 from scdl_zarr.resources import parse_bytes, usable_cores
-from scdl_zarr.storage.location import local_path
+from scdl_zarr.storage.location import local_path, replacement_path
 from scdl_zarr.storage.schema import (
     BUILD_FOLDER,
     profile_named,
@@ -126,6 +128,7 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
         specs = find_sources(sources)
         if any(Path(spec.path) == root or root in Path(spec.path).parents for spec in specs):
             raise OptionError(f"{root} holds a source of this conversion; choose another target")
+        restore_interrupted(root)
         taken = _target_state(root, options)
     survey = survey_sources(specs, options)
     plan = _plan_record(survey, options)
@@ -138,7 +141,7 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     tables = encode_tables(survey)  # what cannot be stored is refused here, before anything is written
     if taken == "store":
         with exclusive(root):
-            place = root.with_name(f".{root.name}.scdl-new")
+            place = replacement_path(root)
             written = _build(Construction(place, plan, resume=False, replaces=True), survey, options, workers, tables, plan)
             swap_folders(place, root)
     else:
@@ -329,12 +332,13 @@ def _attempt(
 
     Also the stats of all values seen so far, and how many values were written now.
     """
-    tasks = list(survey.plans[path].tasks(str(construction.root), survey.maps(path), options))
+    tasks = list(survey.plans[path].tasks(str(construction.root), survey.maps(path), options, construction.plan_digest))
+    tally = _Tally()
     try:
-        done, new = _run_tasks(construction, tasks, workers, bar)
+        done = _run_tasks(construction, tasks, workers, bar, tally)
     except DtypeTooNarrowError as found:
-        return [], seen | found.stats, 0
-    return done, seen | union_stats(result.stats for result in done), new
+        return [], seen | found.stats, tally.values
+    return done, seen | union_stats(result.stats for result in done), tally.values
 
 
 def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: ValueStats) -> np.dtype[Any]:
@@ -345,8 +349,23 @@ def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: V
     return choose_dtype(seen, [source.header.dtype for source in plan.sources], survey.width)
 
 
-def _run_tasks(construction: Construction, tasks: list[ShardTask], workers: int, bar: Any) -> tuple[list[ShardResult], int]:
-    """The results of all tasks, in their order, and how many values are new; what an earlier run did is in its marks."""
+class _Tally:
+    """How many values were written, also by tasks whose result nobody takes because another one failed."""
+
+    def __init__(self) -> None:
+        self.values = 0
+        self._counting = threading.Lock()
+
+    def run(self, task: ShardTask) -> ShardResult:
+        """Run the task, and count it."""
+        result = run_task(task)
+        with self._counting:
+            self.values += result.values
+        return result
+
+
+def _run_tasks(construction: Construction, tasks: list[ShardTask], workers: int, bar: Any, tally: _Tally) -> list[ShardResult]:
+    """The results of all tasks, in their order; what an earlier run did is in its marks, what this one does is counted."""
     import dask
     from dask.callbacks import Callback
 
@@ -358,7 +377,7 @@ def _run_tasks(construction: Construction, tasks: list[ShardTask], workers: int,
         if isinstance(result, ShardResult):
             bar.update(result.values)
 
-    jobs = [dask.delayed(run_task, pure=False)(dask.delayed(task, traverse=False)) for task in todo]
+    jobs = [dask.delayed(tally.run, pure=False)(dask.delayed(task, traverse=False)) for task in todo]
 
     def say(line: str) -> None:
         if not bar.disable:
@@ -366,13 +385,13 @@ def _run_tasks(construction: Construction, tasks: list[ShardTask], workers: int,
 
     # a pool of our own: leaving it waits for tasks that still run after another one failed
     with (
-        interruptible_pool(str(construction.root), workers, say) as pool,
+        interruptible_pool(workers, say) as pool,
         explained_errors(construction.root),
         Callback(posttask=finished),
     ):
         done = dask.compute(*jobs, scheduler="threads", pool=pool, num_workers=workers)
     results.update({task.name: result for task, result in zip(todo, done, strict=True)})
-    return [result for task in tasks if (result := results[task.name]) is not None], sum(result.values for result in done)
+    return [result for task in tasks if (result := results[task.name]) is not None]
 
 
 def _summary(root: Path, survey: Survey, seconds: float, written_values: int | None) -> ConversionSummary:

@@ -15,12 +15,13 @@ __all__ = ["join_columns", "join_frames", "nullable"]
 def join_columns(parts: list[pd.Series[Any]]) -> pd.Series[Any]:
     """Concatenate one column of several sources: categories united in order of appearance, numbers widened.
 
-    Columns of kinds that have no common one (text and numbers, large integers and fractions) become text.
+    Columns of kinds that have no common one (text and numbers, booleans and fractions, large integers and fractions) become
+    text.
     """
     import pandas as pd
     from pandas.api.types import union_categoricals
 
-    parts = [part for part in parts if len(part)] or parts[:1]  # an empty source has no say in the dtype
+    parts = _without_say([part for part in parts if len(part)] or parts[:1])  # an empty source has no say in the dtype
     if len(parts) == 1:
         only: pd.Series[Any] = parts[0]
         return only
@@ -35,12 +36,41 @@ def join_columns(parts: list[pd.Series[Any]]) -> pd.Series[Any]:
     kinds = {getattr(part.dtype, "kind", "O") for part in plain}
     if "b" in kinds and kinds & set("iu"):
         plain = [part.astype("Int64" if part.isna().any() else "int64") if part.dtype.kind == "b" else part for part in plain]
+    if {"b", "f"} <= kinds:  # which pandas makes 1.0 of True for
+        plain = [_as_text(part) if part.dtype.kind == "b" else part for part in plain]
     joined: pd.Series[Any] = pd.concat(plain)
     if getattr(joined.dtype, "kind", "O") == "f" and any(_rounds(part) for part in plain):
-        joined = pd.concat([part.astype(object).map(str, na_action="ignore") for part in plain])
+        joined = pd.concat([_as_text(part) for part in plain])
     if joined.dtype == object and not all(isinstance(v, str) for v in joined.dropna()):
         joined = joined.map(str, na_action="ignore")
     return joined
+
+
+def _without_say(parts: list[pd.Series[Any]]) -> list[pd.Series[Any]]:
+    """Columns that hold no value at all take the dtype of the first that holds one.
+
+    Files write a column of missing values as NaN, or as categories of which there are none, whatever it was meant to hold.
+    """
+    having = next((part for part in parts if part.notna().any()), None)
+    if having is None:
+        return parts
+    like = nullable(having.iloc[:0].reset_index(drop=True))
+    return [
+        part
+        if part.dtype == having.dtype or part.notna().any() or _has_categories(part)
+        else like.reindex(range(len(part))).set_axis(part.index)
+        for part in parts
+    ]
+
+
+def _has_categories(part: pd.Series[Any]) -> bool:
+    import pandas as pd
+
+    return isinstance(part.dtype, pd.CategoricalDtype) and len(part.cat.categories) > 0
+
+
+def _as_text(part: pd.Series[Any]) -> pd.Series[Any]:
+    return part.astype(object).map(str, na_action="ignore")
 
 
 def _without_categories(part: pd.Series[Any]) -> pd.Series[Any]:
@@ -57,7 +87,8 @@ def _rounds(part: pd.Series[Any]) -> bool:
     """Whether float64 would change an integer of the column."""
     if getattr(part.dtype, "kind", "O") not in "iu":
         return False
-    return any(abs(value) > 1 << 53 for value in (part.min(), part.max()) if value == value)
+    known = part.dropna()  # of a column without any, pandas gives no number as the least
+    return len(known) > 0 and any(abs(int(value)) > 1 << 53 for value in (known.min(), known.max()))
 
 
 def join_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:

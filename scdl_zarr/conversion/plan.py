@@ -159,6 +159,7 @@ class ShardTask:
     total: int  # stored values of the whole matrix: what the last row pointer says
     exact_dtype: bool  # the dtype was asked for: a value that does not fit is an error, not a reason to widen
     tolerance: float = 0.0
+    plan: str = ""  # digest of the whole conversion's plan
 
     @property
     def name(self) -> str:
@@ -182,7 +183,9 @@ class MatrixPlan:
         layout = replace(self.layout, data=self.layout.data.with_dtype(dtype), data_dtype=np.dtype(dtype))
         return replace(self, layout=layout)
 
-    def tasks(self, root: str, maps: list[npt.NDArray[np.int64]], options: ConversionOptions) -> Iterator[ShardTask]:
+    def tasks(
+        self, root: str, maps: list[npt.NDArray[np.int64]], options: ConversionOptions, plan: str = ""
+    ) -> Iterator[ShardTask]:
         """Every shard of the matrix, once."""
         data, indices, indptr = self.layout.data, self.layout.indices, self.layout.indptr
         assert data is not None and indices is not None and indptr is not None
@@ -202,6 +205,7 @@ class MatrixPlan:
                 total=self.layout.nnz,
                 exact_dtype=exact,
                 tolerance=options.dtype_tolerance if exact else 0.0,
+                plan=plan,
             )
         for number in range(indptr.n_shards):
             start, stop = number * indptr.shard, min((number + 1) * indptr.shard, indptr.size)
@@ -216,6 +220,7 @@ class MatrixPlan:
                 parts=tuple(self._pointer_parts(start, stop, maps, rising)),
                 total=self.layout.nnz,
                 exact_dtype=exact,
+                plan=plan,
             )
 
     def _part(self, s: int, row_start: int, row_stop: int, maps: list[npt.NDArray[np.int64]], rising: list[bool]) -> Part:

@@ -22,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.construction import Construction, exclusive, explained_errors, prepare_target, swap_folders
-from scdl_zarr.conversion.encode import ShardEncoder, sync_file
+from scdl_zarr.conversion.encode import ShardEncoder, is_partial, sync_file
 from scdl_zarr.conversion.plan import PIECE_VALUES
 from scdl_zarr.conversion.values import ValueStats, value_stats
 from scdl_zarr.errors import InexactValueError, OptionError
 from scdl_zarr.reading.csr import Columns, open_columns
 from scdl_zarr.reading.exactness import inexact_positions
 from scdl_zarr.reading.plan import plan_rows
-from scdl_zarr.storage.location import StoreLocation, read_metadata
+from scdl_zarr.storage.location import StoreLocation, read_metadata, replacement_path
 from scdl_zarr.storage.metadata import StoreMetadata
 from scdl_zarr.storage.schema import BUILD_FOLDER, VALUE_DTYPES, ArrayLayout, MatrixLayout, root_document
 
@@ -64,7 +64,7 @@ def recast_values(location: StoreLocation, dtype: Any, tolerance: float = 0.0) -
         matrix = metadata.matrices["X"]
         if matrix.data is None:
             raise OptionError(f"{root}: X/data was encoded by another program; convert the sources with dtype={wanted.name!r}")
-        place = root.with_name(f".{root.name}.scdl-new")
+        place = replacement_path(root)
         with Construction(place, {"recast": wanted.name}, resume=False, replaces=True) as construction:
             try:
                 with explained_errors(place):
@@ -100,7 +100,7 @@ def _link_others(root: Path, place: Path, skipped: str) -> None:
     """Every file of the store but the shards to be made anew and the root document, which is the commit."""
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
-        if name == "zarr.json" or name.startswith((skipped, f"{BUILD_FOLDER}/")) or path.suffix == ".part" or not path.is_file():
+        if name == "zarr.json" or name.startswith((skipped, f"{BUILD_FOLDER}/")) or is_partial(path) or not path.is_file():
             continue
         target = place / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -118,6 +118,7 @@ def _write_values(task: ShardTask) -> ShardResult:
                     data_out.add(narrowed)
                     indices_out.add(mapped[inside])
                     written += len(narrowed)
+        refuse_if_stopped(task.root)  # the last moment: a shard of a stopped conversion must not land in what follows it
         if written != task.stop - task.start:
             raise SourceError(f"{task.name}: the sources gave {written} values, {task.stop - task.start} were planned")
     return ShardResult(

@@ -98,7 +98,7 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
             obs.append(frame)
             found["X"].append(matrix.header)
             for layer in options.layers:
-                found[f"layers/{layer}"].append(_layer_header(source, layer, matrix.header))
+                found[f"layers/{layer}"].append(_layer_header(source, layer, matrix.header, var))
             for name in options.obsp:
                 found[f"obsp/{name}"].append(_obsp_header(source, name, matrix.header.n_obs))
             for name in options.obsm:
@@ -146,6 +146,9 @@ def _store_paths(options: ConversionOptions) -> list[str]:
 def _choose_matrices(specs: list[SourceSpec], matrix: Any) -> list[str]:
     """The key of each source's matrix, decided once for all of them."""
     if isinstance(matrix, Mapping):
+        odd = [key for key in matrix.values() if not isinstance(key, str)]
+        if odd:
+            raise OptionError(f"matrix= (--matrix) names {odd[0]!r}; expected a name such as 'X', 'raw' or 'layers/counts'")
         return [_matrix_key(_of_source(spec, matrix)) for spec in specs]
     if not isinstance(matrix, str):
         raise OptionError(f"matrix={matrix!r}; expected a name such as 'X', 'raw' or 'layers/counts', or one per source")
@@ -194,12 +197,17 @@ def _check_tables(spec: SourceSpec, header: MatrixHeader, obs: pd.DataFrame, var
         raise SourceError(f"{spec.path}: {shown} has {header.n_vars} genes and its var has {len(var)}")
 
 
-def _layer_header(source: Source, layer: str, main: MatrixHeader) -> MatrixHeader:
+def _layer_header(source: Source, layer: str, main: MatrixHeader, var: pd.DataFrame) -> MatrixHeader:
     header = source.matrix(f"layers/{layer}").header
     if (header.n_obs, header.n_vars) != (main.n_obs, main.n_vars):
         raise SourceError(
             f"{source.spec.path}: layer {layer!r} has shape {header.n_obs} × {header.n_vars}, "
             f"{matrix_name(main.key)} has {main.n_obs} × {main.n_vars}; a store holds matrices of one shape"
+        )
+    if main.key == "raw/X" and not source.var(header.key).index.equals(var.index):  # their columns are numbered by another table
+        raise SourceError(
+            f"{source.spec.path}: layer {layer!r} has the genes of var, which are not those of raw.var in their order; "
+            "convert it with matrix='X' (--matrix X), or without layers= (--layer)"
         )
     return header
 
@@ -233,6 +241,17 @@ def _check_widths(obsm: dict[str, list[Any]], specs: list[SourceSpec]) -> None:
         if len({value.shape[1:] for value in values}) > 1:
             shapes = ", ".join(f"{spec.name} {value.shape}" for spec, value in zip(specs, values, strict=True))
             raise SourceError(f"obsm {name!r} has different widths: {shapes}; leave it out of obsm= (--obsm)")
+        joint = np.result_type(*(value.dtype for value in values))
+        for spec, value in zip(specs, values, strict=True):
+            if (
+                value.dtype.kind in "iu"
+                and joint.kind == "f"
+                and not np.array_equal(value.astype(joint).astype(value.dtype), value)
+            ):
+                raise SourceError(
+                    f"obsm {name!r} is {value.dtype} in {spec.name}, with numbers that {joint}, which the other sources ask "
+                    "for, does not hold; leave it out of obsm= (--obsm)"
+                )
 
 
 def _left_out(source: Source, key: str, options: ConversionOptions) -> set[str]:
@@ -402,7 +421,9 @@ def _frame_digest(frame: pd.DataFrame) -> str:
 
 
 def _bytes_digest(values: npt.NDArray[Any]) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(values).tobytes(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(repr((values.dtype.str, values.shape)).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
 
 
 def digest_of(parts: Iterable[str]) -> str:

@@ -53,7 +53,6 @@ class MatrixArrays:
         self._threads = threads
         self._opened: tuple[int, dict[str, ArrayReader]] | None = None
         self._abandoned: list[object] = []  # a parent's readers: never used again, and never torn down here either
-        self._there: set[str] = set()  # shards that were seen to exist
 
     def stream(self, requests: Iterable[tuple[str, Selection]]) -> Iterator[npt.NDArray[Any]]:
         """The values of every request (path and selection), in order; later ones are under way while one is used."""
@@ -89,8 +88,6 @@ class MatrixArrays:
 
     def _request(self, path: str, selection: Selection) -> Callable[[], npt.NDArray[Any]]:
         try:
-            if not self._layout.absent_is_fill:
-                self._require_shards(path, selection)
             return self.readers()[path].request(selection)
         except ScdlZarrError:
             raise
@@ -103,6 +100,8 @@ class MatrixArrays:
         except Exception as error:  # the readers have errors of many kinds for bytes that make no sense
             self._refuse(path, selection, error)
         self._location.require_same()
+        if not self._layout.absent_is_fill:
+            self._require_shards(path, selection, values)
         return values
 
     def _refuse(self, path: str, selection: Selection, error: Exception) -> NoReturn:
@@ -112,21 +111,27 @@ class MatrixArrays:
             raise StoreAccessError(what) from error
         raise CorruptStoreError(what) from error
 
-    def _require_shards(self, path: str, selection: Selection) -> None:
-        """A shard that is gone is damage; a reader would take it for fill values.  Our arrays have one dimension."""
+    def _require_shards(self, path: str, selection: Selection, values: npt.NDArray[Any]) -> None:
+        """A shard that is gone is damage; a reader takes it for fill values.  Our arrays have one dimension.
+
+        So only where a shard gave nothing but zeros is it asked for, after the reading: one that is lost at any time is noticed,
+        and the others cost no request.
+        """
         assert isinstance(selection, slice)
         try:
             size = int(self._layout.nodes[path]["chunk_grid"]["configuration"]["chunk_shape"][0])
             numbers = range(selection.start // size, -(-selection.stop // size))
         except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
             raise CorruptStoreError(f"{self._location}: {path} has a chunk grid that makes no sense") from None
+        zeros = self._layout.nodes[path].get("fill_value") in (0, 0.0)  # else whoever encoded it anew chose another filling
         for number in numbers:
+            start, stop = number * size - selection.start, (number + 1) * size - selection.start
+            if zeros and values[max(start, 0) : stop].any():
+                continue
             key = f"{path}/c/{number}"
-            if key not in self._there:
-                if not self._location.exists(key):
-                    self._location.require_same()
-                    raise CorruptStoreError(f"{self._location}: {key} is missing: the store has lost a shard")
-                self._there.add(key)
+            if not self._location.exists(key):
+                self._location.require_same()
+                raise CorruptStoreError(f"{self._location}: {key} is missing: the store has lost a shard")
 
     def _size(self, path: str, selection: Selection) -> int:
         count = selection.stop - selection.start if isinstance(selection, slice) else len(selection)

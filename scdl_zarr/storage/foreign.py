@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from scdl_zarr.errors import CorruptStoreError, NotAStoreError
+from scdl_zarr.storage.identity import FolderIdentity
 from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, read_metadata
 from scdl_zarr.storage.metadata import StoreMetadata, as_count, describe_store, is_ours, node_attributes, parse_root
 from scdl_zarr.storage.schema import Encoding, MatrixLayout
@@ -91,10 +92,18 @@ def _nodes_v2(location: StoreLocation, root: dict[str, Any]) -> Nodes:
     return _checked(nodes, where)
 
 
-def _walk(location: StoreLocation, folder: str, zarr_format: int, depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every node below a group, by reading each one's own document."""
-    if depth > DEEPEST_NODE:
+def _walk(
+    location: StoreLocation, folder: str, zarr_format: int, above: tuple[FolderIdentity | None, ...] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every node below a group, by reading each one's own document.  `above` are the folders that lead to it.
+
+    A link back to one of those has no end: two of them in a group would double what is read with every level.
+    """
+    if len(above) > DEEPEST_NODE:
         raise CorruptStoreError(f"{location}: groups are nested deeper than {DEEPEST_NODE} at {folder}")
+    own = location.identity(folder)
+    if own is not None and own in above:
+        raise CorruptStoreError(f"{location}: {folder} is a link to a folder that it lies in")
     for name in _folders(location, folder):
         path = f"{folder}/{name}" if folder else name
         node = _own_node(location, path, zarr_format)
@@ -102,7 +111,7 @@ def _walk(location: StoreLocation, folder: str, zarr_format: int, depth: int = 0
             continue
         yield path, node
         if node.get("node_type") == "group":
-            yield from _walk(location, path, zarr_format, depth + 1)
+            yield from _walk(location, path, zarr_format, (*above, own))
 
 
 def _folders(location: StoreLocation, folder: str) -> list[str]:

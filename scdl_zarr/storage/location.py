@@ -6,6 +6,8 @@ travels to worker processes is a :class:`StoreLocation`, never a handle.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,13 +24,23 @@ from scdl_zarr.errors import (
     StoreReplacedError,
     UncommittedStoreError,
 )
+from scdl_zarr.storage.identity import FolderIdentity, Imprint, identify, this_machine
 from scdl_zarr.storage.metadata import StoreMetadata, parse_store
 from scdl_zarr.storage.schema import BUILD_FOLDER
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-__all__ = ["ROOT_KEY", "StoreLocation", "local_path", "locate", "read_metadata"]
+__all__ = [
+    "ROOT_KEY",
+    "StoreLocation",
+    "local_path",
+    "locate",
+    "read_metadata",
+    "replaced_path",
+    "replacement_path",
+    "was_interrupted",
+]
 
 ROOT_KEY = "zarr.json"
 LARGEST_ROOT_BYTES = 1 << 30
@@ -38,13 +50,15 @@ LARGEST_ROOT_BYTES = 1 << 30
 class StoreLocation:
     """A store's place: a local folder, or an opened Zarr store object.
 
-    ``folder`` is which folder was there when the store was opened (device and inode), if that was asked for (:meth:`pinned`).  A
-    store is replaced by another one (a cast, ``overwrite=True``) in one rename, after which the same path is another folder.
+    ``folder`` is which folder was there when the store was opened, if that was asked for (:meth:`pinned`).  A store is replaced
+    by another one (a cast, ``overwrite=True``) in one rename, after which the same path is another folder.  ``imprint`` is what
+    a pickle of a pinned location remembers of it: where it arrives, another store at the same path is refused.
     """
 
     path: Path | None = None
     store: Any = None
-    folder: tuple[int, int] | None = field(default=None, compare=False)
+    folder: FolderIdentity | None = field(default=None, compare=False)
+    imprint: Imprint | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return str(self.path) if self.path is not None else str(self.store)
@@ -59,12 +73,21 @@ class StoreLocation:
 
         return LocalStore(self.path, read_only=True)
 
-    def __reduce__(self) -> tuple[type[StoreLocation], tuple[Path | None, Any]]:
-        return type(self), (self.path, self.store)
+    def __reduce__(self) -> tuple[type[StoreLocation], tuple[Path | None, Any, None, Imprint | None]]:
+        return type(self), (self.path, self.store, None, self._imprint())
 
     def pinned(self) -> StoreLocation:
-        """This location, bound to the folder that is there now."""
-        return StoreLocation(path=self.path, store=self.store, folder=self._folder())
+        """This location, bound to the folder that is there now.
+
+        Raises
+        ------
+        StoreReplacedError
+            The location came out of a pickle, and another store lies there now than when it was pickled.
+        """
+        folder = None if self.path is None else identify(self.path)
+        if folder is not None and self.imprint is not None and not self._is(folder):
+            raise StoreReplacedError(f"{self} was replaced since it was pickled; open it again to read what is there now")
+        return StoreLocation(path=self.path, store=self.store, folder=folder)
 
     def require_same(self) -> None:
         """Refuse to go on where another folder has taken the place of the one that was opened.
@@ -76,16 +99,30 @@ class StoreLocation:
 
     def is_same(self) -> bool:
         """Whether the folder that was there when the location was pinned is there still (True for one that was not pinned)."""
-        return self.folder is None or self._folder() == self.folder
+        if self.path is None or (self.folder is None and self.imprint is None):
+            return True
+        folder = identify(self.path)
+        return folder is not None and self._is(folder)
 
-    def _folder(self) -> tuple[int, int] | None:
-        if self.path is None:
-            return None
-        try:
-            status = os.stat(self.path)
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
+    def _is(self, folder: FolderIdentity) -> bool:
+        """Whether the folder that is there now is the one that this location knows."""
+        if self.imprint is not None:
+            return self.imprint.fits(folder, self._root_digest)
+        return self.folder is None or folder == self.folder
+
+    def _imprint(self) -> Imprint | None:
+        if self.folder is None:
+            return self.imprint  # of one that was not opened since it came out of a pickle itself
+        document = self._root_digest()
+        return Imprint(folder=self.folder, machine=this_machine(), document=document if self.is_same() else "")
+
+    def _root_digest(self) -> str:
+        """A digest of the documents at the root, in either of Zarr's formats."""
+        digest = hashlib.blake2b(digest_size=16)
+        for key in (ROOT_KEY, ".zgroup", ".zattrs", ".zmetadata"):
+            document = self.read(key)
+            digest.update(repr(None if document is None else len(document)).encode() + (document or b""))
+        return digest.hexdigest()
 
     def exists(self, key: str) -> bool:
         """Whether there is an object under `key`."""
@@ -108,17 +145,35 @@ class StoreLocation:
             return None
         except IsADirectoryError:
             raise NotAStoreError(f"{self.path / key} is a folder, expected a Zarr v3 document") from None
-        except PermissionError as error:
-            raise StoreAccessError(f"{self.path / key} cannot be read: {error.strerror}") from None
+        except OSError as error:
+            raise _explained(self.path / key, error) from None
+
+    def identity(self, key: str) -> FolderIdentity | None:
+        """Which local folder `key` leads to, links followed; None in an opened store."""
+        return None if self.path is None else identify(self.path / key)
 
     def folders(self, key: str) -> list[str]:
         """Names of what lies in the folder `key` and may be a group or an array, sorted."""
         if self.path is None:
             names = _list_folder(self.zarr_store, key)
         else:
-            with os.scandir(self.path / key) as entries:
-                names = [entry.name for entry in entries if entry.is_dir()]
+            try:
+                with os.scandir(self.path / key) as entries:
+                    names = [entry.name for entry in entries if entry.is_dir()]
+            except OSError as error:
+                raise _explained(self.path / key, error) from None
         return sorted({name for name in names if not name.startswith(".z") and name != ROOT_KEY})
+
+
+def _explained(path: Path, error: OSError) -> OSError | CorruptStoreError:
+    """What the system said of a part of a store, as the error of ours that fits; a failing disk's own error stays."""
+    if isinstance(error, PermissionError):
+        return StoreAccessError(f"{path} cannot be read: {error.strerror}")
+    if isinstance(error, FileNotFoundError):
+        return StoreNotFoundError(f"{path} is not there; was it removed while the store was being opened?")
+    if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR):
+        return CorruptStoreError(f"{path} cannot be part of a store: {error.strerror}")
+    return error
 
 
 def _require_open(store: Store) -> None:
@@ -173,6 +228,22 @@ def locate(where: str | os.PathLike[str] | StoreLocation | Any) -> StoreLocation
     raise OptionError(f"cannot open {where!r}: expected a path, a file:// URL or a zarr Store")
 
 
+def replacement_path(target: Path) -> Path:
+    """Where the store that will replace the one at `target` is built."""
+    return target.with_name(f".{target.name}.scdl-new")
+
+
+def replaced_path(target: Path) -> Path:
+    """Where the old store lies for a moment, on systems that cannot exchange two folders."""
+    return target.with_name(f".{target.name}.scdl-old")
+
+
+def was_interrupted(target: Path) -> bool:
+    """Whether a replacement was stopped between its two renames: nothing has the name, and both stores lie beside it whole."""
+    both = (replaced_path(target), replacement_path(target))
+    return not os.path.lexists(target) and all((folder / ROOT_KEY).is_file() for folder in both)
+
+
 def read_metadata(location: StoreLocation) -> StoreMetadata:
     """Read and check the root document: the one read that opening a store costs.
 
@@ -192,6 +263,12 @@ def read_metadata(location: StoreLocation) -> StoreMetadata:
             f"(scdl-zarr convert SOURCE {path}), or delete the folder."
         )
     if not path.exists():
+        if was_interrupted(path):
+            raise StoreNotFoundError(
+                f"no store at {path}: while it was being replaced, the computer or the process stopped. The old store is whole "
+                f"at {replaced_path(path)}, and the new one at {replacement_path(path)}. Run the same conversion again, or "
+                f"rename the one you want to {path}"
+            )
         raise StoreNotFoundError(f"no store at {path}")
     kind = "a file" if path.is_file() else "a folder without zarr.json"
     raise NotAStoreError(f"{path} is {kind}, expected an AnnData Zarr store (scdl-zarr convert makes one from an H5AD file)")

@@ -30,7 +30,7 @@ def read_frame(group: h5py.Group) -> pd.DataFrame | None:
 
     if _encoding(group) != ("dataframe", "0.2.0"):
         return None
-    names, index = list(group.attrs["column-order"]), group.attrs["_index"]
+    names, index = [_text(name) for name in group.attrs["column-order"]], _text(group.attrs["_index"])
     if not all(_is_known(group[name]) for name in (*names, index)):
         return None
     columns = {name: _column(group[name]) for name in names}
@@ -41,7 +41,12 @@ def read_frame(group: h5py.Group) -> pd.DataFrame | None:
 
 
 def _encoding(node: h5py.Group | h5py.Dataset) -> tuple[Any, Any]:
-    return node.attrs.get("encoding-type"), node.attrs.get("encoding-version")
+    return _text(node.attrs.get("encoding-type")), _text(node.attrs.get("encoding-version"))
+
+
+def _text(value: Any) -> Any:
+    """An attribute: h5py gives those of fixed length, which other languages write, as bytes."""
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _is_known(node: h5py.Group | h5py.Dataset) -> bool:
@@ -54,9 +59,10 @@ def _is_known(node: h5py.Group | h5py.Dataset) -> bool:
 def _column(node: h5py.Group | h5py.Dataset) -> Any:
     import pandas as pd
 
-    kind = node.attrs["encoding-type"]
+    kind, _ = _encoding(node)
     if kind == "array":
-        return node[()]
+        values = node[()]
+        return values.astype(values.dtype.newbyteorder("="), copy=False)  # pandas has no other byte order
     if kind == "string-array":
         return node.asstr()[()]
     if kind == "categorical":

@@ -1,0 +1,276 @@
+"""What interrupted conversions leave behind: trusted where it is whole and of the same plan, else made again or removed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import scdl_zarr
+from scdl_zarr import errors
+from scdl_zarr.conversion import construction
+from scdl_zarr.conversion.construction import remove_partial_files, run_task
+from scdl_zarr.conversion.encode import ShardEncoder, is_partial, partial_path, replace_file, sync_folder
+from scdl_zarr.conversion.execution import ConversionSummary, run_conversion
+from scdl_zarr.conversion.plan import ConversionOptions, ShardTask
+from scdl_zarr.conversion.shards import ShardResult
+from scdl_zarr.conversion.stopping import StoppedError, interruptible_pool, refuse_if_stopped
+from scdl_zarr.storage.location import StoreLocation, read_metadata, replaced_path, replacement_path
+from scdl_zarr.storage.schema import BUILD_FOLDER
+from tests.test_crash import contents, failing_at
+from tests.toys import csr, encoded_rows, write_h5ad
+
+SIZES: dict[str, Any] = {"chunk_values": 8, "shard_values": 32, "progress": False}
+
+
+class KilledError(BaseException):
+    """Ends a conversion where a kill would: nothing handles it."""
+
+
+def converted(source: Path, target: Path, **options: Any) -> ConversionSummary:
+    return run_conversion(source, target, ConversionOptions(**{**SIZES, **options}))
+
+
+def data_of(store: Path) -> list[float]:
+    return list(scdl_zarr.open(store).read_rows(slice(None)).data.tolist())
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_h5ad(tmp_path / "toy.h5ad", encoded_rows(24, 30, 5))
+
+
+@pytest.fixture
+def unfinished(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every shard is written and marked, and the commit failed at its first file."""
+    target = tmp_path / "unfinished.zarr"
+    with failing_at(2, monkeypatch), pytest.raises(OSError, match="error"):  # 1 is the plan
+        converted(source, target)
+    assert len(list((target / BUILD_FOLDER / "done").iterdir())) == 5  # 4 shards of 32 values, 1 of pointers
+    return target
+
+
+# ---- temporary names
+
+
+def test_two_writers_of_one_file_do_not_meet(source: Path, tmp_path: Path) -> None:
+    converted(source, tmp_path / "store.zarr")
+    layout = read_metadata(StoreLocation(path=tmp_path / "store.zarr")).matrices["X"].data
+    assert layout is not None
+    path = tmp_path / "c" / "0"
+    with ShardEncoder(path, layout) as left_behind:
+        left_behind.add(np.full(32, 1, layout.dtype))
+        with ShardEncoder(path, layout) as next_one:
+            next_one.add(np.full(32, 2, layout.dtype))
+        second = path.read_bytes()
+    assert path.read_bytes() != second  # both were whole
+    assert [file.name for file in path.parent.iterdir()] == ["0"]
+    assert partial_path(path) != partial_path(path)
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(source: Path, unfinished: Path) -> None:
+    ours = [partial_path(unfinished / "X/data/c/0"), unfinished / "X/data/c/1.4711.part", partial_path(unfinished / "zarr.json")]
+    for path in ours:
+        assert is_partial(path)
+        path.write_bytes(b"half")
+    others = [unfinished / "notes.part", unfinished / "notes.2.b.part"]
+    for path in others:
+        path.write_bytes(b"mine")
+    remove_partial_files(unfinished)
+    assert not any(path.exists() for path in ours)
+    assert all(path.exists() for path in others)
+
+
+def test_a_thread_that_was_left_behind_stays_stopped_while_the_next_conversion_runs() -> None:
+    """Whoever presses Ctrl-C twice does not wait for the threads; the next conversion may be into the same folder."""
+    go_on, outcome = threading.Event(), []
+
+    def left_behind() -> None:
+        go_on.wait(30)
+        try:
+            refuse_if_stopped("folder")
+        except StoppedError:
+            outcome.append("stopped")
+
+    def press_twice(_: str) -> None:
+        raise KilledError  # out of the pool's waiting, as a second Ctrl-C is
+
+    with pytest.raises((KilledError, KeyboardInterrupt)), interruptible_pool(1, press_twice) as pool:
+        job = pool.submit(left_behind)
+        threading.Timer(0.2, go_on.set).start()
+        raise KeyboardInterrupt
+    with interruptible_pool(1, lambda _: None) as pool:
+        pool.submit(refuse_if_stopped, "folder").result(30)
+    job.result(30)
+    assert outcome == ["stopped"]
+
+
+# ---- marks
+
+
+def test_marks_of_the_same_plan_and_whole_files_are_trusted(source: Path, unfinished: Path) -> None:
+    assert converted(source, unfinished).written_values == 0
+    assert data_of(unfinished) == encoded_rows(24, 30, 5).data.tolist()
+
+
+def test_a_shard_that_a_crash_cut_is_written_again(source: Path, unfinished: Path, tmp_path: Path) -> None:
+    shard = unfinished / "X/indices/c/1"
+    os.truncate(shard, shard.stat().st_size - 1)
+    (unfinished / "X/data/c/2").write_bytes(b"")
+    assert converted(source, unfinished).written_values == 64
+    converted(source, tmp_path / "whole.zarr")
+    assert contents(unfinished) == contents(tmp_path / "whole.zarr")
+
+
+@pytest.mark.parametrize("other", ["0" * 32, None])
+def test_a_mark_of_another_plan_is_not_trusted(source: Path, unfinished: Path, other: str | None) -> None:
+    mark = unfinished / BUILD_FOLDER / "done" / "X-values-000003.json"
+    record = json.loads(mark.read_text())
+    assert record.pop("plan")
+    assert len(record["sizes"]) == 2
+    mark.write_text(json.dumps(record if other is None else {**record, "plan": other}))
+    assert converted(source, unfinished).written_values == 120 - 96
+
+
+def test_what_was_written_in_a_dtype_that_was_too_narrow_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three shards fit the dtype that the first values ask for, then the last one does not: all are written again."""
+    rows: list[tuple[list[Any], list[int]]] = [([k % 7 + 1.0] * 8, list(range(8))) for k in range(1 << 14)]
+    rows[-1] = ([0.5] * 8, list(range(8)))
+    source = write_h5ad(tmp_path / "late.h5ad", csr(rows, 8))
+    others = threading.Semaphore(0)
+
+    def in_order(task: ShardTask) -> ShardResult:
+        if task.kind == "values" and task.number == 3 and task.arrays[0].dtype.kind == "i":
+            assert all(others.acquire(timeout=60) for _ in range(3))
+        result = run_task(task)
+        if task.kind == "values":
+            others.release()
+        return result
+
+    monkeypatch.setattr("scdl_zarr.conversion.execution.run_task", in_order)
+    summary = converted(source, tmp_path / "late.zarr", chunk_values=1 << 12, shard_values=1 << 15, workers=4)
+    assert summary.nnz == 4 << 15
+    assert summary.written_values == 7 << 15
+
+
+# ---- replacements
+
+
+def interrupted_swap(source: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace a store where folders cannot be exchanged, and die between the two renames."""
+    rename = os.rename
+
+    def dying(a: Any, b: Any) -> None:
+        if Path(b) == store:
+            raise KilledError
+        rename(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(construction, "_exchange", lambda *_: False)
+        patch.setattr(os, "rename", dying)
+        with pytest.raises(KilledError):
+            converted(source, store, overwrite=True)
+
+
+def test_a_replacement_without_exchange_that_was_killed_is_explained(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, store = write_h5ad(tmp_path / "other.h5ad", encoded_rows(24, 30, 5, 100)), tmp_path / "store.zarr"
+    converted(source, store)
+    old = contents(store)
+    interrupted_swap(other, store, monkeypatch)
+    assert not store.exists()
+    with pytest.raises(errors.StoreNotFoundError, match="while it was being replaced") as caught:
+        scdl_zarr.open(store)
+    assert str(replaced_path(store)) in str(caught.value) and str(replacement_path(store)) in str(caught.value)
+    assert contents(replaced_path(store)) == old
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_next_conversion_restores_what_a_killed_replacement_moved_away(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    other, store = write_h5ad(tmp_path / "other.h5ad", encoded_rows(24, 30, 5, 100)), tmp_path / "store.zarr"
+    converted(source, store)
+    old = contents(store)
+    interrupted_swap(other, store, monkeypatch)
+    if overwrite:
+        converted(other, store, overwrite=True)
+        assert data_of(store) == encoded_rows(24, 30, 5, 100).data.tolist()
+    else:
+        with pytest.raises(errors.StoreExistsError, match="overwrite"):
+            converted(other, store)
+        assert contents(store) == old
+        assert not converted(source, store).written
+        converted(other, store, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.h5ad", "store.zarr", "toy.h5ad"]
+
+
+def test_an_old_store_that_was_replaced_whole_does_not_come_back(source: Path, tmp_path: Path) -> None:
+    """Killed after the second rename; whoever then removes the new store wants neither."""
+    store = tmp_path / "store.zarr"
+    converted(source, store, profile="compact")
+    store.rename(replaced_path(store))
+    with pytest.raises(errors.StoreNotFoundError, match=r"no store at .*store\.zarr$"):
+        scdl_zarr.open(store)
+    assert converted(source, store).written
+
+
+@pytest.mark.parametrize("at", [2, 12])
+def test_an_interrupted_overwrite_leaves_the_old_store_and_goes_with_the_next_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    other, store = write_h5ad(tmp_path / "other.h5ad", encoded_rows(24, 30, 5, 100)), tmp_path / "store.zarr"
+    converted(source, store)
+    old = contents(store)
+    with failing_at(at, monkeypatch), pytest.raises(OSError, match="error"):
+        converted(other, store, overwrite=True)
+    assert replacement_path(store).is_dir()
+    assert contents(store) == old
+    assert data_of(store) == encoded_rows(24, 30, 5).data.tolist()
+    assert not converted(source, store).written
+    converted(other, store, overwrite=True, profile="compact")  # another plan than the one that was interrupted
+    converted(other, tmp_path / "expected.zarr", profile="compact")
+    assert contents(store) == contents(tmp_path / "expected.zarr")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected.zarr", "other.h5ad", "store.zarr", "toy.h5ad"]
+
+
+# ---- durability
+
+
+def test_the_folders_above_a_new_store_are_synced_before_its_commit(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+
+    def replacing(path: Path, content: bytes) -> None:
+        replace_file(path, content)
+        synced.append(str(path))
+
+    def sync(folder: Path) -> None:
+        synced.append(str(folder))
+
+    target = tmp_path / "a" / "b" / "store.zarr"
+    monkeypatch.setattr(construction, "replace_file", replacing)
+    monkeypatch.setattr(construction, "sync_folder", sync)
+    converted(source, target)
+    before = synced[: synced.index(str(target / "zarr.json"))]
+    assert {str(tmp_path), str(tmp_path / "a"), str(target.parent), str(target)} <= set(before)
+
+
+def test_a_parent_that_cannot_be_read_is_no_hindrance(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = sync_folder
+
+    def refusing(folder: Path) -> None:
+        if folder == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        sync(folder)
+
+    monkeypatch.setattr(construction, "sync_folder", refusing)
+    assert converted(source, tmp_path / "store.zarr").written
