@@ -495,7 +495,7 @@ class SingleCellZarrDataset:
         if type(index) is int and 0 <= index < n:
             return index
         try:
-            if isinstance(index, (bool, np.bool_)):
+            if isinstance(index, (bool, np.bool_)) or np.ma.is_masked(index):
                 raise TypeError
             index = operator.index(index)
         except TypeError:
