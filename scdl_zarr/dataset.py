@@ -14,7 +14,7 @@ from scdl_zarr.reading.batch import import_torch
 from scdl_zarr.reading.csr import CsrReader
 from scdl_zarr.reading.plan import resolve_rows
 from scdl_zarr.resources import parse_bytes, usable_cores
-from scdl_zarr.storage.foreign import dtype_name, open_metadata
+from scdl_zarr.storage.foreign import dtype_name, open_pinned
 from scdl_zarr.storage.location import StoreLocation, locate
 
 if TYPE_CHECKING:
@@ -450,12 +450,7 @@ class SingleCellZarrDataset:
     # ---- inside
 
     def _open(self) -> None:
-        while True:
-            location = self._location.pinned()
-            self._metadata = open_metadata(location)
-            if location.is_same():  # else it was replaced at this very moment
-                break
-        self._location = location
+        self._location, self._metadata = open_pinned(self._location)
         self._readers: dict[str, CsrReader] = {}
         self._tables: dict[str, LazyTable] = {}
         self._blocks = None

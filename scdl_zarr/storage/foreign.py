@@ -23,11 +23,11 @@ import numpy as np
 
 from scdl_zarr.errors import CorruptStoreError, NotAStoreError
 from scdl_zarr.storage.identity import FolderIdentity
-from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, read_metadata
+from scdl_zarr.storage.location import ROOT_KEY, ROOT_KEYS, StoreLocation, read_metadata
 from scdl_zarr.storage.metadata import StoreMetadata, as_count, describe_store, is_ours, node_attributes, parse_root
 from scdl_zarr.storage.schema import Encoding, MatrixLayout
 
-__all__ = ["chunk_shape", "codec_names", "dtype_name", "needs_pickle", "open_metadata", "shard_shape"]
+__all__ = ["chunk_shape", "codec_names", "dtype_name", "needs_pickle", "open_metadata", "open_pinned", "shard_shape"]
 
 Nodes = dict[str, dict[str, Any]]
 
@@ -54,6 +54,36 @@ def open_metadata(location: StoreLocation) -> StoreMetadata:
         return read_metadata(location)  # there is no root: it says what there is instead
     root = _node_v2(_parse(group, f"{where}: .zgroup"), location.read(".zattrs"), "group", where)
     return _describe(_nodes_v2(location, root), where)
+
+
+def open_pinned(location: StoreLocation) -> tuple[StoreLocation, StoreMetadata]:
+    """The location bound to the store that is there now, and what that store holds.
+
+    A store of ours is replaced by another folder.  Of others, which may be rewritten where they lie, the documents are watched
+    that a reader's answers depend on: the root's, and those of matrices, tables and groups.
+
+    Raises
+    ------
+    StoreReplacedError
+        The location came out of a pickle, and another store lies there now.
+    """
+    while True:
+        pinned = location.pinned()
+        at_root = pinned.watching(ROOT_KEYS)
+        metadata = open_metadata(at_root)
+        if not metadata.ours:
+            pinned = at_root.watching(_watched_keys(metadata))
+        if pinned.is_same():  # else it was replaced at this very moment
+            return pinned, metadata
+
+
+def _watched_keys(metadata: StoreMetadata) -> list[str]:
+    """The documents below the root that a rewriting of what is read cannot leave as they are."""
+    groups = [path for path in metadata.children("") if path in metadata.nodes]
+    arrays = [at for layout in metadata.matrices.values() for at in (layout.path, *layout.nodes)]
+    paths = dict.fromkeys([*groups, *arrays])
+    names = (".zarray", ".zgroup", ".zattrs") if metadata.zarr_format == 2 else (ROOT_KEY,)
+    return [f"{path}/{name}" for path in paths for name in names]
 
 
 # ---- from documents to nodes
