@@ -12,6 +12,7 @@ import numpy.typing as npt
 from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError
 from scdl_zarr.reading.batch import import_torch
 from scdl_zarr.reading.csr import CsrReader
+from scdl_zarr.reading.exactness import sum_groups
 from scdl_zarr.reading.plan import resolve_rows
 from scdl_zarr.resources import parse_bytes, usable_cores
 from scdl_zarr.storage.foreign import dtype_name, open_pinned
@@ -296,10 +297,11 @@ class SingleCellZarrDataset:
             Name of a layer to read instead of X.
         dtype
             Dtype of the values.  By default float32 where that holds every value exactly (counts up to 2**24), else float64,
-            or the stored 64-bit integers.  A float dtype rounds; an integer dtype that a value does not fit is an error.
+            or the stored 64-bit integers.  A float dtype rounds; an integer dtype that a value does not fit is an error, and so
+            is a float dtype whose largest number a value is beyond (65504 in float16).
         out
-            ``(data, indices)`` buffers to fill, of the values' dtype and int32, at least as long as the values read; the batch
-            holds views of them.
+            ``(data, indices)`` buffers to fill, of the values' dtype and int32, at least as long as the values read, and apart
+            from each other; the batch holds views of them.
 
         Returns
         -------
@@ -379,13 +381,15 @@ class SingleCellZarrDataset:
         row = self._one_row(index)
         if column is None:
             return None
-        if not isinstance(column, (int, np.integer)) or not -self.n_vars <= column < self.n_vars:
+        if not isinstance(column, (int, np.integer)):
+            raise RowIndexError(f"gene {column!r}: expected a gene's number; np.flatnonzero(data.var_names == NAME) has a name's")
+        if not -self.n_vars <= column < self.n_vars:
             raise RowIndexError(f"gene {column!r} is out of range for {self.n_vars} genes")
         values, ids = self._reader(None).read_one(row)
         found = values[ids == int(column) % self.n_vars]
         if not len(found):
             return 0.0 if impute_missing_zeros else None
-        return found[0] if len(found) == 1 else found.sum(dtype=found.dtype)
+        return found[0] if len(found) == 1 else sum_groups(found, np.zeros(len(found), np.intp), 1)[0]
 
     def __getitem__(self, index: SupportsIndex) -> torch.Tensor:
         """One row as a torch tensor of shape (2, stored values): values, then gene ids, in the dtype of the values."""
@@ -399,8 +403,10 @@ class SingleCellZarrDataset:
         return RowList(self.read_rows(indices))
 
     def to_anndata(self, rows: Any = None, genes: Any = None) -> anndata.AnnData:
-        """Rows and genes in memory as AnnData: float32 values (float64 where those would round), obs, var, layers, obsm and obsp.
+        """Rows and genes in memory as AnnData: values, obs, var, layers, obsm and obsp.
 
+        Values are float32, float64 where those would round, and the stored 64-bit integers where one of the chosen rows' is
+        beyond 2**53, which float64 would round, too.
         An obsp is cut to the chosen rows in both directions; each obsm is read whole, one after the other.
 
         Parameters
