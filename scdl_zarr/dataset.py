@@ -194,7 +194,7 @@ class SingleCellZarrDataset:
 
         Of another program's store, what is in it and is not read.
         """
-        return [str(name) for name in self._metadata.header.get("left_out", self._metadata.left_aside)]
+        return list(self._metadata.left_out)
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -510,10 +510,17 @@ class SingleCellZarrDataset:
     ) -> Features:
         var = obs = None
         if with_var:
-            var = [np.array(self.var.lookup(name)) for name in (self.var.columns if var_names is None else var_names)]
+            var = [np.array(self.var.lookup(name)) for name in _listed(var_names, self.var)]
         if with_obs:
-            obs = [self.obs.lookup(name)[row] for name in (self.obs.columns if obs_names is None else obs_names)]
+            obs = [self.obs.lookup(name)[row] for name in _listed(obs_names, self.obs)]
         return var, obs
+
+
+def _listed(names: Any, table: LazyTable) -> list[str]:
+    """Names of columns; text would be taken for a list of letters."""
+    if isinstance(names, str):
+        raise OptionError(f"feature names are {names!r}, expected a list of names: [{names!r}]")
+    return table.columns if names is None else names
 
 
 def _reopen(location: StoreLocation, options: dict[str, Any]) -> SingleCellZarrDataset:

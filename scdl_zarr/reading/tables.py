@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = ["LazyArrays", "LazyTable", "read_element", "refuse_pickles"]
 
+COLUMN_PARTS = {  # of the encodings that are groups: the arrays as long as the table
+    "categorical": ("codes",),
+    "nullable-boolean": ("values", "mask"),
+    "nullable-integer": ("values", "mask"),
+    "nullable-string-array": ("values", "mask"),
+}
 SELECTIONS = "expected a column name, a list of names, a row number, a slice, row numbers or a boolean mask"
 
 
@@ -202,13 +208,25 @@ class LazyTable:
         if found is None:
             path = f"{self._path}/{column}"
             refuse_pickles(self._location, {at: node for at, node in self._nodes.items() if f"{at}/".startswith(f"{path}/")})
+            self._require_length(path)
             found = read_element(self._location, path, self._nodes, whole=self._whole)
-            if len(found) != self._length:
-                raise CorruptStoreError(
-                    f"{self._location}: {self._path}/{column} has {len(found)} entries, expected {self._length}"
-                )
             self._kept[column] = found
         return found
+
+    def _require_length(self, path: str) -> None:
+        """A column has a value for each row: so its documents say, before memory is taken for what they claim."""
+        kind = node_attributes(self._nodes, path).get("encoding-type", "array")
+        if self._nodes[path].get("node_type") == "array":
+            parts = [path]
+        else:
+            parts = [f"{path}/{part}" for part in COLUMN_PARTS.get(kind if isinstance(kind, str) else "", ())]
+        for part in parts:
+            node = self._nodes.get(part) or {}
+            if _is_structured(node) or node.get("shape") != [self._length]:
+                what = "records" if _is_structured(node) else f"shape {node.get('shape')!r}"
+                raise CorruptStoreError(f"{self._location}: {part} has {what}, expected a value for each of {self._length} rows")
+        if not parts:
+            raise CorruptStoreError(f"{self._location}: {path} is stored as {kind!r}, which is no column of a table")
 
 
 class LazyArrays(Mapping[str, Any]):
@@ -241,11 +259,16 @@ class LazyArrays(Mapping[str, Any]):
         if name not in self._names:
             listed = ", ".join(self._names) or "none (a conversion carries those it is asked for)"
             raise FeatureNameError(f"{self._location} has no {self._path} {name!r}; it has: {listed}")
+        node = self._nodes[f"{self._path}/{name}"]
+        claimed = node.get("shape") if node.get("node_type") == "array" else self._length
+        self._require_length(name, claimed[0] if isinstance(claimed, list) and claimed else claimed)
         found = read_element(self._location, f"{self._path}/{name}", self._nodes, whole=self._whole)
-        shape = getattr(found, "shape", ())
-        if not shape or shape[0] != self._length:
-            raise CorruptStoreError(f"{self._location}: {self._path}/{name} has shape {shape} for {self._length} cells")
+        self._require_length(name, (getattr(found, "shape", ()) or (None,))[0])
         return found
+
+    def _require_length(self, name: str, length: Any) -> None:
+        if length != self._length or isinstance(length, bool):
+            raise CorruptStoreError(f"{self._location}: {self._path}/{name} has {length!r} rows for {self._length} cells")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -299,6 +322,11 @@ def _read_element(location: StoreLocation, path: str, nodes: Mapping[str, Mappin
         raise
     except Exception as error:  # zarr, numcodecs, pandas and anndata have errors of many kinds for bytes that make no sense
         raise CorruptStoreError(f"{location}: {path} cannot be read: {error}") from error
+
+
+def _is_structured(node: Mapping[str, Any]) -> bool:
+    """Whether an array's elements have fields."""
+    return isinstance(node.get("dtype"), list) or dtype_name(node) in ("struct", "structured")
 
 
 def refuse_pickles(location: StoreLocation, nodes: Mapping[str, Mapping[str, Any]]) -> None:

@@ -293,5 +293,7 @@ def read_metadata(location: StoreLocation) -> StoreMetadata:
                 f"rename the one you want to {path}"
             )
         raise StoreNotFoundError(f"no store at {path}")
+    if (path / ".zgroup").is_file():
+        raise NotAStoreError(f"{path} is a Zarr v2 store of another program: it can be opened and read, but not changed")
     kind = "a file" if path.is_file() else "a folder without zarr.json"
     raise NotAStoreError(f"{path} is {kind}, expected an AnnData Zarr store (scdl-zarr convert makes one from an H5AD file)")
