@@ -35,6 +35,11 @@ class Settings:
     beside_convert: Path | None = None
     beside_read: Path | None = None
 
+    def cases(self) -> tuple[Case, ...]:
+        """What is measured."""
+        extra = beside_cases(self.grid, self.beside_convert, self.beside_read)
+        return selected((*cases(self.grid), *extra), self.only)
+
 
 @dataclass(slots=True, kw_only=True)
 class Results:
@@ -82,8 +87,7 @@ class _Run:
     ) -> None:
         self.settings, self.grid = settings, settings.grid
         self.execute, self.make_environment, self.say = execute, make_environment, say
-        extra = beside_cases(settings.grid, settings.beside_convert, settings.beside_read)
-        self.results = Results(cases=selected((*cases(self.grid), *extra), settings.only))
+        self.results = Results(cases=settings.cases())
         self.stores = settings.folder.resolve() / "stores"
         self.source = (settings.source or self.stores / f"atlas_{self.grid.cells}.h5ad").resolve()
         self.pythons: dict[str, str] = {OWN: sys.executable}
@@ -107,7 +111,7 @@ class _Run:
                 self.say(f"no environment {name}: {error}")
                 continue
             self.pythons[name], self.results.environments[name] = python, venvs.versions(python)
-        if not self.source.exists():
+        if self.settings.source is None and not self.source.exists():
             self.say(f"making {self.grid.cells:,} cells")
             partial = self.source.with_suffix(".partial")
             make_atlas(partial, self.grid.cells)

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.plan import ANNBATCH, CURRENT, OWN, SCDL
 from benchmarks.process import drawn_rows
 
-__all__ = ["STORES", "Store", "Truth", "files_of", "folder_of", "sizes", "stamp", "truth"]
+__all__ = ["STORES", "Store", "Truth", "files_of", "folder_of", "sizes", "source_problem", "stamp", "truth"]
 
 PACKAGE = Path(__file__).parents[1] / "scdl_zarr"
 BLOCK_VALUES = 1 << 24
@@ -145,6 +145,25 @@ class Truth:
     n_values: int
     every_row: dict[str, float]
     drawn: dict[str, float]
+
+
+def source_problem(source: Path) -> str | None:
+    """Why a file of the user's cannot be the source: every reader has to read the same X from it."""
+    if not source.exists():
+        return "no such file"
+    try:
+        with h5py.File(source) as file:
+            if "raw" in file:
+                return "it has raw, which some readers would take instead of X"
+            matrix = file.get("X")
+            parts = isinstance(matrix, h5py.Group) and all(part in matrix for part in ("data", "indices", "indptr"))
+            if not parts or matrix.attrs.get("encoding-type") != "csr_matrix":
+                return "its X is no CSR matrix (encoding-type csr_matrix)"
+            if not len(matrix["data"]):
+                return "its X holds no values"
+    except OSError as error:
+        return f"it cannot be read as HDF5: {error}"
+    return None
 
 
 def truth(source: Path, rows: int) -> Truth:

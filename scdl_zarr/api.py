@@ -65,7 +65,9 @@ def open_store(
     Values of 32-bit integers and float64 come as float64, because nobody has looked whether float32 holds them.  ``raw`` is not
     X: it, ``uns``, ``varm``, ``obsp`` and ``varp`` are left aside, and ``scdl-zarr info`` lists them.  All rows are one var
     block, and there are no sources.  A chunk that is absent equals the fill value, where in a store of ours it is damage.
-    Arrays of pickled objects are refused, never opened.
+    Arrays of pickled objects are refused, never opened.  A local one that is written anew where it lies, or whose X, obs or var
+    is, raises :class:`StoreReplacedError` at the next read; values written into an array that stays go unnoticed, and so does
+    whatever happens to an opened store.
     """
     return SingleCellZarrDataset(store, threads=threads, check=check, chunk_cache_bytes=chunk_cache_bytes)
 

@@ -13,9 +13,10 @@ import numpy.typing as npt
 from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError
 from scdl_zarr.reading.batch import import_torch
 from scdl_zarr.reading.csr import CsrReader
+from scdl_zarr.reading.exactness import sum_groups
 from scdl_zarr.reading.plan import resolve_rows
 from scdl_zarr.resources import parse_bytes, usable_cores
-from scdl_zarr.storage.foreign import dtype_name, open_metadata
+from scdl_zarr.storage.foreign import dtype_name, open_pinned
 from scdl_zarr.storage.location import StoreLocation, locate
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ class SingleCellZarrDataset:
 
         Of another program's store, what is in it and is not read.
         """
-        return [str(name) for name in self._metadata.header.get("left_out", self._metadata.left_aside)]
+        return list(self._metadata.left_out)
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -315,10 +316,11 @@ class SingleCellZarrDataset:
             Name of a layer to read instead of X.
         dtype
             Dtype of the values.  By default float32 where that holds every value exactly (counts up to 2**24), else float64,
-            or the stored 64-bit integers.  A float dtype rounds; an integer dtype that a value does not fit is an error.
+            or the stored 64-bit integers.  A float dtype rounds; an integer dtype that a value does not fit is an error, and so
+            is a float dtype whose largest number a value is beyond (65504 in float16).
         out
-            ``(data, indices)`` buffers to fill, of the values' dtype and int32, at least as long as the values read; the batch
-            holds views of them.
+            ``(data, indices)`` buffers to fill, of the values' dtype and int32, at least as long as the values read, and apart
+            from each other; the batch holds views of them.
 
         Returns
         -------
@@ -539,13 +541,15 @@ class SingleCellZarrDataset:
         row = self._one_row(index)
         if column is None:
             return None
-        if not isinstance(column, (int, np.integer)) or not -self.n_vars <= column < self.n_vars:
+        if not isinstance(column, (int, np.integer)):
+            raise RowIndexError(f"gene {column!r}: expected a gene's number; np.flatnonzero(data.var_names == NAME) has a name's")
+        if not -self.n_vars <= column < self.n_vars:
             raise RowIndexError(f"gene {column!r} is out of range for {self.n_vars} genes")
         values, ids = self._reader(None).read_one(row)
         found = values[ids == int(column) % self.n_vars]
         if not len(found):
             return 0.0 if impute_missing_zeros else None
-        return found[0] if len(found) == 1 else found.sum(dtype=found.dtype)
+        return found[0] if len(found) == 1 else sum_groups(found, np.zeros(len(found), np.intp), 1)[0]
 
     def __getitem__(self, index: SupportsIndex) -> torch.Tensor:
         """One row as a torch tensor of shape (2, stored values): values, then gene ids, in the dtype of the values."""
@@ -559,8 +563,10 @@ class SingleCellZarrDataset:
         return RowList(self.read_rows(indices))
 
     def to_anndata(self, rows: Any = None, genes: Any = None) -> anndata.AnnData:
-        """Rows and genes in memory as AnnData: float32 values (float64 where those would round), obs, var, layers, obsm and obsp.
+        """Rows and genes in memory as AnnData: values, obs, var, layers, obsm and obsp.
 
+        Values are float32, float64 where those would round, and the stored 64-bit integers where one of the chosen rows' is
+        beyond 2**53, which float64 would round, too.
         An obsp is cut to the chosen rows in both directions; each obsm is read whole, one after the other.
 
         Parameters
@@ -661,12 +667,7 @@ class SingleCellZarrDataset:
     # ---- inside
 
     def _open(self) -> None:
-        while True:
-            location = self._location.pinned()
-            self._metadata = open_metadata(location)
-            if location.is_same():  # else it was replaced at this very moment
-                break
-        self._location = location
+        self._location, self._metadata = open_pinned(self._location)
         self._readers: dict[str, CsrReader] = {}
         self._tables: dict[str, LazyTable] = {}
         self._blocks = None
@@ -707,7 +708,7 @@ class SingleCellZarrDataset:
         if type(index) is int and 0 <= index < n:
             return index
         try:
-            if isinstance(index, (bool, np.bool_)):
+            if isinstance(index, (bool, np.bool_)) or np.ma.is_masked(index):
                 raise TypeError
             index = operator.index(index)
         except TypeError:
@@ -721,9 +722,9 @@ class SingleCellZarrDataset:
     ) -> Features:
         var = obs = None
         if with_var:
-            var = [np.array(self.var.lookup(name)) for name in (self.var.columns if var_names is None else var_names)]
+            var = [np.array(self.var.lookup(name)) for name in _listed(var_names, self.var)]
         if with_obs:
-            obs = [self.obs.lookup(name)[row] for name in (self.obs.columns if obs_names is None else obs_names)]
+            obs = [self.obs.lookup(name)[row] for name in _listed(obs_names, self.obs)]
         return var, obs
 
 
@@ -734,6 +735,13 @@ def _paths_of(sources: Any) -> Any:
     if isinstance(sources, (str, os.PathLike)) or not isinstance(sources, Iterable):
         return sources
     return [source.path if isinstance(source, SingleCellZarrDataset) else source for source in sources]
+
+
+def _listed(names: Any, table: LazyTable) -> list[str]:
+    """Names of columns; text would be taken for a list of letters."""
+    if isinstance(names, str):
+        raise OptionError(f"feature names are {names!r}, expected a list of names: [{names!r}]")
+    return table.columns if names is None else names
 
 
 def _reopen(location: StoreLocation, options: dict[str, Any]) -> SingleCellZarrDataset:

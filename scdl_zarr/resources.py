@@ -20,7 +20,7 @@ def parse_bytes(size: str | int, *, smallest: int = 1) -> int:
     unit = text[len(digits) :].strip()
     try:
         number = float(digits) * UNITS[unit]
-        if isinstance(size, bool) or not smallest <= number < 2**62:
+        if isinstance(size, bool) or not smallest <= number < 2**62 or not (unit or number.is_integer()):
             raise ValueError
     except (ValueError, KeyError):
         raise OptionError(f"{size!r} is not a size; write a number of bytes or text such as '2GB'") from None

@@ -63,7 +63,7 @@ class VerifyReport:
         checked = f"{self.values:,} stored values in {self.chunks:,} chunks, {self.elements} tables and arrays"
         if self.ok:
             return f"{self.store}: all right ({checked})"
-        lines = [f"{self.store}: {len(self.faults)} faults ({checked})"]
+        lines = [f"{self.store}: {len(self.faults)} fault{'s' if len(self.faults) != 1 else ''} ({checked})"]
         return "\n".join([*lines, *(f"  {fault.where}: {fault.what}" for fault in self.faults)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -253,6 +253,7 @@ def _element_checks(location: StoreLocation, metadata: StoreMetadata) -> Iterato
     for path, node in metadata.nodes.items():
         if path not in taken and not path.startswith(("obs/", "var/")) and node.get("node_type") == "array":
             yield _guarded(path, partial(_read_array, location, path, metadata))
+    yield _guarded("zarr.json", lambda: metadata.left_out)
     yield _guarded("obsm", partial(_check_obsm, location, metadata))
 
 
@@ -294,7 +295,8 @@ def _read_table(location: StoreLocation, metadata: StoreMetadata, name: str, len
 def _check_obsm(location: StoreLocation, metadata: StoreMetadata) -> None:
     for name in metadata.children("obsm"):
         node = metadata.nodes[f"obsm/{name}"]
-        if node.get("node_type") == "array" and (node.get("shape") or [None])[0] != metadata.n_obs:
+        shape = node.get("shape")
+        if node.get("node_type") == "array" and (not isinstance(shape, list) or shape[:1] != [metadata.n_obs]):
             raise CorruptStoreError(f"{location}: obsm/{name} has shape {node.get('shape')} for {metadata.n_obs} cells")
 
 

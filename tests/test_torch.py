@@ -295,6 +295,17 @@ def test_getitems_takes_what_samplers_give(rows: Any, data: SingleCellZarrDatase
     assert isinstance(found, list) and same(found, [data[int(row)] for row in rows])
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_tensors_of_rows(data: SingleCellZarrDataset) -> None:
+    expected = [data[row] for row in ROWS]
+    for nested in (
+        torch.nested.nested_tensor(fresh(data), layout=torch.jagged),
+        torch.nested.as_nested_tensor(fresh(data)),
+        torch.nested.nested_tensor(list(fresh(data))),
+    ):
+        assert same(list(nested.unbind()), expected)
+
+
 # ---- batches
 
 

@@ -99,8 +99,16 @@ def _sizes(root: str, nodes: Mapping[str, Any]) -> dict[str, int]:
         while path not in nodes and "/" in path:  # a folder of chunks belongs to the array above it
             path = path.rsplit("/", 1)[0]
         for name in names:
-            sizes[path] = sizes.get(path, 0) + os.path.getsize(os.path.join(folder, name))
+            sizes[path] = sizes.get(path, 0) + _size(os.path.join(folder, name))
     return sizes
+
+
+def _size(path: str) -> int:
+    """A file's bytes; none where a link leads nowhere, or the file is gone by now."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
 def text_summary(facts: dict[str, Any]) -> str:

@@ -349,6 +349,11 @@ def explained_errors(root: Path) -> Iterator[None]:
             raise StoreFullError(
                 f"no space left while writing {root}; make room and run the same conversion again: it goes on where it stopped"
             ) from error
+        if error.errno == errno.EFBIG:
+            raise StoreAccessError(
+                f"{error.filename or root} cannot be written: a file would grow beyond the largest that this process may write "
+                "(see ulimit -f) or that the file system holds; raise the limit, or choose a smaller shard_values"
+            ) from error
         if error.errno == errno.EROFS:
             raise StoreAccessError(f"{root} cannot be written: read-only media") from error
         raise

@@ -143,6 +143,7 @@ def _run_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
         specs = find_sources(sources)
         if any(Path(spec.path) == root or root in Path(spec.path).parents for spec in specs):
             raise OptionError(f"{root} holds a source of this conversion; choose another target")
+        _require_outside(root)
         restore_interrupted(root)
         taken = _target_state(root, options)
     survey = survey_sources(specs, options)
@@ -193,6 +194,26 @@ def _may_pass(error: BaseException) -> bool:
 
 
 # ---- the target
+
+
+def _require_outside(root: Path) -> None:
+    """A store inside another one would be deleted with it: when that one is replaced, nobody looks what lies in its folder."""
+    for folder in root.parents:
+        if (folder / BUILD_FOLDER).is_dir() or _is_ours(folder):
+            raise OptionError(f"{root} lies inside the store {folder}, which is replaced as a whole; choose a target beside it")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is a store of ours, damaged or of another version too."""
+    if not (folder / "zarr.json").is_file():
+        return False
+    try:
+        committed_plan(folder)
+    except NotAStoreError:
+        return False
+    except ScdlZarrError:
+        return True
+    return True
 
 
 def _target_state(root: Path, options: ConversionOptions) -> str | None:

@@ -59,7 +59,9 @@ _UNMADE = _Unmade()
 class RowList(list[Any]):
     """A list of row tensors that are made when one is first asked for, in whatever way.
 
-    It is a real list because ``torch.stack`` accepts nothing else.
+    It is a real list because ``torch.stack`` accepts nothing else.  What reads a list's memory without asking the list or its
+    items sees no tensors: ``torch.nested.nested_tensor(rows)`` does, in its older layout (``layout=torch.jagged`` does not); give
+    it ``list(rows)``.
 
     Attributes
     ----------

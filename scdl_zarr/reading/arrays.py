@@ -55,7 +55,10 @@ class MatrixArrays:
         self._abandoned: list[object] = []  # a parent's readers: never used again, and never torn down here either
 
     def stream(self, requests: Iterable[tuple[str, Selection]]) -> Iterator[npt.NDArray[Any]]:
-        """The values of every request (path and selection), in order; later ones are under way while one is used."""
+        """The values of every request (path and selection), in order; later ones are under way while one is used.
+
+        They may be handed on once all were taken: the end of the iteration refuses what another store has mixed in.
+        """
         waiting: deque[tuple[str, Selection, Callable[[], npt.NDArray[Any]], int]] = deque()
         held = 0
         for path, selection in requests:
@@ -66,6 +69,7 @@ class MatrixArrays:
                 yield self._result(*waiting.popleft()[:3])
         while waiting:
             yield self._result(*waiting.popleft()[:3])
+        self._location.require_same()
 
     def readers(self) -> Mapping[str, ArrayReader]:
         """The opened arrays (opened now, if they were not in this process)."""
@@ -99,7 +103,6 @@ class MatrixArrays:
             values = result()
         except Exception as error:  # the readers have errors of many kinds for bytes that make no sense
             self._refuse(path, selection, error)
-        self._location.require_same()
         if not self._layout.absent_is_fill:
             self._require_shards(path, selection, values)
         return values

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.errors import MissingDependencyError, OptionError, RowIndexError
+from scdl_zarr.reading.exactness import cast_exactly, checked_dtype, sum_groups
 from scdl_zarr.reading.plan import Int64Array
 
 if TYPE_CHECKING:
@@ -89,10 +90,13 @@ class RowBatch:
     def to_scipy(self) -> scipy.sparse.csr_matrix:
         """The batch as ``scipy.sparse.csr_matrix``, with equal index dtypes (int32 where that holds them).
 
-        ``data`` is shared with the batch, ``indices`` too unless it has to be widened.
+        ``data`` is shared with the batch, ``indices`` too unless it has to be widened.  SciPy has no sparse float16: a batch of
+        that dtype is an :class:`OptionError`.
         """
         import scipy.sparse
 
+        if self.data.dtype == np.float16:
+            raise OptionError("SciPy holds no sparse float16; read the rows with dtype='float32', or take to_dense()")
         dtype = np.int32 if max(len(self.data), self.shape[1]) < 2**31 else np.int64
         matrix = scipy.sparse.csr_matrix(self.shape, dtype=self.data.dtype)
         matrix.data = self.data
@@ -106,23 +110,50 @@ class RowBatch:
         Parameters
         ----------
         out
-            Array of that shape to fill; its old content is overwritten.
+            Array of that shape to fill, of any dtype that rows can be read in; its old content is overwritten.
+
+        Raises
+        ------
+        InexactValueError
+            A value, or a gene's sum, does not fit the dtype of `out` (by default the batch's).  Floats may round, as in
+            ``read_rows``.
+        OptionError
+            `out` is no writable array of that shape, or shares memory with the batch.
         """
-        if out is None:
-            out = np.zeros(self.shape, self.data.dtype)
-        elif out.shape != self.shape:
+        dtype = self.data.dtype if out is None else self._checked(out)
+        at, values = self._distinct(dtype)
+        dense = np.zeros(self.shape, dtype) if out is None else out
+        if out is not None:
+            dense[...] = 0
+        if dense.flags.c_contiguous:  # NumPy finds places of one dimension several times as fast
+            dense.reshape(-1)[at[0] * self.shape[1] + at[1]] = values
+        else:
+            dense[at] = values
+        return dense
+
+    def _distinct(self, dtype: np.dtype[Any]) -> tuple[tuple[npt.NDArray[Any], npt.NDArray[Any]], npt.NDArray[Any]]:
+        """Row and column of every entry, each once, and their values (or sums) in that dtype."""
+        of_row = np.repeat(np.arange(len(self)), np.diff(self.indptr))
+        at, values = (of_row, self.indices), self.data
+        rising = (self.indices[1:] > self.indices[:-1]) | (of_row[1:] != of_row[:-1])
+        if not rising.all():
+            keys = of_row * self.shape[1] + self.indices
+            distinct, place = np.unique(keys, return_inverse=True)
+            if len(distinct) < len(keys):
+                if dtype.kind == "f":  # added in the dtype asked for
+                    values = _cast(values, dtype)
+                at, values = np.divmod(distinct, self.shape[1]), sum_groups(values, place, len(distinct))
+        return at, _cast(values, dtype)
+
+    def _checked(self, out: Any) -> np.dtype[Any]:
+        """The dtype of an array to fill."""
+        if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+            raise OptionError(f"out is {type(out).__name__}, expected an array of shape {self.shape}")
+        if out.shape != self.shape:
             raise OptionError(f"out has shape {out.shape}, the batch {self.shape}")
-        else:
-            out[...] = 0
-        values = self.data.astype(out.dtype, copy=False)
-        if out.flags.c_contiguous:  # NumPy adds at positions of one dimension several times as fast
-            positions = np.repeat(np.arange(len(self)) * self.shape[1], np.diff(self.indptr))
-            positions += self.indices
-            np.add.at(out.reshape(-1), positions, values)
-        else:
-            of_row = np.repeat(np.arange(len(self)), np.diff(self.indptr))
-            np.add.at(out, (of_row, self.indices), values)
-        return out
+        if not out.flags.writeable or np.may_share_memory(out, self.data) or np.may_share_memory(out, self.indices):
+            raise OptionError("out cannot be written, or shares memory with the batch; give an array of its own")
+        return checked_dtype(out.dtype)
 
     def to_torch(self, *, dense: bool = False, device: Any = None) -> torch.Tensor:
         """The batch as ``torch.sparse_csr_tensor`` (row pointers and ids int64 and int32) or, with `dense`, strided.
@@ -173,3 +204,11 @@ class Batch:
     def __repr__(self) -> str:
         carried = [f"{group}: {', '.join(names)}" for group in ("layers", "obsm", "obs") if (names := getattr(self, group))]
         return f"Batch({'; '.join([f'{len(self)} rows × {self.X.shape[1]} genes', *carried])})"
+
+
+def _cast(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if values.dtype == dtype:
+        return values
+    cast = np.empty(len(values), dtype)
+    cast_exactly(values, cast)
+    return cast

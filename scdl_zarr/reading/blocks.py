@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdl_zarr.errors import CorruptStoreError, RowIndexError
+from scdl_zarr.errors import CorruptStoreError, FeatureNameError, RowIndexError
 from scdl_zarr.reading.csr import open_columns
 from scdl_zarr.reading.passes import row_plans
 from scdl_zarr.reading.plan import Int64Array
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from scdl_zarr.storage.location import StoreLocation
     from scdl_zarr.storage.metadata import StoreMetadata
+    from scdl_zarr.storage.schema import MatrixLayout
 
 __all__ = ["Blocks", "OneBlock"]
 
@@ -66,6 +67,7 @@ class Blocks:
 
     def rows(self, block: int) -> range:
         """The rows of a block."""
+        self._require(block)
         return range(int(self._frame("blocks", "row_start")[block]), int(self._frame("blocks", "row_stop")[block]))
 
     def n_vars_per_block(self) -> list[int]:
@@ -80,14 +82,17 @@ class Blocks:
 
     def var(self, block: int) -> pd.DataFrame:
         """The var table of a block's source, as the source had it."""
+        self._require(block)
         return self.table(int(self._frame("blocks", "table")[block]))
 
     def gene_ids(self, block: int) -> Int64Array:
         """For each gene of the block's source, its id in the store: shape (n_vars of the source,), int64."""
+        self._require(block)
         return self.table_gene_ids(int(self._frame("blocks", "table")[block]))
 
     def unsorted_rows(self, matrix: str = "X") -> Int64Array:
         """Rows whose gene ids were not sorted in their source (they keep their source's order), ascending."""
+        self._layout(matrix)
         runs = np.asarray(
             read_element(self._location, f"{ROOT}/unsorted_rows/{unsorted_rows_name(matrix)}", self._metadata.nodes)
         )
@@ -131,6 +136,17 @@ class Blocks:
         return ids
 
     # ---- inside
+
+    def _require(self, block: int) -> None:
+        if not 0 <= block < len(self):
+            raise RowIndexError(f"block {block} is out of range for {len(self)} blocks")
+
+    def _layout(self, matrix: str) -> MatrixLayout:
+        layout = self._metadata.matrices.get(matrix)
+        if layout is None:
+            listed = ", ".join(self._metadata.matrices)
+            raise FeatureNameError(f"{self._location} has no matrix {matrix!r}; it has: {listed}")
+        return layout
 
     def _columns(self, name: str) -> list[str]:
         return self._open(name).columns
@@ -205,7 +221,7 @@ class OneBlock(Blocks):
 
     def unsorted_rows(self, matrix: str = "X") -> Int64Array:
         """Rows whose gene ids are not sorted, ascending.  No list of them is kept: the whole matrix is read."""
-        layout = self._metadata.matrices[matrix]
+        layout = self._layout(matrix)
         columns = open_columns(self._location, layout, threads=1, check="first")
         found = []
         for rows, plan in row_plans(columns, layout):
@@ -220,7 +236,3 @@ class OneBlock(Blocks):
         import pandas as pd
 
         return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in SOURCE_COLUMNS.items()})
-
-    def _require(self, block: int) -> None:
-        if not 0 <= block < len(self):
-            raise RowIndexError(f"block {block} is out of range for {len(self)} blocks")

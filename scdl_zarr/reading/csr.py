@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.errors import InexactValueError, OptionError
+from scdl_zarr.errors import OptionError
 from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.buffers import BufferPool
-from scdl_zarr.reading.exactness import inexact_positions
+from scdl_zarr.reading.exactness import cast_exactly, checked_dtype
 from scdl_zarr.reading.first_use import FIRST_USE
 from scdl_zarr.reading.plan import Int64Array, RowPlan, copy_repeats, plan_once, plan_rows
 from scdl_zarr.storage.location import StoreLocation
@@ -163,41 +163,23 @@ class CsrReader:
     def _outputs(self, total: int, wanted: np.dtype[Any], out: Buffers | None) -> Buffers:
         if out is None:
             return self._buffers.take(total, wanted), self._buffers.take(total, self._id_dtype)
-        data, indices = out
-        for name, buffer, expected in (("data", data, wanted), ("indices", indices, self._id_dtype)):
-            if buffer.ndim != 1 or buffer.dtype != expected or not buffer.flags.c_contiguous or not buffer.flags.writeable:
-                raise OptionError(
-                    f"out: the {name} buffer is {buffer.dtype} of shape {buffer.shape}, "
-                    f"expected a contiguous writable 1-D array of {expected}"
-                )
-            if len(buffer) < total:
-                raise OptionError(f"out: the {name} buffer has {len(buffer)} entries, these rows store {total} values")
-        return data[:total], indices[:total]
+        if not isinstance(out, (tuple, list)) or len(out) != 2:
+            raise OptionError(f"out is {type(out).__name__}, expected two arrays: (data, indices)")
+        data, indices = _buffer("data", out[0], wanted, total), _buffer("indices", out[1], self._id_dtype, total)
+        if np.may_share_memory(data, indices):
+            raise OptionError("out: the data and the indices buffer share memory; give each its own")
+        return data, indices
 
 
-def checked_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
-    """A dtype values may be asked for in: any real number NumPy has."""
-    try:
-        wanted = np.dtype(dtype)
-    except TypeError as error:
-        raise OptionError(f"dtype={dtype!r} is no NumPy dtype: {error}") from None
-    if wanted.kind not in "iuf" or wanted.itemsize > 8 or not wanted.isnative:
-        raise OptionError(f"dtype={wanted} cannot hold stored values; ask for a native integer or float of up to 8 bytes")
-    return wanted
-
-
-def cast_exactly(values: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
-    """Copy `values` into `out`.  Floats may round, as asked; an integer dtype must hold every value.
-
-    Raises
-    ------
-    InexactValueError
-        A value would change in an integer dtype.
-    """
-    with np.errstate(invalid="ignore", over="ignore"):
-        np.copyto(out, values, casting="unsafe")
-    if out.dtype.kind == "f":
-        return
-    bad = inexact_positions(values, out.dtype)
-    if len(bad):
-        raise InexactValueError(f"value {values[bad[0]]!r} does not fit dtype {out.dtype}; ask for a wider one")
+def _buffer(name: str, buffer: Any, expected: np.dtype[Any], total: int) -> npt.NDArray[Any]:
+    """As much of a buffer of the caller's as is filled, as a plain array."""
+    if not isinstance(buffer, np.ndarray) or isinstance(buffer, np.ma.MaskedArray):
+        raise OptionError(f"out: the {name} buffer is {type(buffer).__name__}, expected an array of {expected}")
+    if buffer.ndim != 1 or buffer.dtype != expected or not buffer.flags.carray:
+        raise OptionError(
+            f"out: the {name} buffer is {buffer.dtype} of shape {buffer.shape}, "
+            f"expected a contiguous writable 1-D array of {expected}"
+        )
+    if len(buffer) < total:
+        raise OptionError(f"out: the {name} buffer has {len(buffer)} entries, these rows store {total} values")
+    return np.asarray(buffer[:total])

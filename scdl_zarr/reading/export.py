@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from scdl_zarr.errors import FeatureNameError
 from scdl_zarr.reading.plan import Int64Array, resolve_rows
@@ -24,10 +25,13 @@ __all__ = ["resolve_genes", "to_anndata"]
 
 def resolve_genes(genes: Any, var: LazyTable) -> Int64Array:
     """Gene numbers of what may select genes: numbers, a slice, a boolean mask, or names (a repeated name is an error)."""
-    wanted = [genes] if isinstance(genes, str) else genes
-    values = wanted if isinstance(wanted, (slice, int, np.integer)) else list(wanted)
-    if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
-        return resolve_rows(genes, len(var), what="gene")
+    wanted = list(genes) if isinstance(genes, Iterator) else genes  # it gives what it has only once
+    try:
+        values = [wanted] if isinstance(wanted, str) else list(wanted)
+    except TypeError:  # one number, a slice, or nothing that selects
+        values = []
+    if not values or not all(isinstance(v, str) for v in values):
+        return resolve_rows(wanted, len(var), what="gene")
     names = var.names
     positions = []
     for name in values:
@@ -85,6 +89,10 @@ def to_anndata(data: Exported, rows: Any, genes: Any) -> anndata.AnnData:
 
 def _matrix(batch: RowBatch, columns: Int64Array | None) -> csr_matrix:
     matrix = batch.to_scipy()
-    if matrix.dtype.kind in "iu":  # 64-bit integers: AnnData's tools compute in floats
+    if matrix.dtype.kind in "iu" and _fits_float64(matrix.data):  # AnnData's tools compute in floats
         matrix = matrix.astype(np.float64)
     return matrix if columns is None else matrix[:, columns]
+
+
+def _fits_float64(values: npt.NDArray[Any]) -> bool:
+    return not len(values) or bool(values.min() >= -(2**53) and values.max() <= 2**53)

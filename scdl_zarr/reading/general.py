@@ -119,6 +119,7 @@ class CsrColumns:
             length = np.minimum(stops[mine], piece.stop) - low
             target = offsets[mine] + low - starts[mine]
             if out is indices and not ids_fit(values, self._layout.n_vars):  # what lies in gaps is nobody's
+                self._location.require_same()
                 for a, n in zip(low.tolist(), length.tolist(), strict=True):
                     wanted = values[a - piece.start : a - piece.start + n]
                     check_ids(wanted, self._layout.n_vars, f"{self._location}: {path}", a)
@@ -195,6 +196,7 @@ class CscColumns:
     def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any]) -> None:
         """Fill both buffers with the plan's ranges."""
         _, values, ids = self._turned()
+        self._location.require_same()  # memory holds what was there; what else is read of the store would not go with it
         for start, n, at in zip(plan.starts.tolist(), plan.lengths.tolist(), plan.indptr[:-1].tolist(), strict=True):
             data[at : at + n] = values[start : start + n]
             indices[at : at + n] = ids[start : start + n]
@@ -292,6 +294,7 @@ class DenseColumns:
             at = np.searchsorted(block.rows, rows[mine])
             low, length = block.indptr[at], block.indptr[at + 1] - block.indptr[at]
             if not np.array_equal(length, plan.lengths[order[mine]]):
+                self._location.require_same()
                 raise CorruptStoreError(f"{self._location}: {self._layout.path} changed while it was read")
             for a, n, to in zip(low.tolist(), length.tolist(), plan.indptr[order[mine]].tolist(), strict=True):
                 data[to : to + n] = block.data[a : a + n]

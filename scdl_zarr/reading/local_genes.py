@@ -8,6 +8,7 @@ from scdl_zarr.errors import CorruptStoreError
 from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.blocks import Blocks
 from scdl_zarr.reading.plan import Int64Array
+from scdl_zarr.reading.recent import Recent
 
 __all__ = ["LocalGenes"]
 
@@ -20,14 +21,14 @@ class LocalGenes:
     def __init__(self, blocks: Blocks, n_vars: int) -> None:
         self._blocks = blocks
         self._n_vars = n_vars
-        self._known: dict[int, tuple[Int64Array, bool] | None] = {}
+        self._known: Recent[int, tuple[Int64Array, bool] | None] = Recent(KEPT_BLOCKS)
         self._unsorted: Int64Array | None = None
 
     def localized(self, batch: RowBatch) -> RowBatch:
         """The batch, its ids and the order within its rows changed in place."""
         blocks = [self._blocks.block_of(row) for row in batch.rows.tolist()] if len(self._blocks) > 1 else [0] * len(batch)
         for k, block in enumerate(blocks):
-            known = self._map(block)
+            known = self._known.get(block, self._map)
             if known is None:
                 continue
             local, rising = known
@@ -42,15 +43,12 @@ class LocalGenes:
 
     def _map(self, block: int) -> tuple[Int64Array, bool] | None:
         """For each gene of the store its number in the block's source, and whether that keeps order; None: the same numbers."""
-        if block not in self._known:
-            ids = self._blocks.gene_ids(block)
-            local = np.full(self._n_vars, -1, np.int64)
-            local[ids] = np.arange(len(ids))
-            same = np.array_equal(ids, np.arange(self._n_vars))
-            while len(self._known) >= KEPT_BLOCKS:
-                self._known.pop(next(iter(self._known)), None)
-            self._known[block] = None if same else (local, bool((np.diff(ids) > 0).all()))
-        return self._known[block]
+        ids = self._blocks.gene_ids(block)
+        if np.array_equal(ids, np.arange(self._n_vars)):
+            return None
+        local = np.full(self._n_vars, -1, np.int64)
+        local[ids] = np.arange(len(ids))
+        return local, bool((np.diff(ids) > 0).all())
 
     def _is_unsorted(self, row: int) -> bool:
         if self._unsorted is None:

@@ -18,6 +18,7 @@ from scdl_zarr.errors import CorruptStoreError, OptionError, RowIndexError
 __all__ = ["Int64Array", "RowPlan", "copy_repeats", "plan_once", "plan_rows", "resolve_rows", "split_rows"]
 
 LARGEST_BATCH = 1 << 44  # stored values
+BOOLS = frozenset({bool, np.bool_})
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -97,8 +98,9 @@ def resolve_rows(rows: Any, n_obs: int, what: str = "row") -> Int64Array:
     RowIndexError
         A number is outside ``[-n_obs, n_obs)``.
     OptionError
-        `rows` is of another kind: floats, text, a bool, two dimensions, a mask of another length.
+        `rows` is of another kind: floats, text, a bool, two dimensions, a mask of another length, an array with masked entries.
     """
+    rows = _plain(rows, what)
     if isinstance(rows, slice):
         return np.arange(*_slice_bounds(rows, n_obs, what), dtype=np.int64)
     if not isinstance(rows, np.ndarray):
@@ -130,11 +132,23 @@ def resolve_rows(rows: Any, n_obs: int, what: str = "row") -> Int64Array:
     return _in_range(rows.astype(np.int64), n_obs, what)
 
 
+def _plain(rows: Any, what: str) -> Any:
+    """Compiled code goes by an array's own memory, which a subclass may take for something else."""
+    if not isinstance(rows, np.ndarray) or type(rows) is np.ndarray:
+        return rows
+    if np.ma.is_masked(rows):
+        raise OptionError(f"{what}s is an array with masked entries; choose first (rows.compressed() takes the others)")
+    return np.asarray(rows)
+
+
 def _as_array(rows: Any, n_obs: int, what: str) -> npt.NDArray[Any]:
     try:
         if not hasattr(rows, "__array__"):
             rows = list(rows)
+            _require_one_kind(rows, what)
         array = np.asarray(rows)
+    except OptionError:
+        raise
     except (TypeError, ValueError):
         raise OptionError(f"{what}s is {type(rows).__name__}, expected an int, a slice, integers or a boolean mask") from None
     if array.dtype.kind == "O" and array.ndim == 1 and len(array):
@@ -143,6 +157,14 @@ def _as_array(rows: Any, n_obs: int, what: str) -> npt.NDArray[Any]:
         if all(isinstance(v, int) for v in array):  # numbers that no 64-bit integer holds
             raise _out_of_range(max(array, key=abs), n_obs, what)
     return array
+
+
+def _require_one_kind(rows: list[Any], what: str) -> None:
+    """NumPy takes True for 1 among numbers, and a masked entry for whatever lies under its mask."""
+    kinds = set(map(type, rows))
+    if np.ma.core.MaskedConstant in kinds or not (kinds.isdisjoint(BOOLS) or kinds <= BOOLS):
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise OptionError(f"{what}s mixes {names}, expected integers or a boolean mask")
 
 
 def _slice_bounds(rows: slice, n_obs: int, what: str) -> tuple[int, int, int]:

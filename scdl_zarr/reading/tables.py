@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = ["LazyTable", "read_element", "refuse_pickles", "require_objects"]
 
+COLUMN_PARTS = {  # of the encodings that are groups: the arrays as long as the table
+    "categorical": ("codes",),
+    "nullable-boolean": ("values", "mask"),
+    "nullable-integer": ("values", "mask"),
+    "nullable-string-array": ("values", "mask"),
+}
 SELECTIONS = "expected a column name, a list of names, a row number, a slice, row numbers or a boolean mask"
 
 
@@ -202,13 +208,25 @@ class LazyTable:
         if found is None:
             path = f"{self._path}/{column}"
             refuse_pickles(self._location, {at: node for at, node in self._nodes.items() if f"{at}/".startswith(f"{path}/")})
+            self._require_length(path)
             found = read_element(self._location, path, self._nodes, whole=self._whole)
-            if len(found) != self._length:
-                raise CorruptStoreError(
-                    f"{self._location}: {self._path}/{column} has {len(found)} entries, expected {self._length}"
-                )
             self._kept[column] = found
         return found
+
+    def _require_length(self, path: str) -> None:
+        """A column has a value for each row: so its documents say, before memory is taken for what they claim."""
+        kind = node_attributes(self._nodes, path).get("encoding-type", "array")
+        if self._nodes[path].get("node_type") == "array":
+            parts = [path]
+        else:
+            parts = [f"{path}/{part}" for part in COLUMN_PARTS.get(kind if isinstance(kind, str) else "", ())]
+        for part in parts:
+            node = self._nodes.get(part) or {}
+            if _is_structured(node) or node.get("shape") != [self._length]:
+                what = "records" if _is_structured(node) else f"shape {node.get('shape')!r}"
+                raise CorruptStoreError(f"{self._location}: {part} has {what}, expected a value for each of {self._length} rows")
+        if not parts:
+            raise CorruptStoreError(f"{self._location}: {path} is stored as {kind!r}, which is no column of a table")
 
 
 def read_element(location: StoreLocation, path: str, nodes: Mapping[str, Mapping[str, Any]], *, whole: bool = True) -> Any:
@@ -253,6 +271,11 @@ def _read_element(location: StoreLocation, path: str, nodes: Mapping[str, Mappin
         raise
     except Exception as error:  # zarr, numcodecs, pandas and anndata have errors of many kinds for bytes that make no sense
         raise CorruptStoreError(f"{location}: {path} cannot be read: {error}") from error
+
+
+def _is_structured(node: Mapping[str, Any]) -> bool:
+    """Whether an array's elements have fields."""
+    return isinstance(node.get("dtype"), list) or dtype_name(node) in ("struct", "structured")
 
 
 def refuse_pickles(location: StoreLocation, nodes: Mapping[str, Mapping[str, Any]]) -> None:

@@ -3,13 +3,19 @@
 It opens local Zarr v2 and v3 arrays of the codecs it knows.  Loading it takes a tenth of a second, and a process that was
 forked from one that had loaded it aborts when it calls it; so it is loaded only here, only when a matrix is read, and never in
 such a child.
+
+A daemon thread that waits in TensorStore when the interpreter ends would take the process down with it (Python ends the thread
+there, and C++ does not let it): the end waits for such threads, and lets no more of them in.
 """
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,15 +36,73 @@ LARGEST_CHUNK_BYTES = 1 << 31
 LARGEST_INDEX_BYTES = 1 << 28
 
 
+LONGEST_WAIT_SECONDS = 30.0  # at the interpreter's end
+
+
+class _Gate:
+    """What daemon threads pass on their way into TensorStore, until it is closed for good.
+
+    Other threads pass as they like: the interpreter waits for them before it ends.
+    """
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._closed = False
+
+    @contextmanager
+    def passed(self) -> Iterator[None]:
+        if not threading.current_thread().daemon:
+            yield
+            return
+        with self._changed:
+            while self._closed:  # for ever: the process is about to end
+                self._changed.wait()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nobody in any more, and wait until all are out.  A forked child has none of its parent's threads."""
+        if os.getpid() != self._process:
+            return
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: not self._inside, LONGEST_WAIT_SECONDS)
+
+
+_GATES: list[_Gate] = []  # one, from the first time that TensorStore is loaded
+
+
+def _gate() -> _Gate:
+    with FIRST_USE:
+        if not _GATES:
+            _GATES.append(_Gate())
+            atexit.register(_GATES[0].close)
+        return _GATES[0]
+
+
 class TensorStoreArray:
     """See :class:`scdl_zarr.reading.arrays.ArrayReader`."""
 
-    def __init__(self, array: Any) -> None:
+    def __init__(self, array: Any, gate: _Gate) -> None:
         self._array = array
+        self._gate = gate
 
     def request(self, selection: Selection) -> Callable[[], npt.NDArray[Any]]:
-        future = self._array[selection].read()
-        return lambda: np.asarray(future.result())
+        with self._gate.passed():
+            future = self._array[selection].read()
+
+        def result() -> npt.NDArray[Any]:
+            with self._gate.passed():
+                return np.asarray(future.result())
+
+        return result
 
 
 def open_in_tensorstore(location: StoreLocation, nodes: Mapping[str, Mapping[str, Any]], threads: int) -> dict[str, ArrayReader]:
@@ -61,6 +125,7 @@ def open_in_tensorstore(location: StoreLocation, nodes: Mapping[str, Mapping[str
         }
     )
     found: dict[str, ArrayReader] = {}
+    gate = _gate()
     for path, node in nodes.items():
         if not (_is_complete(node) and _is_bounded(node)):
             continue
@@ -71,10 +136,11 @@ def open_in_tensorstore(location: StoreLocation, nodes: Mapping[str, Mapping[str
             "metadata": _document(node),
         }
         try:
-            array = tensorstore.open(spec, open=True, read=True, context=context).result()
+            with gate.passed():
+                array = tensorstore.open(spec, open=True, read=True, context=context).result()
         except (ValueError, TypeError, OverflowError):  # a codec, dtype, key or number that it does not know
             continue
-        found[path] = TensorStoreArray(array)
+        found[path] = TensorStoreArray(array, gate)
     return found
 
 

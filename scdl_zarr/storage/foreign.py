@@ -23,7 +23,7 @@ import numpy as np
 
 from scdl_zarr.errors import CorruptStoreError, NotAStoreError
 from scdl_zarr.storage.identity import FolderIdentity
-from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, read_metadata
+from scdl_zarr.storage.location import ROOT_KEY, ROOT_KEYS, StoreLocation, read_metadata
 from scdl_zarr.storage.metadata import StoreMetadata, as_count, describe_store, is_ours, node_attributes, parse_root
 from scdl_zarr.storage.schema import Encoding, MatrixLayout
 
@@ -36,6 +36,7 @@ __all__ = [
     "needs_pickle",
     "open_metadata",
     "open_nodes",
+    "open_pinned",
     "shard_shape",
 ]
 
@@ -77,6 +78,36 @@ def open_nodes(location: StoreLocation) -> Nodes:
         raise NotAStoreError(f"{where} has neither {ROOT_KEY} nor .zgroup, expected an AnnData Zarr store")
     _require_anndata(nodes[""], nodes.get, where)
     return nodes
+
+
+def open_pinned(location: StoreLocation) -> tuple[StoreLocation, StoreMetadata]:
+    """The location bound to the store that is there now, and what that store holds.
+
+    A store of ours is replaced by another folder.  Of others, which may be rewritten where they lie, the documents are watched
+    that a reader's answers depend on: the root's, and those of matrices, tables and groups.
+
+    Raises
+    ------
+    StoreReplacedError
+        The location came out of a pickle, and another store lies there now.
+    """
+    while True:
+        pinned = location.pinned()
+        at_root = pinned.watching(ROOT_KEYS)
+        metadata = open_metadata(at_root)
+        if not metadata.ours:
+            pinned = at_root.watching(_watched_keys(metadata))
+        if pinned.is_same():  # else it was replaced at this very moment
+            return pinned, metadata
+
+
+def _watched_keys(metadata: StoreMetadata) -> list[str]:
+    """The documents below the root that a rewriting of what is read cannot leave as they are."""
+    groups = [path for path in metadata.children("") if path in metadata.nodes]
+    arrays = [at for layout in metadata.matrices.values() for at in (layout.path, *layout.nodes)]
+    paths = dict.fromkeys([*groups, *arrays])
+    names = (".zarray", ".zgroup", ".zattrs") if metadata.zarr_format == 2 else (ROOT_KEY,)
+    return [f"{path}/{name}" for path in paths for name in names]
 
 
 # ---- from documents to nodes

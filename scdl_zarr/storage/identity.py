@@ -2,6 +2,9 @@
 
 A device and an inode do not say it: an inode is given out again, often to the very next folder.  With the moment the folder was
 born they do.  Appending to a folder and renaming it change neither, and nothing has to be held open or written into the store.
+
+Other programs also rewrite a store, or an element of it, where it lies.  Of theirs, the metadata documents are remembered, too:
+whoever writes an array anew writes its document.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["FolderIdentity", "Imprint", "identify", "this_machine"]
+__all__ = ["FileIdentity", "FolderIdentity", "Imprint", "identify", "identify_file", "this_machine"]
 
 _AT_FDCWD = -100
 _STATX_BTIME = 0x800
@@ -32,6 +36,14 @@ class FolderIdentity:
     born_ns: int
 
 
+class FileIdentity(NamedTuple):  # a tuple, because a dozen of them are made for every read
+    """One state of one file: it differs once the file was written to, or another one took its place."""
+
+    inode: int
+    size: int
+    modified_ns: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imprint:
     """What a pickle takes along to recognise a store: its folder where that means something, its root documents elsewhere."""
@@ -39,15 +51,20 @@ class Imprint:
     folder: FolderIdentity
     machine: str
     document: str  # digest of the root documents; empty where the store had been replaced already
+    files: tuple[tuple[str, FileIdentity | None], ...] = ()  # of a store that may be rewritten in place
 
-    def fits(self, folder: FolderIdentity, document: Callable[[], str]) -> bool:
-        """Whether the store with that folder and those root documents is the one that was pickled.
+    def fits(
+        self, folder: FolderIdentity, document: Callable[[], str], file: Callable[[str], FileIdentity | None] | None = None
+    ) -> bool:
+        """Whether the store with that folder, those root documents and those files is the one that was pickled.
 
         On another machine (and after a restart, when devices are numbered anew) a copy of the store is the same store.
         """
         if self.machine != this_machine():
             return self.document != "" and self.document == document()
         if (self.folder.inode, self.folder.born_ns) != (folder.inode, folder.born_ns):
+            return False
+        if file is not None and any(file(key) != known for key, known in self.files):
             return False
         return self.folder.born_ns != 0 or self.document == document()
 
@@ -59,6 +76,15 @@ def identify(path: Path) -> FolderIdentity | None:
     except OSError:
         return None
     return FolderIdentity(device=status.st_dev, inode=status.st_ino, born_ns=_born_ns(path, status))
+
+
+def identify_file(path: str) -> FileIdentity | None:
+    """The file at `path` as it is now, or None if there is none that can be looked at."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return FileIdentity(inode=status.st_ino, size=status.st_size, modified_ns=status.st_mtime_ns)
 
 
 def _born_ns(path: Path, status: os.stat_result) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from scdl_zarr.errors import (
     StoreReplacedError,
     UncommittedStoreError,
 )
-from scdl_zarr.storage.identity import FolderIdentity, Imprint, identify, this_machine
+from scdl_zarr.storage.identity import FileIdentity, FolderIdentity, Imprint, identify, identify_file, this_machine
 from scdl_zarr.storage.metadata import StoreMetadata, parse_store
 from scdl_zarr.storage.scdl_archive import archive_advice
 from scdl_zarr.storage.schema import BUILD_FOLDER
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ROOT_KEY",
+    "ROOT_KEYS",
     "StoreLocation",
     "local_path",
     "locate",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 ROOT_KEY = "zarr.json"
+ROOT_KEYS = (ROOT_KEY, ".zgroup", ".zattrs", ".zmetadata")  # in either of Zarr's formats
 LARGEST_ROOT_BYTES = 1 << 30
 
 
@@ -53,13 +56,15 @@ class StoreLocation:
 
     ``folder`` is which folder was there when the store was opened, if that was asked for (:meth:`pinned`).  A store is replaced
     by another one (a cast, ``overwrite=True``) in one rename, after which the same path is another folder.  ``imprint`` is what
-    a pickle of a pinned location remembers of it: where it arrives, another store at the same path is refused.
+    a pickle of a pinned location remembers of it: where it arrives, another store at the same path is refused.  ``files`` are
+    documents of a store that its writer may rewrite in place (:meth:`watching`), as they were when it was opened.
     """
 
     path: Path | None = None
     store: Any = None
     folder: FolderIdentity | None = field(default=None, compare=False)
     imprint: Imprint | None = field(default=None, compare=False)
+    files: tuple[tuple[str, FileIdentity | None], ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return str(self.path) if self.path is not None else str(self.store)
@@ -90,16 +95,33 @@ class StoreLocation:
             raise StoreReplacedError(f"{self} was replaced since it was pickled; open it again to read what is there now")
         return StoreLocation(path=self.path, store=self.store, folder=folder)
 
+    def watching(self, keys: Iterable[str]) -> StoreLocation:
+        """This location, bound also to the files under those keys as they are now (an opened store: as it is)."""
+        if self.path is None:
+            return self
+        return replace(self, files=self.files + tuple((key, self._file(key)) for key in keys))
+
+    def _file(self, key: str) -> FileIdentity | None:
+        return None if self.path is None else identify_file(f"{self.path}/{key}")
+
     def require_same(self) -> None:
-        """Refuse to go on where another folder has taken the place of the one that was opened.
+        """Refuse to go on where another folder has taken the place of the one that was opened, or its files were rewritten.
 
         Called *after* something was read, because what was read before a replacement is right.
         """
         if not self.is_same():
-            raise StoreReplacedError(f"{self} was replaced while it was open; open it again to read what is there now")
+            what = "rewritten" if self.files and self.is_same_folder() else "replaced"
+            raise StoreReplacedError(f"{self} was {what} while it was open; open it again to read what is there now")
 
     def is_same(self) -> bool:
-        """Whether the folder that was there when the location was pinned is there still (True for one that was not pinned)."""
+        """Whether the folder that was there when the location was pinned is there still, and the files that are watched.
+
+        True for a location that was not pinned.
+        """
+        return self.is_same_folder() and all(self._file(key) == known for key, known in self.files)
+
+    def is_same_folder(self) -> bool:
+        """Whether the folder that was there when the location was pinned is there still."""
         if self.path is None or (self.folder is None and self.imprint is None):
             return True
         folder = identify(self.path)
@@ -108,19 +130,20 @@ class StoreLocation:
     def _is(self, folder: FolderIdentity) -> bool:
         """Whether the folder that is there now is the one that this location knows."""
         if self.imprint is not None:
-            return self.imprint.fits(folder, self._root_digest)
+            return self.imprint.fits(folder, self._root_digest, self._file)
         return self.folder is None or folder == self.folder
 
     def _imprint(self) -> Imprint | None:
         if self.folder is None:
             return self.imprint  # of one that was not opened since it came out of a pickle itself
         document = self._root_digest()
-        return Imprint(folder=self.folder, machine=this_machine(), document=document if self.is_same() else "")
+        document = document if self.is_same() else ""
+        return Imprint(folder=self.folder, machine=this_machine(), document=document, files=self.files)
 
     def _root_digest(self) -> str:
-        """A digest of the documents at the root, in either of Zarr's formats."""
+        """A digest of the documents at the root."""
         digest = hashlib.blake2b(digest_size=16)
-        for key in (ROOT_KEY, ".zgroup", ".zattrs", ".zmetadata"):
+        for key in ROOT_KEYS:
             document = self.read(key)
             digest.update(repr(None if document is None else len(document)).encode() + (document or b""))
         return digest.hexdigest()
@@ -274,5 +297,7 @@ def read_metadata(location: StoreLocation) -> StoreMetadata:
     advice = archive_advice(path)
     if advice is not None:
         raise NotAStoreError(advice)
+    if (path / ".zgroup").is_file():
+        raise NotAStoreError(f"{path} is a Zarr v2 store of another program: it can be opened and read, but not changed")
     kind = "a file" if path.is_file() else "a folder without zarr.json"
     raise NotAStoreError(f"{path} is {kind}, expected an AnnData Zarr store (scdl-zarr convert makes one from an H5AD file)")

@@ -52,6 +52,14 @@ class StoreMetadata:
         """Whether scdl-zarr wrote the store."""
         return bool(self.header)
 
+    @property
+    def left_out(self) -> list[str]:
+        """Names of what a conversion did not take along, or of what is in another program's store and is not read."""
+        names = self.header.get("left_out", list(self.left_aside))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CorruptStoreError(f"the root attribute's left_out is {names!r:.200}, expected a list of names")
+        return names
+
     def children(self, path: str) -> list[str]:
         prefix = f"{path}/" if path else ""
         names = (p.removeprefix(prefix) for p in self.nodes if p.startswith(prefix) and p != path)
