@@ -60,6 +60,9 @@ class LazyArrays(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         path = self._require(name)
+        node = self._nodes.get(path, {})
+        if node.get("node_type") == "array":  # before memory is taken for what it claims
+            self._require_rows(path, node.get("shape"))
         found = read_element(self._location, path, self._nodes, whole=self._whole)
         self._require_rows(path, getattr(found, "shape", ()))
         return found
@@ -92,7 +95,7 @@ class LazyArrays(Mapping[str, Any]):
         if node.get("node_type") != "array" or node_attributes(self._nodes, path).get("encoding-type", "array") != "array":
             found = self[name]
             return found.iloc[numbers] if hasattr(found, "iloc") else found[numbers]
-        self._require_rows(path, tuple(node.get("shape", ())))
+        self._require_rows(path, node.get("shape"))
         refuse_pickles(self._location, {path: node})
         return self._gather(path, numbers, chunk_shape(node)[0])
 
@@ -113,8 +116,8 @@ class LazyArrays(Mapping[str, Any]):
             raise FeatureNameError(f"{self._location} has no {self._path} {name!r}; it has: {listed}")
         return f"{self._path}/{name}"
 
-    def _require_rows(self, path: str, shape: tuple[int, ...]) -> None:
-        if not shape or shape[0] != self._length:
+    def _require_rows(self, path: str, shape: Any) -> None:
+        if not isinstance(shape, (list, tuple)) or not shape or shape[0] != self._length or isinstance(shape[0], bool):
             raise CorruptStoreError(f"{self._location}: {path} has shape {shape} for {self._length} cells")
 
     def _gather(self, path: str, rows: Int64Array, height: int) -> npt.NDArray[Any]:
