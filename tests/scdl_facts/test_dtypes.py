@@ -1,4 +1,4 @@
-"""SCDL_API.md 1.7: which dtypes are stored, and what is said of values that do not fit."""
+"""Facts 1.7: which dtypes are stored, and what is said of values that do not fit."""
 
 from __future__ import annotations
 

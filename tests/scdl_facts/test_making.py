@@ -1,4 +1,4 @@
-"""SCDL_API.md 1.1, 1.5 and 1.6: what the constructor takes, in which order it decides, and which matrices load."""
+"""Facts 1.1, 1.5 and 1.6: what the constructor takes, in which order it decides, and which matrices load."""
 
 from __future__ import annotations
 

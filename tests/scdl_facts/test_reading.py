@@ -1,4 +1,4 @@
-"""SCDL_API.md 1.2: rows, dense rows, single values, items, sizes and the features of a row."""
+"""Facts 1.2: rows, dense rows, single values, items, sizes and the features of a row."""
 
 from __future__ import annotations
 
