@@ -7,7 +7,7 @@ DEMO_VENV := .venv-demo
 # test files run side by side, each one's tests in order
 SIDE_BY_SIDE := --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
-.PHONY: demo test lint test-py312 notebooks benchmark clean full
+.PHONY: demo test lint test-py312 test-scdl notebooks benchmark clean full
 
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/scdl-zarr demo --into .demo
@@ -25,6 +25,10 @@ notebooks: $(VENV)/ready
 
 test-py312: $(VENV312)/ready
 	$(VENV312)/bin/python -m pytest tests $(SIDE_BY_SIDE)
+
+# the tests of what BioNeMo-SCDL does, on BioNeMo-SCDL itself: whoever misreads it fails here
+test-scdl:
+	python=$$($(PYTHON) -m benchmarks.venvs scdl) && SCDL_FACTS=bionemo $$python -m pytest tests/scdl_facts --confcutdir=tests/scdl_facts -W default
 
 benchmark: $(VENV)/ready
 	$(VENV)/bin/python -m benchmarks

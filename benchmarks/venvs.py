@@ -2,6 +2,8 @@
 
 Each has a file of exact versions in ``benchmarks/environments``.  What cannot be made (no such Python, no network) is reported
 and its cases are not measured; nothing else stops for it.
+
+``python -m benchmarks.venvs scdl`` makes one and prints its Python.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def make(environment: Environment, folder: Path = FOLDER) -> Path:
     if base is None:
         raise NoEnvironmentError(f"no Python {' or '.join(environment.pythons)} on this machine")
     shutil.rmtree(home, ignore_errors=True)
-    print(f"making the environment {environment.name}", flush=True)
+    print(f"making the environment {environment.name}", file=sys.stderr, flush=True)
     _call([base, "-m", "venv", str(home)])
     for package in environment.first:
         _call([str(python), "-m", "pip", "install", "--quiet", "--constraint", str(environment.requirements), package])
@@ -119,3 +121,10 @@ def _call(command: list[str]) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
         raise NoEnvironmentError(lines[-1].strip() if lines else f"{command[0]} failed")
+
+
+if __name__ == "__main__":
+    try:
+        print(make(ENVIRONMENTS[sys.argv[1]]))
+    except NoEnvironmentError as error:
+        sys.exit(f"no environment {sys.argv[1]}: {error}")

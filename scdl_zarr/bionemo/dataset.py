@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.bionemo.features import ObservedFeatureIndex, VariableFeatureIndex
-from scdl_zarr.bionemo.making import convert_files, is_unfinished, neighbors_there, warn_of_loss
+from scdl_zarr.bionemo.making import ALLOCATED, allocate, convert_files, is_unfinished, neighbors_there, warn_of_loss
 from scdl_zarr.bionemo.names import (
     FLOAT_ORDER,
     INT_ORDER,
@@ -48,9 +48,10 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
         The store, and the file to convert.  A path that exists and a file exclude each other, unless what is there is this
         conversion, unfinished: then it is finished.
     num_elements, num_rows
-        Refused: a store is made from a file, nothing is allocated ahead.
+        With both and no file, a store of so many empty rows, which count as none; room for elements is not set aside.
     mode
-        ``Mode.CREATE_APPEND`` demands that nothing lies at `data_path`.
+        ``Mode.CREATE_APPEND`` demands that nothing lies at `data_path`.  The attribute says what SCDL's would; nothing else
+        depends on it.
     paginated_load_cutoff, load_block_row_size
         Without effect: every file is read in pieces.
     var_feature_index_name, obs_feature_index_name
@@ -110,16 +111,19 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
                 "Please pass either an existing SCMMAP or an h5ad file."
             )
         if h5ad_path is None and not exists:
-            if num_rows is not None and num_elements is not None:
-                raise OptionError("num_elements and num_rows: a store is made from an H5AD file, give h5ad_path")
-            raise OptionError("An np.memmap path, an h5ad path, or the number of elements and rows is required")
+            if not (isinstance(num_rows, int) and isinstance(num_elements, int)):
+                raise OptionError("An np.memmap path, an h5ad path, or the number of elements and rows is required")
+            allocate(data_path, num_rows, num_elements, data_dtype)
+            self.mode = Mode.CREATE_APPEND
+        elif h5ad_path is None:
+            self.mode = Mode.READ_APPEND
         if h5ad_path is not None:
             if not os.path.exists(h5ad_path):
                 raise FileNotFoundError(f"Error: could not find h5ad path {h5ad_path}")
             neighbors = neighbors_there(h5ad_path, neighbor_key) if load_neighbors else ()
             convert_files({h5ad_path: use_X_not_raw}, data_path, data_dtype, data_dtype_tolerance, obsp=neighbors)
         super().__init__(data_path)
-        self._neighbors = self._find_neighbors(asked_before=h5ad_path is not None) if load_neighbors else None
+        self._neighbors = self._find_neighbors(asked_before=h5ad_path is not None or not exists) if load_neighbors else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         names = ["var_feature_index_name", "obs_feature_index_name", "load_neighbors", "data_dtype_tolerance", "use_X_not_raw"]
@@ -141,13 +145,36 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
             "neighbor_values.npy": "float32",
         }
 
+    @property
+    def data(self) -> npt.NDArray[Any]:
+        """All values, row after row: the whole matrix is read into memory, each time."""
+        return self._all_rows().data
+
+    @property
+    def col_index(self) -> npt.NDArray[Any]:
+        """Their columns, in the genes of each row's own source: the whole matrix is read into memory, each time."""
+        return self._all_rows().indices.astype(self._column_dtype)
+
+    @property
+    def row_index(self) -> npt.NDArray[Any]:
+        """Where each row starts in them, and where the last one stops: read into memory, each time."""
+        lengths = self._reader(None).row_lengths(np.arange(self.n_obs, dtype=np.int64))
+        return np.concatenate([[0], np.cumsum(lengths)]).astype(smallest_uint(self.nnz))
+
+    def __len__(self) -> int:
+        return self.number_of_rows()
+
+    def number_of_rows(self) -> int:
+        """Number of rows; those that were only allocated do not count."""
+        return 0 if self._is_allocated else self.n_obs
+
     def var_features(self) -> VariableFeatureIndex:  # type: ignore[override]  # SCDL's kind of table
         """The genes' features, block by block."""
-        return self._var_index
+        return VariableFeatureIndex() if self._is_allocated else self._var_index
 
     def obs_features(self) -> ObservedFeatureIndex:  # type: ignore[override]  # SCDL's kind of table
         """The cells' features."""
-        return self._obs_index
+        return ObservedFeatureIndex() if self._is_allocated else self._obs_index
 
     def save(self, output_path: Any = None) -> bool:
         """Return True: a store is complete on disk from the moment it can be opened."""
@@ -329,8 +356,39 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
             self._columns = smallest_uint(max(*self.number_of_variables(), 1) - 1)
         return self._columns
 
+    @property
+    def _is_allocated(self) -> bool:
+        """Whether the rows were made by number, and no file was ever loaded."""
+        return self.n_vars == 0 and self.sources["name"].tolist() == [ALLOCATED]
+
+    def _all_rows(self) -> RowBatch:
+        return self._local_rows(np.arange(self.n_obs, dtype=np.int64))
+
     def _local_rows(self, rows: Int64Array) -> RowBatch:
         return self._genes.localized(self._reader(None).read(rows, self._value_dtype))
+
+    # SCDL's users' tests look at these
+
+    @property
+    def _has_neighbors(self) -> bool:
+        return self._neighbors is not None
+
+    @property
+    def _neighbor_indices(self) -> npt.NDArray[Any]:
+        return self._all_neighbors().indices.astype(np.uint32)
+
+    @property
+    def _neighbor_indptr(self) -> npt.NDArray[Any]:
+        return self._all_neighbors().indptr.astype(np.uint64)
+
+    @property
+    def _neighbor_data(self) -> npt.NDArray[Any]:
+        return self._all_neighbors().data.astype(np.float32)
+
+    def _all_neighbors(self) -> RowBatch:
+        self._require_neighbors()
+        assert self._neighbors is not None
+        return self._neighbors.read(slice(None))
 
     def _find_neighbors(self, *, asked_before: bool) -> Neighbors | None:
         """Those of the key, or of whatever key the store has only one of: SCDL keeps no key."""

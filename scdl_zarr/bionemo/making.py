@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from scdl_zarr.bionemo.names import storable_dtype
 from scdl_zarr.errors import InexactValueError, OptionError, StoreExistsError
 from scdl_zarr.storage.schema import BUILD_FOLDER
 
-__all__ = ["convert_files", "files_under", "is_unfinished", "neighbors_there", "warn_of_loss"]
+__all__ = ["ALLOCATED", "allocate", "convert_files", "files_under", "is_unfinished", "neighbors_there", "warn_of_loss"]
+
+ALLOCATED = "allocated-by-number.h5ad"  # names the source of a store that was made from no file
 
 
 def convert_files(
@@ -55,6 +58,31 @@ def convert_files(
             raise
         warn_of_loss(difference, exact)
         run_conversion(list(sources), target, ConversionOptions(dtype=exact, **options))
+    else:
+        if data_dtype is not None and wanted != data_dtype:  # what was asked for cannot be stored, and might have lost something
+            _warn_of_a_dtype_that_is_not_stored(keys, np.dtype(data_dtype), wanted, tolerance)
+
+
+def allocate(target: str | os.PathLike[str], num_rows: int, num_elements: int, data_dtype: str | None) -> None:
+    """A store of empty rows without genes, which :data:`ALLOCATED` tells from one of such a file."""
+    for name, number in (("n_elements", num_elements), ("num_rows", num_rows)):
+        if number <= 0:
+            raise OptionError(f"{name} is set to {number}. It must be positive to create CSR matrices.")
+    import anndata as ad
+    import scipy.sparse as sp
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / ALLOCATED
+        ad.AnnData(sp.csr_matrix((num_rows, 0), dtype=np.float32)).write_h5ad(source)
+        convert_files({source: True}, target, data_dtype, 0.0)
+
+
+def _warn_of_a_dtype_that_is_not_stored(keys: Mapping[Any, str], asked: np.dtype[Any], stored: str, tolerance: float) -> None:
+    from scdl_zarr.conversion.fallback import exact_fallback, source_values
+
+    difference = exact_fallback(source_values(keys), asked)[1]
+    if not difference <= tolerance:
+        warn_of_loss(difference, np.dtype(stored))
 
 
 def _check_matrix(spec: Any, key: str) -> None:
