@@ -31,7 +31,6 @@ from scdl_zarr.errors import (
     FormatVersionError,
     OptionError,
     RowIndexError,
-    StoreExistsError,
     StoreNotFoundError,
 )
 from scdl_zarr.reading.batch import RowBatch, import_torch
@@ -57,7 +56,7 @@ class SingleCellCollection:
     Parameters
     ----------
     data_path
-        The folder.  One that is a collection already is opened again; a new one is made.
+        The folder.  One that is a collection already is opened again; else it becomes one, and what lies there stays.
     var_key
         Column of var to match the stores' genes by; by default their names.
     threads, check, chunk_cache_bytes
@@ -89,18 +88,17 @@ class SingleCellCollection:
         check: Check = "first",
         chunk_cache_bytes: str | int = "64MB",
     ) -> None:
-        self.data_path = Path(os.path.abspath(os.path.expanduser(data_path)))
+        self.data_path = data_path
+        self._folder = Path(os.path.abspath(os.path.expanduser(data_path)))
         self.var_key = var_key
         self._options: dict[str, Any] = {"threads": threads, "check": check, "chunk_cache_bytes": chunk_cache_bytes}
         self._datasets: dict[str, SingleCellZarrDataset] = {}
         self._sources: dict[str, str] = {}  # the file that each was made from
         self._forget()
-        if (self.data_path / MANIFEST).exists():
+        if (self._folder / MANIFEST).exists():
             self._reopen()
-        elif self.data_path.is_dir() and any(self.data_path.iterdir()):
-            raise StoreExistsError(f"{self.data_path} holds other files and is no collection; choose a new folder")
         else:
-            self.data_path.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._save()
 
     # ---- what it holds
@@ -149,7 +147,7 @@ class SingleCellCollection:
         return f"{type(self).__name__}({str(self.data_path)!r}: {len(self._datasets)} datasets, {self.n_obs} rows)"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (type(self), self.data_path, {"var_key": self.var_key, **self._options})
+        return _reopen, (type(self), self._folder, {"var_key": self.var_key, **self._options})
 
     def number_of_rows(self) -> int:
         """Number of rows of all stores."""
@@ -208,7 +206,7 @@ class SingleCellCollection:
         """
         source = Path(os.path.abspath(os.path.expanduser(h5ad_path)))
         name = self._names([source], source.parent)[source]
-        self._convert(source, self.data_path / name, conversion)
+        self._convert(source, self._folder / name, conversion)
         self._add({name: source})
 
     def load_h5ad_multi(
@@ -239,7 +237,7 @@ class SingleCellCollection:
             A file cannot be converted; its error is the cause.  The others are converted and in the collection.
         """
         folder = Path(os.path.abspath(os.path.expanduser(directory_path)))
-        files = sorted(path for path in folder.rglob("*.h5ad") if self.data_path not in path.parents)
+        files = sorted(path for path in folder.rglob("*.h5ad") if self._folder not in path.parents)
         if not files:
             raise StoreNotFoundError(f"There a no h5ad files in {directory_path}.")
         names = self._names(files, folder)
@@ -247,7 +245,7 @@ class SingleCellCollection:
         options = {"workers": 1, "progress": False, **conversion} if at_once > 1 else {"progress": False, **conversion}
         done, failed = dict[str, Path](), list[tuple[Path, Exception]]()
         with _executor(at_once, use_processes) as pool:
-            jobs = {path: pool.submit(self._convert, path, self.data_path / names[path], options) for path in files}
+            jobs = {path: pool.submit(self._convert, path, self._folder / names[path], options) for path in files}
             try:
                 for path, job in jobs.items():
                     try:
@@ -291,7 +289,7 @@ class SingleCellCollection:
 
     def _add(self, made: Mapping[str, Path]) -> None:
         for name, source in made.items():
-            self._datasets[name] = self._open_dataset(self.data_path / name)
+            self._datasets[name] = self._open_dataset(self._folder / name)
             self._sources[name] = str(source)
         self._forget()
         self._save()
@@ -388,22 +386,22 @@ class SingleCellCollection:
 
     def destroy(self) -> None:
         """Remove the datasets and everything else the collection has written; the folder too, if nothing else is in it."""
-        (self.data_path / MANIFEST).unlink(missing_ok=True)
+        (self._folder / MANIFEST).unlink(missing_ok=True)
         for name in self._datasets:
-            shutil.rmtree(self.data_path / name)
+            shutil.rmtree(self._folder / name)
         self._datasets, self._sources = {}, {}
         self._forget()
-        if not any(self.data_path.iterdir()):
-            self.data_path.rmdir()
+        if not any(self._folder.iterdir()):
+            self._folder.rmdir()
 
     def _require_outside(self, output_path: str | os.PathLike[str]) -> None:
         if not self._datasets:
             raise OptionError("the collection holds no dataset to flatten; load H5AD files first")
         target = Path(os.path.realpath(os.path.expanduser(output_path)))
-        stores = [Path(os.path.realpath(self.data_path / name)) for name in self._datasets]
+        stores = [Path(os.path.realpath(self._folder / name)) for name in self._datasets]
         inside = [store for store in stores if target == store or store in target.parents]
-        if inside or target == Path(os.path.realpath(self.data_path)):
-            where = inside[0] if inside else self.data_path
+        if inside or target == Path(os.path.realpath(self._folder)):
+            where = inside[0] if inside else self._folder
             raise OptionError(f"{output_path} is {where} or lies in it, which belongs to the collection; choose another place")
 
     def _flat_options(self) -> dict[str, Any]:
@@ -471,10 +469,10 @@ class SingleCellCollection:
 
         listed = [{"name": name, "source": self._sources[name]} for name in self._datasets]
         content = json.dumps({"version": MANIFEST_VERSION, "datasets": listed}, indent=1)
-        replace_file(self.data_path / MANIFEST, content.encode())
+        replace_file(self._folder / MANIFEST, content.encode())
 
     def _reopen(self) -> None:
-        path = self.data_path / MANIFEST
+        path = self._folder / MANIFEST
         try:
             found = json.loads(path.read_bytes())
             version = found["version"]
@@ -486,7 +484,7 @@ class SingleCellCollection:
         for name, source in listed:
             if not name or name in (".", "..") or os.sep in name or "/" in name:
                 raise CorruptStoreError(f"{path} names a dataset {name!r}, which is no folder of the collection")
-            self._datasets[name] = self._open_dataset(self.data_path / name)
+            self._datasets[name] = self._open_dataset(self._folder / name)
             self._sources[name] = source
 
 

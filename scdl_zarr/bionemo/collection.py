@@ -1,41 +1,39 @@
-"""SCDL's collection of datasets, flattened in one pass from their files."""
+"""SCDL's collection of datasets, thin over :class:`scdl_zarr.SingleCellCollection`."""
 
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from scdl_zarr.bionemo.dataset import SingleCellMemMapDataset
-from scdl_zarr.bionemo.making import convert_files, files_under, is_unfinished
+from scdl_zarr.bionemo.making import BOTH_GIVEN, TOLERANCE, convert_files, is_unfinished
 from scdl_zarr.bionemo.names import common_dtype
-from scdl_zarr.errors import OptionError, StoreExistsError
+from scdl_zarr.collection import SingleCellCollection as Collection
+from scdl_zarr.errors import StoreExistsError
 
 __all__ = ["SingleCellCollection"]
 
 
-class SingleCellCollection:
+class SingleCellCollection(Collection):
     """Several datasets under one folder, made from H5AD files, and flattened into one store.
 
-    Attributes
-    ----------
-    fname_to_mmap : dict
-        Path of each dataset to the dataset.
+    Unlike SCDL's it can be opened again and be read by rows, in the genes of all datasets united.
     """
 
     def __init__(self, data_path: str | os.PathLike[str]) -> None:
-        self.data_path = data_path
-        self.fname_to_mmap: dict[Path, SingleCellMemMapDataset] = {}
-        self._sources: dict[Path, tuple[Path, bool]] = {}  # of each dataset: its file, and whether X was taken
-        Path(data_path).mkdir(parents=True, exist_ok=True)
+        super().__init__(data_path)
 
-    def version(self) -> str:
-        """Version of the installed scdl-zarr."""
-        from scdl_zarr import __version__
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.data_path,)
 
-        return __version__
+    @property
+    def fname_to_mmap(self) -> dict[Path, SingleCellMemMapDataset]:
+        """Path of each dataset to the dataset."""
+        return {Path(self.data_path) / name: data for name, data in self._datasets.items()}  # type: ignore[misc]
 
-    def load_h5ad(
+    def load_h5ad(  # type: ignore[override]  # SCDL's arguments
         self,
         h5ad_path: str | os.PathLike[str],
         paginated_load_cutoff: int = 10_000,
@@ -43,14 +41,14 @@ class SingleCellCollection:
         use_X_not_raw: bool = False,  # noqa: N803
     ) -> None:
         """Convert a file into a dataset named after it."""
-        sizes = (paginated_load_cutoff, load_block_row_size)
-        self._load(Path(h5ad_path), Path(h5ad_path).stem, None, use_X_not_raw, *sizes)
+        sizes = {"paginated_load_cutoff": paginated_load_cutoff, "load_block_row_size": load_block_row_size}
+        super().load_h5ad(h5ad_path, use_X_not_raw=use_X_not_raw, **sizes)
 
-    def load_h5ad_multi(
+    def load_h5ad_multi(  # type: ignore[override]  # SCDL's arguments
         self,
         directory_path: str | os.PathLike[str],
-        max_workers: int = 5,  # noqa: ARG002
-        use_processes: bool = False,  # noqa: ARG002
+        max_workers: int = 5,
+        use_processes: bool = False,
         data_dtype: str | None = None,
         paginated_load_cutoff: int = 10_000,
         load_block_row_size: int = 1_000_000,
@@ -58,84 +56,46 @@ class SingleCellCollection:
     ) -> None:
         """Convert every ``*.h5ad`` under a folder, in the order of their paths.
 
-        Files of one name in different folders become datasets in such folders.  One conversion uses all cores, so that
-        `max_workers` and `use_processes` are without effect.
+        Files of one name in different folders become datasets named after both.
         """
-        failed: list[tuple[Path, Exception]] = []
-        files = files_under(directory_path)
-        stems = [path.stem for path in files]
-        for path in files:
-            own = path.relative_to(directory_path).with_suffix("").as_posix()
-            try:
-                name = own if stems.count(path.stem) > 1 else path.stem
-                self._load(path, name, data_dtype, use_X_not_raw, paginated_load_cutoff, load_block_row_size)
-            except Exception as error:
-                failed.append((path, error))
-        if failed:
-            raise RuntimeError(f"Error in processing file {failed[0][0]}: {failed[0][1]}") from failed[0][1]
+        options = {
+            "data_dtype": data_dtype,
+            "use_X_not_raw": use_X_not_raw,
+            "paginated_load_cutoff": paginated_load_cutoff,
+            "load_block_row_size": load_block_row_size,
+        }
+        super().load_h5ad_multi(directory_path, max_workers, use_processes, **options)
 
-    def _load(self, source: Path, name: str, dtype: str | None, x: bool, cutoff: int, rows: int) -> None:
-        target = Path(self.data_path) / name
-        data = SingleCellMemMapDataset(
-            target, source, data_dtype=dtype, use_X_not_raw=x, paginated_load_cutoff=cutoff, load_block_row_size=rows
-        )
-        self.fname_to_mmap[target] = data
-        self._sources[target] = (source, x)
-
-    def number_of_rows(self) -> int:
-        """Rows of all datasets."""
-        return sum(data.number_of_rows() for data in self.fname_to_mmap.values())
-
-    def number_of_values(self) -> int:
-        """Rows times genes of all datasets."""
-        return sum(data.number_of_values() for data in self.fname_to_mmap.values())
-
-    def number_nonzero_values(self) -> int:
-        """Stored values of all datasets."""
-        return sum(data.number_nonzero_values() for data in self.fname_to_mmap.values())
-
-    def number_of_variables(self) -> list[int]:
-        """Genes of each run of rows with one var table; ``[0]`` if there is none."""
-        found, last = list[int](), None
-        for data in self.fname_to_mmap.values():
-            for block, n in enumerate(data.blocks.n_vars_per_block()):
-                table = data.blocks.var(block)
-                if last is None or not table.equals(last):
-                    found.append(n)
-                last = table
-        return found or [0]
-
-    def shape(self) -> tuple[int, list[int]]:
-        """``(number_of_rows(), number_of_variables())``."""
-        return self.number_of_rows(), self.number_of_variables()
-
-    def sparsity(self) -> float:
-        """Share of values that are not stored; 0.0 where there are none at all."""
-        values = self.number_of_values()
-        return (values - self.number_nonzero_values()) / values if values else 0.0
-
-    def flatten(
+    def flatten(  # type: ignore[override]  # SCDL's gives nothing back
         self,
         output_path: str | os.PathLike[str],
         destroy_on_copy: bool = False,
         extend_copy_size: int = 10 * 1_024 * 1_024,  # noqa: ARG002 (nothing is copied)
     ) -> None:
-        """Make one store of all files, straight from them; with `destroy_on_copy` the datasets go once it is complete.
+        """Make one store of all datasets; with `destroy_on_copy` the collection goes once it is complete.
 
         Dtypes of one family give the widest; integers and floats together are an error.
         """
-        if not self._sources:
-            raise OptionError("the collection holds no dataset to flatten; load H5AD files first")
+        self._require_outside(output_path)
         if os.path.exists(output_path) and not is_unfinished(output_path):
             raise StoreExistsError(f"{output_path} exists; choose another output path")
         dtype = common_dtype([data.dtypes["data.npy"] for data in self.fname_to_mmap.values()])
-        tolerance = max(data.data_dtype_tolerance for data in self.fname_to_mmap.values())
-        convert_files(dict(self._sources.values()), output_path, dtype, tolerance)
-        if destroy_on_copy:
-            folder = Path(self.data_path)
-            for path in self.fname_to_mmap:
-                shutil.rmtree(path)
-                for parent in path.parents[: len(path.relative_to(folder).parts)]:  # up to the collection's own folder
-                    if not any(parent.iterdir()):
-                        parent.rmdir()
-            self.fname_to_mmap, self._sources = {}, {}
+        super().flatten(output_path, destroy_on_copy, dtype=dtype)
+
+    # ---- inside
+
+    @staticmethod
+    def _convert(source: Path, target: Path, options: dict[str, Any]) -> None:
+        if not source.exists():
+            raise FileNotFoundError(f"Error: could not find h5ad path {source}")
+        chosen = {"data_dtype": None, **options}
+        convert_files({source: chosen["use_X_not_raw"]}, target, chosen["data_dtype"], TOLERANCE, workers=chosen.get("workers"))
+
+    def _names(self, files: Iterable[Path], folder: Path) -> dict[Path, str]:
+        files = list(files)
+        if {str(path) for path in files} & set(self._sources.values()):
+            raise StoreExistsError(BOTH_GIVEN)
+        return super()._names(files, folder)
+
+    def _open_dataset(self, path: Path) -> SingleCellMemMapDataset:
+        return SingleCellMemMapDataset(path)

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.bionemo.features import ObservedFeatureIndex, VariableFeatureIndex
-from scdl_zarr.bionemo.making import ALLOCATED, allocate, convert_files, is_unfinished, neighbors_there, warn_of_loss
+from scdl_zarr.bionemo.making import (
+    ALLOCATED,
+    BOTH_GIVEN,
+    TOLERANCE,
+    allocate,
+    convert_files,
+    is_unfinished,
+    join_stores,
+    neighbors_there,
+    warn_of_loss,
+)
 from scdl_zarr.bionemo.names import (
     FLOAT_ORDER,
     INT_ORDER,
     Mode,
     NeighborSamplingStrategy,
+    common_dtype,
     smallest_uint,
     storable_dtype,
     strategy_named,
 )
 from scdl_zarr.dataset import SingleCellZarrDataset
-from scdl_zarr.errors import InexactValueError, OptionError, StoreExistsError
+from scdl_zarr.errors import InexactValueError, OptionError, StoreExistsError, StoreNotFoundError
 from scdl_zarr.loading.collate import RowList
 from scdl_zarr.reading.batch import RowBatch, import_torch
 from scdl_zarr.reading.csr import value_dtype
 from scdl_zarr.reading.local_genes import LocalGenes
+from scdl_zarr.storage.location import locate
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SingleCellMemMapDataset"]
 
+NEIGHBOR_KEY = "next_cell_ids"  # SCDL's default
 Row = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 
 
@@ -83,14 +98,15 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
         var_feature_index_name: str = "var_feature_id",
         obs_feature_index_name: str = "obs_feature_id",
         load_neighbors: bool = False,
-        neighbor_key: str = "next_cell_ids",
+        neighbor_key: str = NEIGHBOR_KEY,
         neighbor_sampling_strategy: NeighborSamplingStrategy | str = NeighborSamplingStrategy.RANDOM,
         fallback_to_identity: bool = True,
         data_dtype: str | None = None,
-        data_dtype_tolerance: float = 1e-08,
+        data_dtype_tolerance: float = TOLERANCE,
         use_X_not_raw: bool = False,  # noqa: N803 (SCDL's spelling)
     ) -> None:
         storable_dtype("float32" if data_dtype is None else data_dtype)
+        self._asked_dtype = data_dtype
         self.data_path = data_path
         self.mode = Mode(mode)
         self.paginated_load_cutoff, self.load_block_row_size = paginated_load_cutoff, load_block_row_size
@@ -106,10 +122,7 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
         if self.mode == Mode.CREATE_APPEND and exists:
             raise StoreExistsError(f"Output directory already exists: {data_path}")
         if h5ad_path is not None and exists and not is_unfinished(data_path):
-            raise StoreExistsError(
-                "Invalid input; both an existing SCMMAP and an h5ad file were passed. "
-                "Please pass either an existing SCMMAP or an h5ad file."
-            )
+            raise StoreExistsError(BOTH_GIVEN)
         if h5ad_path is None and not exists:
             if not (isinstance(num_rows, int) and isinstance(num_elements, int)):
                 raise OptionError("An np.memmap path, an h5ad path, or the number of elements and rows is required")
@@ -195,8 +208,65 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
             exact, difference = exact_fallback(values, np.dtype(wanted))
             warn_of_loss(difference, exact)
             super().cast_data_to_dtype(exact)
-        if self._neighbors is not None:  # those of the store that is there now
-            self._neighbors = self._find_neighbors(asked_before=True)
+        self._open_anew()
+
+    def load_h5ad(self, anndata_path: str | os.PathLike[str]) -> None:
+        """Convert a file into the store of this object, which must hold no rows yet."""
+        if not os.path.exists(anndata_path):
+            raise FileNotFoundError(f"Error: could not find h5ad path {anndata_path}")
+        if self.number_of_rows():
+            raise StoreExistsError(f"{self.data_path} holds {self.n_obs} rows; concat adds those of another dataset")
+        neighbors = neighbors_there(anndata_path, self.neighbor_key) if self.load_neighbors else ()
+        convert_files(
+            {anndata_path: self.use_X_not_raw},
+            self.data_path,
+            self._asked_dtype,
+            self.data_dtype_tolerance,
+            obsp=neighbors,
+            overwrite=True,
+        )
+        self._open_anew()
+
+    def load(self, stored_path: str | os.PathLike[str]) -> None:
+        """Open another store; this object is then that."""
+        if not os.path.exists(stored_path):
+            raise StoreNotFoundError(f"The path {stored_path} does not exist.")
+        self.data_path = stored_path
+        self._location = locate(stored_path)
+        self._open_anew()
+
+    def concat(
+        self,
+        other_dataset: SingleCellMemMapDataset | list[SingleCellMemMapDataset],
+        extend_copy_size: int = 10 * 1_024 * 1_024,  # noqa: ARG002 (nothing is copied)
+        output_path: str | os.PathLike[str] | None = None,
+        destroy_on_copy: bool = False,
+    ) -> None:
+        """Append the rows of other datasets to this one's store, or to a new store, which this object is then.
+
+        Values are stored in the widest dtype of the datasets'; integers and floats together are an error.  The store of before
+        or that of after is there at any moment.  With `destroy_on_copy` the others' stores are removed once that is done, and
+        this one's own where a new one took its place.
+        """
+        others = other_dataset if isinstance(other_dataset, list) else [other_dataset]
+        if not all(isinstance(other, SingleCellMemMapDataset) for other in others):
+            raise OptionError(
+                f"Expecting either a {SingleCellMemMapDataset} or a list thereof. Actually got: {type(other_dataset)}"
+            )
+        if output_path is not None and os.path.exists(output_path) and not is_unfinished(output_path):
+            raise StoreExistsError(f"{output_path} exists; choose another output path")
+        if not others:
+            return
+        dtype = common_dtype([data.dtypes["data.npy"] for data in (self, *others)])
+        before = Path(self.path)
+        join_stores(self, [other.path for other in others], dtype, output_path)
+        if output_path is not None:
+            self.data_path = output_path
+            self._location = locate(output_path)
+        self._open_anew()
+        if destroy_on_copy:
+            for path in {before, *(Path(other.path) for other in others)} - {Path(self.path)}:
+                shutil.rmtree(path)
 
     # ---- rows
 
@@ -210,10 +280,13 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
     ) -> tuple[Row, list[Any] | None, list[Any] | None]:
         """``((values, columns), var features, obs features)``: columns are genes of the row's own source."""
         row = self._one_row(index)
-        batch = self._local_rows(np.array([row], np.int64))
+        if self._genes.keeps(row):
+            values, ids = self._reader(None).read_one(row, self._value_dtype)
+        else:
+            values, ids = self._local_rows(np.array([row], np.int64))[0]
         var = self._var_index.lookup(row, var_feature_names)[0] if return_var_features else None
         obs = self._obs_index.lookup(row, obs_feature_names)[0] if return_obs_features else None
-        return (batch.data, batch.indices.astype(self._column_dtype)), var, obs
+        return (values, ids.astype(self._column_dtype)), var, obs
 
     def get_row_padded(
         self,
@@ -237,7 +310,7 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
         found = values[columns == column]
         if not len(found):
             return 0.0 if impute_missing_zeros else None
-        return found[0] if len(found) == 1 else found.sum(dtype=found.dtype)
+        return found[0] if len(found) == 1 else found.sum()  # in the widest dtype of its kind
 
     def __getitem__(self, index: SupportsIndex) -> torch.Tensor:
         """One row as a tensor of shape (2, stored values), in the dtype that NumPy gives values and columns together."""
@@ -349,6 +422,12 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
         self._var_index = VariableFeatureIndex(self, self.var_feature_index_name)
         self._obs_index = ObservedFeatureIndex(self, self.obs_feature_index_name)
 
+    def _open_anew(self) -> None:
+        """Read the store that lies there now."""
+        self._open()
+        if self.load_neighbors:
+            self._neighbors = self._find_neighbors(asked_before=True)
+
     @property
     def _column_dtype(self) -> np.dtype[Any]:
         """The smallest dtype that holds every column id of every block."""
@@ -395,6 +474,8 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
         there = self.obsp
         key = there[0] if len(there) == 1 else self.neighbor_key
         if key in there:
+            if key != self.neighbor_key != NEIGHBOR_KEY:
+                warnings.warn(f"Neighbor key '{self.neighbor_key}' is not there; those of '{key}' are taken", stacklevel=3)
             return self.neighbors(key)
         if not asked_before:
             warnings.warn("Neighbor loading was requested but neighbor files are missing", stacklevel=3)

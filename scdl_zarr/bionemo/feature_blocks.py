@@ -201,7 +201,7 @@ class _Labels:
             sources = self._data.sources
             self._found = np.cumsum(sources["n_obs"].to_numpy()), sources["name"].to_numpy()
         stops, names = self._found
-        return str(names[int(np.searchsorted(stops, row, side="right"))])
+        return str(names[int(np.searchsorted(stops, row, side="right"))]) if len(names) else self._data.path
 
 
 def table_length(table: Mapping[str, Any]) -> int:
@@ -289,6 +289,6 @@ def plain_values(values: Any) -> Array:
         return np.asarray(values.to_numpy(dtype=np.float64, na_value=np.nan))
     if isinstance(values, pd.Categorical):
         return np.asarray(values)
-    found = np.asarray(values, dtype=object)
+    found = np.array(values, dtype=object)  # a copy: the column is kept
     found[np.asarray(pd.isna(found))] = None
     return found

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,8 +15,26 @@ from scdl_zarr.bionemo.names import storable_dtype
 from scdl_zarr.errors import InexactValueError, OptionError, StoreExistsError
 from scdl_zarr.storage.schema import BUILD_FOLDER
 
-__all__ = ["ALLOCATED", "allocate", "convert_files", "files_under", "is_unfinished", "neighbors_there", "warn_of_loss"]
+if TYPE_CHECKING:
+    from scdl_zarr.dataset import SingleCellZarrDataset
 
+__all__ = [
+    "ALLOCATED",
+    "BOTH_GIVEN",
+    "TOLERANCE",
+    "allocate",
+    "convert_files",
+    "files_under",
+    "is_unfinished",
+    "join_stores",
+    "neighbors_there",
+    "warn_of_loss",
+]
+
+BOTH_GIVEN = (
+    "Invalid input; both an existing SCMMAP and an h5ad file were passed. Please pass either an existing SCMMAP or an h5ad file."
+)
+TOLERANCE = 1e-08  # how much a value may change in a dtype that was asked for, by default
 ALLOCATED = "allocated-by-number.h5ad"  # names the source of a store that was made from no file
 
 
@@ -28,6 +46,7 @@ def convert_files(
     *,
     obsp: Sequence[str] = (),
     workers: int | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Convert files (each with whether X is taken and not raw.X) into one store, in SCDL's dtype if every value survives that."""
     from scdl_zarr.conversion.execution import run_conversion
@@ -43,6 +62,7 @@ def convert_files(
         "matrix": {spec.path: "raw" if key == "raw/X" else key for spec, key in keys.items()},
         "obsp": obsp,
         "workers": workers,
+        "overwrite": overwrite,
         "progress": False,
     }
     try:
@@ -83,6 +103,22 @@ def _warn_of_a_dtype_that_is_not_stored(keys: Mapping[Any, str], asked: np.dtype
     difference = exact_fallback(source_values(keys), asked)[1]
     if not difference <= tolerance:
         warn_of_loss(difference, np.dtype(stored))
+
+
+def join_stores(
+    first: SingleCellZarrDataset, others: Sequence[str], dtype: str, output_path: str | os.PathLike[str] | None
+) -> None:
+    """Append stores to the first one, or make a new one of all.  Cells without neighbours in their own store have none."""
+    from scdl_zarr.conversion.append import append_sources
+    from scdl_zarr.conversion.execution import run_conversion
+    from scdl_zarr.conversion.plan import ConversionOptions
+
+    options: dict[str, Any] = {"dtype": dtype, "progress": False, "obsp_missing": "empty"}
+    if output_path is None:
+        append_sources(first._location, list(others), options, repeat=True)
+    else:
+        kept = {"profile": first.metadata.get("profile", "fast"), "obsp": first.obsp, **options}
+        run_conversion([first.path, *others], output_path, ConversionOptions(**kept))
 
 
 def _check_matrix(spec: Any, key: str) -> None:

@@ -61,13 +61,17 @@ FLOAT32_INTEGERS = 1 << 24
 _NOT_OURS = "was not made by a conversion; convert it into a new store together with the new sources"
 
 
-def append_sources(location: StoreLocation, sources: Any, overrides: Mapping[str, Any]) -> ConversionSummary:
+def append_sources(
+    location: StoreLocation, sources: Any, overrides: Mapping[str, Any], *, repeat: bool = False
+) -> ConversionSummary:
     """Append sources to a store of ours, with the options it was made with.
 
     Parameters
     ----------
     overrides
         Options that are others now: ``matrix`` (of the new sources), ``dtype``, ``memory_budget``, ``workers``, ``progress``.
+    repeat
+        Append sources that are the last that were appended once more, rather than take that for the same call made again.
 
     Raises
     ------
@@ -93,7 +97,7 @@ def append_sources(location: StoreLocation, sources: Any, overrides: Mapping[str
                 survey = survey_sources([*base.specs, *new], options)
                 base.require_same_genes(survey)
                 digest = digest_of(survey.digests[len(base.specs) :])
-                if base.appended[-1:] == [digest]:
+                if base.appended[-1:] == [digest] and not repeat:
                     shutil.rmtree(replacement_path(root), ignore_errors=True)  # the old store, if that run was killed late
                     return summarize(root, survey, 0.0, None)
                 record = base.record(survey, options, digest)

@@ -34,6 +34,7 @@ class ConversionOptions:
     layers: Sequence[str] = ()
     obsm: Sequence[str] = ()
     obsp: Sequence[str] = ()
+    obsp_missing: str = "error"  # "empty": the cells of a source without it have no neighbours
     var_key: str | None = None
     dtype: Any = "auto"
     dtype_tolerance: float = 0.0
@@ -90,7 +91,7 @@ class ConversionOptions:
 
     def content(self) -> dict[str, Any]:
         """The options that decide what the store holds, as they are recorded in it."""
-        skip = {"memory_budget", "workers", "resume", "overwrite", "progress"}
+        skip = {"memory_budget", "workers", "resume", "overwrite", "progress", "obsp_missing"}
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
         chosen["layers"], chosen["obsm"], chosen["obsp"] = list(self.layers), list(self.obsm), list(self.obsp)
         chosen["chunk_values"], chosen["shard_values"] = self.chunk, self.shard

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from scdl_zarr.conversion.encode import ShardEncoder
 from scdl_zarr.conversion.kernels import map_rows, sort_rows
 from scdl_zarr.conversion.plan import PIECE_VALUES, Part, ShardTask
-from scdl_zarr.conversion.sources import MatrixReader, open_source
+from scdl_zarr.conversion.sources import MatrixReader, open_source, read_matrix
 from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.stopping import refuse_if_stopped
 from scdl_zarr.conversion.values import COMPILED_IDS, ValueStats, narrow, surely_exact, take_values
@@ -76,7 +76,7 @@ def _write_pointers(task: ShardTask) -> ShardResult:
         done = task.start
         for part in task.parts:
             with open_source(part.spec) as source:
-                matrix = source.matrix(part.key)
+                matrix = read_matrix(source, part.key, part.row_stop)
                 for row in range(part.row_start, part.row_stop, layout.chunk):
                     pointers = matrix.indptr(row, min(row + layout.chunk, part.row_stop)) + part.value_start
                     encoder.add(pointers.astype(layout.dtype))

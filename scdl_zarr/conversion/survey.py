@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan, SourceMatrix, border_elements, cut_shards
 from scdl_zarr.conversion.sources import (
+    EmptyMatrix,
     MatrixHeader,
     MatrixReader,
     Provenance,
@@ -21,6 +22,7 @@ from scdl_zarr.conversion.sources import (
     SourceSpec,
     describe_path,
     open_source,
+    read_matrix,
 )
 from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.values import choose_dtype, value_stats
@@ -116,7 +118,7 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
             for layer in options.layers:
                 found[f"layers/{layer}"].append(_layer_header(source, layer, matrix.header, var))
             for name in options.obsp:
-                found[f"obsp/{name}"].append(_obsp_header(source, name, matrix.header.n_obs))
+                found[f"obsp/{name}"].append(_obsp_header(source, name, matrix.header.n_obs, options.obsp_missing))
             for name in options.obsm:
                 obsm[name].append(_obsm(source, name, matrix.header.n_obs))
             left_out.append(_left_out(source, key, options))
@@ -233,9 +235,11 @@ def _layer_header(source: Source, layer: str, main: MatrixHeader, var: pd.DataFr
     return header
 
 
-def _obsp_header(source: Source, name: str, n_obs: int) -> MatrixHeader:
+def _obsp_header(source: Source, name: str, n_obs: int, missing: str) -> MatrixHeader:
     path = f"obsp/{name}"
     if path not in source.others():
+        if missing == "empty":
+            return EmptyMatrix.of(n_obs, n_obs).header
         listed = ", ".join(p.removeprefix("obsp/") for p in source.others() if p.startswith("obsp/")) or "none"
         raise SourceError(f"{source.spec.path} has no obsp {name!r}; it has: {listed}")
     header = source.matrix(path).header
@@ -339,7 +343,7 @@ def _plan_matrices(
         for source, digest in zip(sources, digests, strict=True):
             with open_source(source.spec) as opened:
                 wanted = border_elements(source, options.shard)
-                matrix = opened.matrix(source.header.key)
+                matrix = read_matrix(opened, source.header.key, source.header.n_obs)
                 rows, row = scan_pointers(matrix, wanted, source.spec, digest)
                 _sample_values(matrix, digest)
             borders.append(rows)

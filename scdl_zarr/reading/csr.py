@@ -111,12 +111,13 @@ class CsrReader:
         self._read_before = True
         return batch
 
-    def read_one(self, row: int) -> Row:
+    def read_one(self, row: int, dtype: np.dtype[Any] | None = None) -> Row:
         """Values and ids of one row (a number already checked), as new arrays."""
-        columns = self._columns
-        if self._read_before and columns is not None and columns.row is not None:
-            return columns.row(row, self._dtype, self._id_dtype)
-        batch = self.read(np.array([row], np.int64))
+        columns, wanted = self._columns, self._dtype if dtype is None else dtype
+        direct = wanted is self._dtype or wanted == self.layout.data_dtype
+        if self._read_before and direct and columns is not None and columns.row is not None:
+            return columns.row(row, wanted, self._id_dtype)
+        batch = self.read(np.array([row], np.int64), dtype)
         return batch.data, batch.indices
 
     def read_pair(self, row: int) -> npt.NDArray[Any]:

@@ -24,6 +24,10 @@ class LocalGenes:
         self._known: Recent[int, tuple[Int64Array, bool] | None] = Recent(KEPT_BLOCKS)
         self._unsorted: Int64Array | None = None
 
+    def keeps(self, row: int) -> bool:
+        """Whether a row has in its source the ids, and so the order, that it has in the store."""
+        return self._known.get(self._blocks.block_of(row) if len(self._blocks) > 1 else 0, self._map) is None
+
     def localized(self, batch: RowBatch) -> RowBatch:
         """The batch, its ids and the order within its rows changed in place."""
         blocks = [self._blocks.block_of(row) for row in batch.rows.tolist()] if len(self._blocks) > 1 else [0] * len(batch)

@@ -11,10 +11,8 @@ import pytest
 
 from tests.scdl_facts import cells
 from tests.scdl_facts.cells import NEIGHBORS, ROWS, Rows, dataset, genes, plain, raw_h5ad
-from tests.scdl_facts.which import CONCAT_PENDING, OURS, SingleCellMemMapDataset, differs, either
+from tests.scdl_facts.which import OURS, SingleCellMemMapDataset, differs, either
 from tests.toys import csr
-
-pytestmark = CONCAT_PENDING
 
 FIRST: Rows = [([1, 2], [0, 2]), ([], [])]
 SECOND: Rows = [([3], [1]), ([5, 4], [2, 0])]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.scdl_facts.cells import ROWS, Rows, dataset, plain
-from tests.scdl_facts.which import LOAD_PENDING, OURS, SingleCellMemMapDataset, differs, either
+from tests.scdl_facts.which import OURS, SingleCellMemMapDataset, differs, either
 
 
 def rows_of(data: Any) -> Rows:
@@ -40,7 +40,6 @@ def test_what_was_made_can_be_opened_without_saving(h5ad: Path, tmp_path: Path) 
     assert rows_of(SingleCellMemMapDataset(tmp_path / "s")) == ROWS
 
 
-@LOAD_PENDING
 def test_a_file_loaded_into_what_is_there(h5ad: Path, tmp_path: Path) -> None:
     """1.4 load_h5ad: an object of rows made by number takes a file; the argument is anndata_path."""
     data = SingleCellMemMapDataset(tmp_path / "s", num_rows=2, num_elements=3)
@@ -49,7 +48,6 @@ def test_a_file_loaded_into_what_is_there(h5ad: Path, tmp_path: Path) -> None:
     assert rows_of(SingleCellMemMapDataset(tmp_path / "s")) == ROWS
 
 
-@LOAD_PENDING
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     """1.4 load_h5ad."""
     data = SingleCellMemMapDataset(tmp_path / "s", num_rows=2, num_elements=3)
@@ -57,7 +55,6 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         data.load_h5ad(anndata_path=tmp_path / "nowhere")
 
 
-@LOAD_PENDING
 def test_another_folder_is_opened(h5ad: Path, made: Path, tmp_path: Path) -> None:
     """1.4 load: the object has then what lies there."""
     data = SingleCellMemMapDataset(tmp_path / "s", num_rows=2, num_elements=3)
@@ -65,7 +62,6 @@ def test_another_folder_is_opened(h5ad: Path, made: Path, tmp_path: Path) -> Non
     assert rows_of(data) == ROWS and data.data_path == str(made)
 
 
-@LOAD_PENDING
 def test_a_folder_that_is_not_there(data: Any, tmp_path: Path) -> None:
     """1.4 load."""
     with pytest.raises(FileNotFoundError, match="nowhere"):

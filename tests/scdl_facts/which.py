@@ -17,9 +17,6 @@ from typing import Any
 import pytest
 
 __all__ = [
-    "COLLECTION_PENDING",
-    "CONCAT_PENDING",
-    "LOAD_PENDING",
     "OURS",
     "Mode",
     "NeighborSamplingStrategy",
@@ -72,9 +69,3 @@ main = implemented("main")
 
 differs = pytest.mark.differs
 ours_only = pytest.mark.skipif(not OURS, reason="about scdl-zarr alone")
-# for whoever builds it: take the mark away, everything is said
-CONCAT_PENDING = pytest.mark.skipif(OURS, reason="concat of datasets is not in scdl_zarr.bionemo yet")
-LOAD_PENDING = pytest.mark.skipif(OURS, reason="load and load_h5ad of an object are not in scdl_zarr.bionemo yet")
-COLLECTION_PENDING = pytest.mark.skipif(
-    OURS, reason="whether collections reopen and have rows is not settled in scdl_zarr.bionemo"
-)

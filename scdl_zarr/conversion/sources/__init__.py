@@ -20,7 +20,19 @@ from scdl_zarr.storage.schema import ATTRIBUTE
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["MatrixHeader", "MatrixReader", "Provenance", "Source", "SourceKind", "SourceSpec", "describe_path", "open_source"]
+__all__ = [
+    "ABSENT",
+    "EmptyMatrix",
+    "MatrixHeader",
+    "MatrixReader",
+    "Provenance",
+    "Source",
+    "SourceKind",
+    "SourceSpec",
+    "describe_path",
+    "open_source",
+    "read_matrix",
+]
 
 SourceKind = Literal["h5ad", "anndata-zarr", "scdl", "store"]
 
@@ -75,6 +87,45 @@ class MatrixReader(Protocol):
         self, start: int, stop: int, out: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Values and gene ids of elements [start, stop), in `out` (arrays of that length and the header's dtypes) or new."""
+
+
+ABSENT = ""  # the key of a matrix that a source does not have and that counts as one without values
+
+
+@dataclass(slots=True, kw_only=True)
+class EmptyMatrix:
+    """What is read of a matrix that a source does not have."""
+
+    header: MatrixHeader
+
+    @classmethod
+    def of(cls, n_obs: int, n_vars: int) -> EmptyMatrix:
+        header = MatrixHeader(
+            key=ABSENT,
+            n_obs=n_obs,
+            n_vars=n_vars,
+            nnz=0,
+            dtype=np.dtype(np.float32),
+            index_dtype=np.dtype(np.int32),
+            chunk_bytes=0,
+        )
+        return cls(header=header)
+
+    def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        return np.zeros(stop - start, np.int64)
+
+    def elements(
+        self,
+        start: int,  # noqa: ARG002 (there are none)
+        stop: int,  # noqa: ARG002
+        out: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None,
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        return out or (np.empty(0, self.header.dtype), np.empty(0, self.header.index_dtype))
+
+
+def read_matrix(source: Source, key: str, n_obs: int) -> MatrixReader:
+    """The matrix of a source under a key that a plan names."""
+    return source.matrix(key) if key != ABSENT else EmptyMatrix.of(n_obs, n_obs)
 
 
 class Source(Protocol):
