@@ -299,7 +299,7 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
         """One row as ``(float64 array over the genes of its source, var features, obs features)``."""
         row, var, obs = self.get_row(index, return_var_features, var_feature_names, return_obs_features, obs_feature_names)
         padded = np.zeros(self._var_index.number_vars_at_row(self._one_row(index)))
-        np.add.at(padded, row[1], row[0])
+        np.add.at(padded, row[1].astype(np.intp), row[0].astype(np.float64))  # the dtypes that NumPy adds fast
         return padded, var, obs
 
     def get_row_column(self, index: SupportsIndex, column: int | None, impute_missing_zeros: bool = True) -> Any:
