@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError
-from scdl_zarr.reading.batch import import_torch
+from scdl_zarr.reading.batch import RowBatch, import_torch
 from scdl_zarr.reading.csr import CsrReader
 from scdl_zarr.reading.exactness import sum_groups
 from scdl_zarr.reading.plan import resolve_rows
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from scdl_zarr.loading.collate import RowList
-    from scdl_zarr.reading.batch import Batch, RowBatch
+    from scdl_zarr.reading.batch import Batch
     from scdl_zarr.reading.blocks import Blocks
     from scdl_zarr.reading.csr import Buffers
     from scdl_zarr.reading.neighbors import Missing, Neighbors, Strategy
@@ -481,8 +481,12 @@ class SingleCellZarrDataset:
         """One row as ``(dense array of length n_vars, var features, obs features)``; genes that are not stored are zero."""
         row = self._one_row(index)
         values, ids = self._reader(None).read_one(row)
-        dense = np.zeros(self.n_vars, values.dtype)
-        np.add.at(dense, ids.astype(np.intp), values)  # a gene that is stored twice is summed, as SciPy does
+        if (ids[1:] > ids[:-1]).all():
+            dense = np.zeros(self.n_vars, values.dtype)
+            dense[ids] = values
+        else:  # a gene that is stored twice is summed, as SciPy does
+            whole = np.array([0, len(ids)], np.int64)
+            dense = RowBatch(values, ids, whole, self.n_vars, np.array([row], np.int64)).to_dense()[0]
         var, obs = self._features(row, return_var_features, var_feature_names, return_obs_features, obs_feature_names)
         return dense, var, obs
 

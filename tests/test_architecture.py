@@ -133,6 +133,7 @@ def test_public_names_are_listed_and_sorted(module: str) -> None:
 def test_the_package_has_the_public_names() -> None:
     assert scdl_zarr.__all__ == [
         "RowBatch",
+        "SingleCellCollection",
         "SingleCellZarrDataset",
         "__version__",
         "collate_neighbor_sparse_matrix_batch",

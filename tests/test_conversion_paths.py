@@ -307,7 +307,7 @@ def test_a_cast_makes_what_it_copies_durable(tmp_path: Path, monkeypatch: pytest
         raise OSError("no links here")
 
     monkeypatch.setattr("os.link", no_link)
-    monkeypatch.setattr("scdl_zarr.conversion.recast.sync_file", lambda path: synced.append(path.as_posix()))
+    monkeypatch.setattr("scdl_zarr.conversion.files.sync_file", lambda path: synced.append(path.as_posix()))
     data.cast_data_to_dtype("float64")
     there = [path.relative_to(tmp_path / "s.zarr").as_posix() for path in (tmp_path / "s.zarr").rglob("*") if path.is_file()]
     copied = [path for path in there if not path.endswith("zarr.json") and not path.startswith("X/data/")]

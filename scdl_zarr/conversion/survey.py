@@ -91,7 +91,21 @@ def find_sources(sources: Any) -> list[SourceSpec]:
         raise OptionError(f"listed twice: {', '.join(repeated)}")
     names = [p.name for p in paths]
     common = Path(os.path.commonpath([p.parent for p in paths])) if len(set(names)) < len(names) else None
-    return [spec for p in paths for spec in describe_path(p, p.relative_to(common).as_posix() if common else p.name)]
+    found = [spec for p in paths for spec in describe_path(p, p.relative_to(common).as_posix() if common else p.name)]
+    return _told_apart(found)
+
+
+def _told_apart(specs: list[SourceSpec]) -> list[SourceSpec]:
+    """Stores may be made of files of one name: those are told apart by their stores' names."""
+    paths_of: dict[str, set[str]] = {}
+    for spec in specs:
+        paths_of.setdefault(spec.name, set()).add(spec.path)
+    return [
+        replace(spec, name=f"{Path(spec.path).name}/{spec.name}")
+        if spec.kind == "store" and len(paths_of[spec.name]) > 1
+        else spec
+        for spec in specs
+    ]
 
 
 def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Survey:
@@ -176,7 +190,7 @@ def _choose_matrices(specs: list[SourceSpec], matrix: Any) -> list[str]:
         raise OptionError(f"matrix={matrix!r}; expected a name such as 'X', 'raw' or 'layers/counts', or one per source")
     if matrix != "auto":
         key = _matrix_key(matrix)
-        return ["X" if spec.kind in DECIDED and key == "raw/X" else key for spec in specs]
+        return ["X" if spec.kind == "store" and key == "raw/X" else key for spec in specs]
     has_raw = []
     for spec in files:
         with open_source(spec) as source:

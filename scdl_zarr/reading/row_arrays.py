@@ -118,7 +118,8 @@ class LazyArrays(Mapping[str, Any]):
 
     def _require_rows(self, path: str, shape: Any) -> None:
         if not isinstance(shape, (list, tuple)) or not shape or shape[0] != self._length or isinstance(shape[0], bool):
-            raise CorruptStoreError(f"{self._location}: {path} has shape {shape} for {self._length} cells")
+            shown = tuple(shape) if isinstance(shape, (list, tuple)) else shape
+            raise CorruptStoreError(f"{self._location}: {path} has shape {shown} for {self._length} cells")
 
     def _gather(self, path: str, rows: Int64Array, height: int) -> npt.NDArray[Any]:
         if not len(rows):
