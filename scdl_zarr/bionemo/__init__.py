@@ -6,7 +6,8 @@ changes data is not copied:
 * a ``data_dtype`` that would change values warns in its words, and the narrowest dtype that holds every value is stored;
 * raw.X comes with raw's own genes; a matrix that is not CSR is refused, not read as its transpose;
 * a negative row counts from the end; a gene stored twice in a row is summed where a dense row or one value is asked for;
-* a row's arrays belong to the caller and feature arrays are read-only: nothing is changed through them;
+* a row's arrays belong to the caller and feature arrays are read-only: nothing is changed through them, nor through a dataset's
+  feature index;
 * float16 is stored as float32, which holds all of it: SciPy has no sparse float16;
 * labels are names of files, not paths, which mean nothing elsewhere.
 
