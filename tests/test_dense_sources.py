@@ -284,7 +284,7 @@ def test_a_damaged_chunk_is_found_before_anything_is_written(tmp_path: Path) -> 
     with open(source, "r+b") as raw:
         raw.seek(place + 2)
         raw.write(b"\xff" * 40)
-    with mock.patch.object(dense, "BLOCK_BYTES", 4000), mock.patch("scdl_zarr.conversion.execution._build") as building:
+    with mock.patch.object(dense, "BLOCK_BYTES", 4000), mock.patch("scdl_zarr.conversion.execution.build_store") as building:
         refused(source, tmp_path / "a.zarr", "X: rows 150 to 199", "cannot be read")
     assert not building.called
 

@@ -66,7 +66,8 @@ def convert_files(
         "progress": False,
     }
     try:
-        run_conversion(list(sources), target, ConversionOptions(dtype=wanted, dtype_tolerance=tolerance, **options))
+        chosen = ConversionOptions(dtype=wanted, dtype_tolerance=tolerance, truncate=True, **options)
+        run_conversion(list(sources), target, chosen)
     except (InexactValueError, StoreExistsError) as error:
         from scdl_zarr.conversion.fallback import exact_fallback, source_values
 

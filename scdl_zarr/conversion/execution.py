@@ -143,6 +143,8 @@ def _run_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
         specs = find_sources(sources)
         if any(Path(spec.path) == root or root in Path(spec.path).parents for spec in specs):
             raise OptionError(f"{root} holds a source of this conversion; choose another target")
+        if any(Path(spec.path) in root.parents for spec in specs):
+            raise OptionError(f"{root} lies inside of a source of this conversion; choose another target")
         _require_outside(root)
         restore_interrupted(root)
         taken = _target_state(root, options)

@@ -38,6 +38,7 @@ class ConversionOptions:
     var_key: str | None = None
     dtype: Any = "auto"
     dtype_tolerance: float = 0.0
+    truncate: bool = False  # what the tolerance allows is cut off rather than rounded, as BioNeMo-SCDL does
     width: str = "auto"
     profile: str = "fast"
     chunk_values: int | None = None
@@ -95,6 +96,8 @@ class ConversionOptions:
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
         chosen["layers"], chosen["obsm"], chosen["obsp"] = list(self.layers), list(self.obsm), list(self.obsp)
         chosen["chunk_values"], chosen["shard_values"] = self.chunk, self.shard
+        if not self.truncate:
+            del chosen["truncate"]
         return chosen
 
 
@@ -160,6 +163,7 @@ class ShardTask:
     total: int  # stored values of the whole matrix: what the last row pointer says
     exact_dtype: bool  # the dtype was asked for: a value that does not fit is an error, not a reason to widen
     tolerance: float = 0.0
+    truncate: bool = False
     plan: str = ""  # digest of the whole conversion's plan
 
     @property
@@ -206,6 +210,7 @@ class MatrixPlan:
                 total=self.layout.nnz,
                 exact_dtype=exact,
                 tolerance=options.dtype_tolerance if exact else 0.0,
+                truncate=options.truncate,
                 plan=plan,
             )
         for number in range(indptr.n_shards):

@@ -114,7 +114,7 @@ def _write_values(task: ShardTask) -> ShardResult:
                     stats |= found
                     if not surely_exact(values.dtype, found, data.dtype):
                         _check_values(values[inside], stats, task, part, piece, inside)
-                        narrowed[:] = narrow(values[inside], data.dtype)
+                        narrowed[:] = narrow(values[inside], data.dtype, truncate=task.truncate)
                     data_out.add(narrowed)
                     indices_out.add(mapped[inside])
                     written += len(narrowed)
@@ -248,7 +248,7 @@ def _note_unsorted(
 def _check_values(values: npt.NDArray[Any], stats: ValueStats, task: ShardTask, part: Part, piece: _Piece, inside: slice) -> None:
     """Refuse the first value that does not survive the store's dtype."""
     dtype = task.arrays[0].dtype
-    bad = inexact_positions(values, dtype, task.tolerance)
+    bad = inexact_positions(values, dtype, task.tolerance, truncate=task.truncate)
     if not len(bad):
         return
     if not task.exact_dtype and dtype != np.float64:

@@ -117,9 +117,9 @@ def surely_exact(source: np.dtype[Any], stats: ValueStats, dtype: np.dtype[Any])
     return max(-stats.low, stats.high) <= 1 << (24 if dtype.itemsize == 4 else 53)
 
 
-def narrow(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The values in the store's dtype (what a tolerance allows is rounded to the nearest)."""
-    if dtype.kind in "iu" and values.dtype.kind == "f":
+def narrow(values: npt.NDArray[Any], dtype: np.dtype[Any], *, truncate: bool = False) -> npt.NDArray[Any]:
+    """The values in the store's dtype (what a tolerance allows is rounded to the nearest, or cut off)."""
+    if dtype.kind in "iu" and values.dtype.kind == "f" and not truncate:
         values = np.rint(values)
     return values.astype(dtype, copy=False)
 

@@ -12,8 +12,13 @@ from scdl_zarr.errors import InexactValueError, OptionError
 __all__ = ["cast_exactly", "checked_dtype", "inexact_positions", "sum_groups"]
 
 
-def inexact_positions(values: npt.NDArray[Any], dtype: np.dtype[Any], tolerance: float = 0.0) -> npt.NDArray[np.intp]:
-    """Where `values` would change by more than `tolerance` in `dtype` (with tolerance 0.0: at all, -0.0 and NaN included)."""
+def inexact_positions(
+    values: npt.NDArray[Any], dtype: np.dtype[Any], tolerance: float = 0.0, *, truncate: bool = False
+) -> npt.NDArray[np.intp]:
+    """Where `values` would change by more than `tolerance` in `dtype` (with tolerance 0.0: at all, -0.0 and NaN included).
+
+    Integers are what is nearest, or with `truncate` what is nearest towards zero.
+    """
     with np.errstate(all="ignore"):
         if dtype.kind == "f":
             cast = values.astype(dtype)
@@ -26,7 +31,7 @@ def inexact_positions(values: npt.NDArray[Any], dtype: np.dtype[Any], tolerance:
             return np.flatnonzero([abs(int(c) - int(v)) > tolerance for c, v in zip(cast.tolist(), values.tolist(), strict=True)])
         info = np.iinfo(dtype)
         if values.dtype.kind == "f":
-            whole = np.rint(values)
+            whole = np.trunc(values) if truncate else np.rint(values)
             fits = (whole >= float(info.min)) & (whole < float(info.max) + 1.0) & (np.abs(whole - values) <= tolerance)
             if tolerance == 0.0:
                 fits &= ~((values == 0) & np.signbit(values))

@@ -42,7 +42,7 @@ LONGEST_WAIT_SECONDS = 30.0  # at the interpreter's end
 class _Gate:
     """What daemon threads pass on their way into TensorStore, until it is closed for good.
 
-    Other threads pass as they like: the interpreter waits for them before it ends.
+    Other threads need none: the interpreter waits for them before it ends.
     """
 
     def __init__(self) -> None:
@@ -53,9 +53,6 @@ class _Gate:
 
     @contextmanager
     def passed(self) -> Iterator[None]:
-        if not threading.current_thread().daemon:
-            yield
-            return
         with self._changed:
             while self._closed:  # for ever: the process is about to end
                 self._changed.wait()
@@ -95,14 +92,12 @@ class TensorStoreArray:
         self._gate = gate
 
     def request(self, selection: Selection) -> Callable[[], npt.NDArray[Any]]:
-        with self._gate.passed():
-            future = self._array[selection].read()
-
-        def result() -> npt.NDArray[Any]:
+        if threading.current_thread().daemon:  # in and out again: a request under way must not meet the interpreter's end
             with self._gate.passed():
-                return np.asarray(future.result())
-
-        return result
+                found = np.asarray(self._array[selection].read().result())
+            return lambda: found
+        future = self._array[selection].read()
+        return lambda: np.asarray(future.result())
 
 
 def open_in_tensorstore(location: StoreLocation, nodes: Mapping[str, Mapping[str, Any]], threads: int) -> dict[str, ArrayReader]:
