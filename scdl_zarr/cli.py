@@ -145,7 +145,8 @@ def append(
 ) -> None:
     """Append the rows of further sources to a store.
 
-    The longer store takes the place of the old one when it is complete. An interrupted command goes on when it is run again.
+    The longer store takes the place of the old one when it is complete. An interrupted command goes on when it is run again;
+    run again after it was done, with the same sources, it does nothing.
 
     Example: scdl-zarr append atlas.zarr c.h5ad
     """

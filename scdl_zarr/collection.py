@@ -17,7 +17,7 @@ import operator
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -135,10 +135,10 @@ class SingleCellCollection:
         """The tables of the cells one below the other; missing where a store lacks a column.  All columns are read."""
         import pandas as pd
 
-        from scdl_zarr.conversion.frames import join_frames
+        from scdl_zarr.conversion.frames import as_stored, join_frames
 
         frames = [data.obs.to_pandas() for data in self._datasets.values()]
-        return join_frames(frames) if frames else pd.DataFrame()
+        return as_stored(join_frames(frames)) if frames else pd.DataFrame()
 
     def __len__(self) -> int:
         return self.n_obs
@@ -213,7 +213,7 @@ class SingleCellCollection:
         self,
         directory_path: str | os.PathLike[str],
         max_workers: int = 5,
-        use_processes: bool = False,
+        use_processes: bool = False,  # noqa: ARG002
         **conversion: Any,
     ) -> None:
         """Convert every ``*.h5ad`` under a folder (recursively), in the order of their paths.
@@ -225,7 +225,8 @@ class SingleCellCollection:
         max_workers
             Files that are converted at once, at most one per core.
         use_processes
-            Convert in processes rather than threads.
+            Without effect, for BioNeMo-SCDL's users: threads do it as fast, because a conversion's loops let go of Python's lock,
+            and a script needs no ``if __name__ == "__main__"`` for them.
         conversion
             Keyword arguments of :func:`scdl_zarr.convert`.
 
@@ -244,7 +245,7 @@ class SingleCellCollection:
         at_once = max(1, min(max_workers, usable_cores(), len(files)))
         options = {"workers": 1, "progress": False, **conversion} if at_once > 1 else {"progress": False, **conversion}
         done, failed = dict[str, Path](), list[tuple[Path, Exception]]()
-        with _executor(at_once, use_processes) as pool:
+        with ThreadPoolExecutor(at_once, thread_name_prefix="scdl-zarr-load") as pool:
             jobs = {path: pool.submit(self._convert, path, self._folder / names[path], options) for path in files}
             try:
                 for path, job in jobs.items():
@@ -486,14 +487,6 @@ class SingleCellCollection:
                 raise CorruptStoreError(f"{path} names a dataset {name!r}, which is no folder of the collection")
             self._datasets[name] = self._open_dataset(self._folder / name)
             self._sources[name] = source
-
-
-def _executor(workers: int, use_processes: bool) -> Executor:
-    if not use_processes:
-        return ThreadPoolExecutor(workers, thread_name_prefix="scdl-zarr-load")
-    import multiprocessing
-
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _reopen(kind: type[SingleCellCollection], path: Path, options: dict[str, Any]) -> SingleCellCollection:

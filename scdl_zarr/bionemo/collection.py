@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,8 @@ class SingleCellCollection(Collection):
         use_X_not_raw: bool = False,  # noqa: N803
     ) -> None:
         """Convert a file into a dataset named after it."""
+        if os.path.abspath(os.path.expanduser(h5ad_path)) in self._sources.values():
+            raise StoreExistsError(BOTH_GIVEN)
         sizes = {"paginated_load_cutoff": paginated_load_cutoff, "load_block_row_size": load_block_row_size}
         super().load_h5ad(h5ad_path, use_X_not_raw=use_X_not_raw, **sizes)
 
@@ -90,12 +91,6 @@ class SingleCellCollection(Collection):
             raise FileNotFoundError(f"Error: could not find h5ad path {source}")
         chosen = {"data_dtype": None, **options}
         convert_files({source: chosen["use_X_not_raw"]}, target, chosen["data_dtype"], TOLERANCE, workers=chosen.get("workers"))
-
-    def _names(self, files: Iterable[Path], folder: Path) -> dict[Path, str]:
-        files = list(files)
-        if {str(path) for path in files} & set(self._sources.values()):
-            raise StoreExistsError(BOTH_GIVEN)
-        return super()._names(files, folder)
 
     def _open_dataset(self, path: Path) -> SingleCellMemMapDataset:
         return SingleCellMemMapDataset(path)

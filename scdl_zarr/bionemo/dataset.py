@@ -231,9 +231,13 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
         """Open another store; this object is then that."""
         if not os.path.exists(stored_path):
             raise StoreNotFoundError(f"The path {stored_path} does not exist.")
+        before, self._location = self._location, locate(stored_path)
+        try:
+            self._open_anew()
+        except BaseException:
+            self._location = before
+            raise
         self.data_path = stored_path
-        self._location = locate(stored_path)
-        self._open_anew()
 
     def concat(
         self,
@@ -257,15 +261,18 @@ class SingleCellMemMapDataset(SingleCellZarrDataset):
             raise StoreExistsError(f"{output_path} exists; choose another output path")
         if not others:
             return
+        if any(data._is_allocated for data in (self, *others)):
+            raise OptionError("rows that were only allocated cannot be joined; load an H5AD file into them first")
         dtype = common_dtype([data.dtypes["data.npy"] for data in (self, *others)])
-        before = Path(self.path)
+        before = Path(os.path.realpath(self.path))
         join_stores(self, [other.path for other in others], dtype, output_path)
         if output_path is not None:
             self.data_path = output_path
             self._location = locate(output_path)
         self._open_anew()
         if destroy_on_copy:
-            for path in {before, *(Path(other.path) for other in others)} - {Path(self.path)}:
+            gone = {before, *(Path(os.path.realpath(other.path)) for other in others)} - {Path(os.path.realpath(self.path))}
+            for path in gone:
                 shutil.rmtree(path)
 
     # ---- rows

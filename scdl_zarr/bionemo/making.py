@@ -13,6 +13,8 @@ import numpy as np
 
 from scdl_zarr.bionemo.names import storable_dtype
 from scdl_zarr.errors import InexactValueError, OptionError, StoreExistsError
+from scdl_zarr.storage.foreign import open_metadata
+from scdl_zarr.storage.location import locate
 from scdl_zarr.storage.schema import BUILD_FOLDER
 
 if TYPE_CHECKING:
@@ -109,16 +111,17 @@ def _warn_of_a_dtype_that_is_not_stored(keys: Mapping[Any, str], asked: np.dtype
 def join_stores(
     first: SingleCellZarrDataset, others: Sequence[str], dtype: str, output_path: str | os.PathLike[str] | None
 ) -> None:
-    """Append stores to the first one, or make a new one of all.  Cells without neighbours in their own store have none."""
+    """Append stores to the first one, or make a new one of all.  Neighbours of every key stay; other cells have none there."""
     from scdl_zarr.conversion.append import append_sources
     from scdl_zarr.conversion.execution import run_conversion
     from scdl_zarr.conversion.plan import ConversionOptions
 
-    options: dict[str, Any] = {"dtype": dtype, "progress": False, "obsp_missing": "empty"}
+    keys = dict.fromkeys([*first.obsp, *(name for path in others for name in open_metadata(locate(path)).children("obsp"))])
+    options: dict[str, Any] = {"dtype": dtype, "progress": False, "obsp": list(keys), "obsp_missing": "empty"}
     if output_path is None:
         append_sources(first._location, list(others), options, repeat=True)
     else:
-        kept = {"profile": first.metadata.get("profile", "fast"), "obsp": first.obsp, **options}
+        kept = {"profile": first.metadata.get("profile", "fast"), **options}
         run_conversion([first.path, *others], output_path, ConversionOptions(**kept))
 
 

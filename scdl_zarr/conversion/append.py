@@ -71,7 +71,8 @@ def append_sources(
     overrides
         Options that are others now: ``matrix`` (of the new sources), ``dtype``, ``memory_budget``, ``workers``, ``progress``.
     repeat
-        Append sources that are the last that were appended once more, rather than take that for the same call made again.
+        Append sources that are the last that were appended once more, rather than take that for the same call made again, and
+        one that is listed twice two times.
 
     Raises
     ------
@@ -90,7 +91,7 @@ def append_sources(
         with explained_errors(root):
             restore_interrupted(root)
             prepare_target(root.parent)
-            new = find_sources(sources)
+            new = find_sources(sources, repeats=repeat)
             with exclusive(root):
                 base = _Base(root)
                 options = base.options(overrides)
@@ -111,7 +112,7 @@ def _extend(base: _Base, survey: Survey, options: ConversionOptions, record: Map
     base.keep_dtypes(survey, options)
     workers = worker_count(survey, options)
     total = sum(plan.layout.nnz for plan in survey.plans.values())
-    new = total - sum(base.metadata.matrices[path].nnz for path in survey.plans)
+    new = total - sum(base.metadata.matrices[path].nnz for path in survey.plans if path in base.metadata.matrices)
     check_room(base.root, projected_size(survey, options) * new // max(total, 1))
     tables = encode_tables(survey)
     place, plan = replacement_path(base.root), plan_record(survey, options)
@@ -167,7 +168,7 @@ class _Base:
         """Start with the dtypes that the store has, unless another one was asked for."""
         for path, plan in survey.plans.items():
             asked = plan.asked_dtype(options)
-            if asked in ("auto", self._recorded["options"].get("dtype")):
+            if path in self.metadata.matrices and asked in ("auto", self._recorded["options"].get("dtype")):
                 survey.plans[path] = plan.with_dtype(self.metadata.matrices[path].data_dtype)
 
     def record(self, survey: Survey, options: ConversionOptions, digest: str) -> dict[str, Any]:

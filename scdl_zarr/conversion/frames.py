@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["join_columns", "join_frames", "nullable"]
+__all__ = ["as_stored", "join_columns", "join_frames", "nullable"]
 
 
 def join_columns(parts: list[pd.Series[Any]]) -> pd.Series[Any]:
@@ -112,6 +112,22 @@ def join_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:
         columns[name] = join_columns(parts).array
     index_names = {frame.index.name for frame in frames}
     return pd.DataFrame(columns, index=pd.Index(names, name=index_names.pop() if len(index_names) == 1 else None))
+
+
+def as_stored(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table as it comes out of a store: fractions that may be missing are NaN, text that may be is pandas' text."""
+    import pandas as pd
+
+    columns: dict[str, Any] = {}
+    for name in frame.columns:
+        values = frame[name].array
+        if isinstance(values, pd.arrays.FloatingArray):
+            values = values.to_numpy(dtype=getattr(values.dtype, "numpy_dtype"), na_value=np.nan)  # noqa: B009
+        elif getattr(values.dtype, "kind", "") == "O" and not isinstance(values.dtype, pd.CategoricalDtype):
+            missing = pd.isna(values)
+            values = pd.array(values, dtype="string") if missing.any() else values
+        columns[name] = values
+    return pd.DataFrame(columns, index=frame.index)
 
 
 def _numbered(frames: list[pd.DataFrame]) -> list[pd.DataFrame]:

@@ -76,7 +76,7 @@ class Survey:
         return self.row_maps if path.startswith("obsp/") else self.vocabulary.maps
 
 
-def find_sources(sources: Any) -> list[SourceSpec]:
+def find_sources(sources: Any, *, repeats: bool = False) -> list[SourceSpec]:
     """Describe the files: one path or a list of them.  Two files of one name are told apart by their folders."""
     if isinstance(sources, (str, os.PathLike)):
         sources = [sources]
@@ -86,8 +86,9 @@ def find_sources(sources: Any) -> list[SourceSpec]:
         raise OptionError(f"sources={sources!r}; expected a path or a list of paths") from None
     if not paths:
         raise OptionError("there are no sources to convert")
-    repeated = sorted({str(p) for p in paths if paths.count(p) > 1})
-    if repeated:
+    places = [os.path.realpath(p) for p in paths]
+    repeated = sorted({str(p) for p, place in zip(paths, places, strict=True) if places.count(place) > 1})
+    if repeated and not repeats:
         raise OptionError(f"listed twice: {', '.join(repeated)}")
     names = [p.name for p in paths]
     common = Path(os.path.commonpath([p.parent for p in paths])) if len(set(names)) < len(names) else None

@@ -142,6 +142,7 @@ class H5adSource:
 
     def _others(self) -> list[str]:
         found = [f"{group}/{name}" for group in ("obsm", "varm", "obsp", "varp", "uns") for name in self._group_keys(group)]
+        found += [f"obsp/{name}" for name in self._old_neighbors()]
         labels = {f"uns/{column}_categories" for table in ("obs", "var", "raw.var") for column in self._compound_columns(table)}
         return sorted(set(found) - labels)
 
@@ -160,9 +161,16 @@ class H5adSource:
 
     # ---- inside
 
+    def _old_neighbors(self) -> list[str]:
+        """Matrices that belong to obsp and lie in ``uns/neighbors``, where scanpy put them before anndata 0.7."""
+        group, there = self._node("uns/neighbors"), self._group_keys("obsp")
+        if not isinstance(group, h5py.Group):
+            return []
+        return [name for name in group if (_kind(group[name]) or "") in ("csr", "csc") and name not in there]
+
     def _node(self, key: str) -> h5py.Group | h5py.Dataset | None:
-        """The node under a key; "raw/X" is "raw.X" in files of anndata 0.6."""
-        for name in (key, key.replace("raw/", "raw.")):
+        """The node under a key; "raw/X" is "raw.X" in files of anndata 0.6, "obsp/<name>" may be "uns/neighbors/<name>"."""
+        for name in (key, key.replace("raw/", "raw."), *([f"uns/neighbors/{key[5:]}"] if key.startswith("obsp/") else [])):
             try:
                 return self._file[name]
             except KeyError:
