@@ -12,6 +12,7 @@ are numbered as they are here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
 import os
@@ -48,6 +49,7 @@ __all__ = ["SingleCellCollection"]
 
 MANIFEST = "collection.json"
 MANIFEST_VERSION = 1
+NO_ROWS = np.empty(0, np.int64)
 
 
 class SingleCellCollection:
@@ -321,9 +323,9 @@ class SingleCellCollection:
             if len(positions):
                 batch = data.read_rows(numbers[positions] - (stops[k] - data.n_obs), layer, wanted)
                 if not maps[k].same:
-                    maps[k].apply(batch, data.blocks.unsorted_rows(f"layers/{layer}" if layer else "X"))
+                    maps[k].apply(batch, self._unsorted_rows(k, data, layer) if not maps[k].rising else NO_ROWS)
                 parts.append((positions, batch))
-        return join_batches(parts, numbers, len(union))
+        return join_batches(parts, numbers, len(union), wanted)
 
     def get_row(self, index: SupportsIndex) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Values and gene ids of one row."""
@@ -389,7 +391,8 @@ class SingleCellCollection:
         """Remove the datasets and everything else the collection has written; the folder too, if nothing else is in it."""
         (self._folder / MANIFEST).unlink(missing_ok=True)
         for name in self._datasets:
-            shutil.rmtree(self._folder / name)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(self._folder / name)
         self._datasets, self._sources = {}, {}
         self._forget()
         if not any(self._folder.iterdir()):
@@ -421,6 +424,7 @@ class SingleCellCollection:
         """What was found out of all datasets together is to be found out anew."""
         self._union: tuple[list[GeneMap], list[tuple[Any, int]]] | None = None
         self._dtypes: dict[str | None, set[np.dtype[Any]]] = {}
+        self._unsorted: dict[tuple[int, str | None], Int64Array] = {}
 
     def _open_dataset(self, path: Path) -> SingleCellZarrDataset:
         return SingleCellZarrDataset(path, **self._options)
@@ -441,6 +445,11 @@ class SingleCellCollection:
             raise FeatureNameError(f"var_key={self.var_key!r} is no column of var in {data.path}; it has: {listed}")
         keys: list[Any] = data.var[self.var_key].tolist()
         return keys
+
+    def _unsorted_rows(self, number: int, data: SingleCellZarrDataset, layer: str | None) -> Int64Array:
+        if (number, layer) not in self._unsorted:
+            self._unsorted[number, layer] = data.blocks.unsorted_rows(f"layers/{layer}" if layer else "X")
+        return self._unsorted[number, layer]
 
     def _common_dtype(self, layer: str | None) -> np.dtype[Any] | None:
         """The dtype that the values of all stores come out as; None for that of the only one there is."""
@@ -466,13 +475,25 @@ class SingleCellCollection:
         return number % n
 
     def _save(self) -> None:
+        from scdl_zarr.conversion.construction import exclusive
         from scdl_zarr.conversion.files import replace_file
 
-        listed = [{"name": name, "source": self._sources[name]} for name in self._datasets]
-        content = json.dumps({"version": MANIFEST_VERSION, "datasets": listed}, indent=1)
-        replace_file(self._folder / MANIFEST, content.encode())
+        path = self._folder / MANIFEST
+        with exclusive(path):
+            for name, source in self._listed() if path.exists() else ():  # what another object has added since
+                if name not in self._datasets:
+                    self._datasets[name] = self._open_dataset(self._folder / name)
+                    self._sources[name] = source
+            listed = [{"name": name, "source": self._sources[name]} for name in self._datasets]
+            replace_file(path, json.dumps({"version": MANIFEST_VERSION, "datasets": listed}, indent=1).encode())
 
     def _reopen(self) -> None:
+        for name, source in self._listed():
+            self._datasets[name] = self._open_dataset(self._folder / name)
+            self._sources[name] = source
+
+    def _listed(self) -> list[tuple[str, str]]:
+        """Names and sources as the manifest has them."""
         path = self._folder / MANIFEST
         try:
             found = json.loads(path.read_bytes())
@@ -482,11 +503,10 @@ class SingleCellCollection:
             raise CorruptStoreError(f"{path} is no list of datasets: {error}") from error
         if version != MANIFEST_VERSION:
             raise FormatVersionError(f"{path} has version {version!r}, this scdl-zarr reads version {MANIFEST_VERSION}")
-        for name, source in listed:
+        for name, _ in listed:
             if not name or name in (".", "..") or os.sep in name or "/" in name:
                 raise CorruptStoreError(f"{path} names a dataset {name!r}, which is no folder of the collection")
-            self._datasets[name] = self._open_dataset(self._folder / name)
-            self._sources[name] = source
+        return listed
 
 
 def _reopen(kind: type[SingleCellCollection], path: Path, options: dict[str, Any]) -> SingleCellCollection:

@@ -276,3 +276,69 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         main(["append", str(tmp_path / "s.zarr"), str(tmp_path / "no.h5ad")])
     assert ended.value.code == 1
     assert "no source file" in capsys.readouterr().err
+
+
+def with_counts(path: Path, offset: int) -> tuple[Path, sp.csr_matrix]:
+    """A file whose X is ten times its layer "counts"."""
+    counts = encoded_rows(6, 9, 4, offset=offset)
+    adata = ad.AnnData((counts * 10).tocsr(), layers={"counts": counts})
+    adata.write_h5ad(path)
+    return path, counts
+
+
+def test_the_stores_own_cells_keep_their_matrix(tmp_path: Path) -> None:
+    (first, a), (second, b) = with_counts(tmp_path / "a.h5ad", 0), with_counts(tmp_path / "b.h5ad", 10)
+    data = store_of(first, tmp_path / "s.zarr", layers=["counts"], matrix="X")
+    data.append(second, matrix="layers/counts", progress=False)
+    assert_rows_equal(data, sp.vstack([a * 10, b]).tocsr(), np.arange(12))
+    assert data.sources["matrix"].tolist() == ["X", "layers/counts"]
+
+    counted = store_of(first, tmp_path / "counts.zarr", matrix="layers/counts")
+    counted.append(second, progress=False)  # which is asked for the same layer
+    assert_rows_equal(counted, sp.vstack([a, b]).tocsr(), np.arange(12))
+    counted.append(tmp_path / "s.zarr", progress=False)  # and a store for what it has
+    assert_rows_equal(counted, sp.vstack([a, b, a * 10, b]).tocsr(), np.arange(24))
+
+
+def test_a_layer_of_a_store_is_known_as_one(tmp_path: Path) -> None:
+    first, _ = with_counts(tmp_path / "a.h5ad", 0)
+    store_of(first, tmp_path / "s.zarr", layers=["counts"])
+    made = store_of(tmp_path / "s.zarr", tmp_path / "of_store.zarr", matrix="layers/counts")
+    expected = store_of(first, tmp_path / "of_file.zarr", matrix="layers/counts")
+    for column in ("matrix", "checksum", "nnz"):
+        assert made.sources[column].tolist() == expected.sources[column].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int64", "float64"])
+def test_a_dtype_that_was_cast_to_stays_while_values_fit(dtype: str, tmp_path: Path) -> None:
+    small, second = encoded_rows(30, 50, 7), encoded_rows(5, 50, 7)
+    for matrix in (small, second):
+        matrix.data = (matrix.data % 1000).astype(np.float32)
+    files = [write_h5ad(tmp_path / f"{name}.h5ad", m) for name, m in zip("ab", (small, second), strict=True)]
+    data = store_of(files[0], tmp_path / "s.zarr")
+    data.cast_data_to_dtype(dtype)
+    data.append(files[1], progress=False)
+    assert data.dtypes["data.npy"] == dtype
+    assert_rows_equal(data, sp.vstack([small, second]).tocsr(), np.arange(35))
+    with pytest.raises(errors.OptionError, match="appended already"):
+        data.append(files[1], dtype="float32", progress=False)
+
+
+def test_what_was_left_out_of_many_sources_stays_listed(tmp_path: Path) -> None:
+    uns: list[dict[str, str]] = [{"colors": "x"}] * 5 + [{}]
+    files = [write_h5ad(tmp_path / f"{k}.h5ad", encoded_rows(2, 5, 2), uns=one) for k, one in enumerate(uns)]
+    data = store_of(files, tmp_path / "s.zarr")
+    assert data.left_out == ["uns/colors (of 0.h5ad, 1.h5ad, 2.h5ad and 2 more)"]
+    data.append(write_h5ad(tmp_path / "z.h5ad", encoded_rows(2, 5, 2)), progress=False)
+    assert len(data.left_out) == 1 and data.left_out[0].startswith("uns/colors (of 0.h5ad, 1.h5ad, 2.h5ad and ")
+
+
+def test_many_sources_with_many_categories_fit_a_small_budget(tmp_path: Path) -> None:
+    files = []
+    for k in range(40):
+        names = [f"{k}-{i}" for i in range(50)]
+        donors = pd.DataFrame({"donor": pd.Categorical([f"donor {k} {i} " + "x" * 500 for i in range(50)])}, index=names)
+        files.append(write_h5ad(tmp_path / f"{k}.h5ad", encoded_rows(50, 5, 2), obs=donors))
+    data = store_of(files, tmp_path / "s.zarr")
+    data.append(write_h5ad(tmp_path / "z.h5ad", encoded_rows(2, 5, 2)), memory_budget="400MB", progress=False)
+    assert len(data) == 2002 and len(data.obs["donor"].cat.categories) == 2000

@@ -219,3 +219,17 @@ def test_values_without_a_common_dtype_need_a_word(tmp_path: Path) -> None:
         collection.read_rows([0])
     assert collection.read_rows([2], dtype="int64").data[0] == 2**60 + 1
     assert json.loads((tmp_path / "cohort" / "collection.json").read_text())["version"] == 1
+
+
+def test_two_objects_of_one_folder_and_a_dataset_that_is_gone(tmp_path: Path) -> None:
+    files = [write_h5ad(tmp_path / f"{name}.h5ad", encoded_rows(2, 5, 2)) for name in "ab"]
+    first, second = SingleCellCollection(tmp_path / "cohort"), SingleCellCollection(tmp_path / "cohort")
+    first.load_h5ad(files[0], progress=False)
+    second.load_h5ad(files[1], progress=False)
+    assert sorted(SingleCellCollection(tmp_path / "cohort").datasets) == ["a", "b"] == sorted(second.datasets)
+    assert second.read_rows([], dtype="float64").data.dtype == np.float64
+    shutil.rmtree(tmp_path / "cohort" / "a")
+    with pytest.raises(errors.StoreNotFoundError, match="cohort/a"):
+        SingleCellCollection(tmp_path / "cohort")
+    second.destroy()
+    assert not (tmp_path / "cohort").exists()

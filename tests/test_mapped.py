@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -491,6 +492,14 @@ def scenario_watched(store: Path) -> None:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
     assert watching.WATCH[0] >= 0
+
+    # a child that was forked while another thread was at it does not wait for that
+    with watching._lock:
+        if (child := os.fork()) == 0:
+            signal.alarm(20)
+            scdl_zarr.open(store).read_rows([3])
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
 
     # a change by another name of the file is seen, and everything still reads as before
     path = store / "X/data/c/0"

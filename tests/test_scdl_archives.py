@@ -192,6 +192,18 @@ def test_names_that_scdl_dropped_are_numbers_and_it_is_said(tmp_path: Path) -> N
     assert data.left_out == ["obs_names (BioNeMo-SCDL did not keep them)", "var_names (BioNeMo-SCDL did not keep them)"]
 
 
+def test_numbers_of_stores_never_match_genes_either(tmp_path: Path) -> None:
+    stores = []
+    for name, n in (("a", 3), ("b", 4)):
+        archive = write_archive(tmp_path / name, [encoded_rows(2, n, 2)], [{"symbol": list("abcd")[:n]}])
+        stores.append(Path(convert(archive, tmp_path / f"{name}.zarr").path))
+    with pytest.raises(errors.SourceError, match=r"no gene names.*var_key="):
+        convert(stores, tmp_path / "s.zarr")
+    with pytest.raises(errors.SourceError, match=r"no gene names"):
+        scdl_zarr.open(stores[0]).append(stores[1], progress=False)
+    assert convert(stores, tmp_path / "s.zarr", var_key="symbol").var_names.tolist() == list("abcd")
+
+
 def test_numbers_never_match_genes(tmp_path: Path) -> None:
     """Gene 0 of one table is not gene 0 of another: a column has to say which genes are the same."""
     matrices = [encoded_rows(3, 3, 2), encoded_rows(2, 2, 2, offset=3)]

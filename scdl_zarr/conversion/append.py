@@ -47,7 +47,7 @@ from scdl_zarr.conversion.plan import ConversionOptions, ShardTask
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.conversion.sources.store import forget_stores, store_specs
-from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
+from scdl_zarr.conversion.survey import DECIDED, Survey, choose_matrices, digest_of, find_sources, survey_sources
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.errors import CorruptStoreError, NotAStoreError, OptionError, StoreExistsError
 from scdl_zarr.reading.blocks import Blocks
@@ -84,6 +84,7 @@ def append_sources(
         Another process replaces this store.
     """
     began = time.perf_counter()
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     if location.path is None:
         raise OptionError(f"{location} is no local folder, and only a folder can be replaced as a whole")
     root = Path(os.path.realpath(location.path))
@@ -95,10 +96,12 @@ def append_sources(
             with exclusive(root):
                 base = _Base(root)
                 options = base.options(overrides)
-                survey = survey_sources([*base.specs, *new], options)
+                keys = ["X"] * len(base.specs) + base.matrices(new, options, asked="matrix" in overrides)
+                survey = survey_sources([*base.specs, *new], options, keys)
                 base.require_same_genes(survey)
                 digest = digest_of(survey.digests[len(base.specs) :])
                 if base.appended[-1:] == [digest] and not repeat:
+                    base.require_dtype(options)
                     shutil.rmtree(replacement_path(root), ignore_errors=True)  # the old store, if that run was killed late
                     return summarize(root, survey, 0.0, None)
                 record = base.record(survey, options, digest)
@@ -146,7 +149,7 @@ class _Base:
         """The options of the store's own conversion, and which matrix the new sources give."""
         known = {field.name for field in dataclasses.fields(ConversionOptions)}
         kept = {name: value for name, value in self._recorded["options"].items() if name in known and name != "matrix"}
-        chosen = {name: value for name, value in overrides.items() if value is not None}
+        chosen = dict(overrides)
         matrix = chosen.pop("matrix", self._recorded["options"].get("matrix", "auto"))
         if not isinstance(matrix, (str, Mapping)):  # the store's sources did not agree
             matrix = "auto"
@@ -156,6 +159,22 @@ class _Base:
             return ConversionOptions(**{**kept, **chosen, "matrix": matrix})
         except TypeError as error:
             raise CorruptStoreError(f"{self.root} records options that make no sense: {error}") from error
+
+    def matrices(self, new: list[SourceSpec], options: ConversionOptions, *, asked: bool) -> list[str]:
+        """Which matrix each new source gives; what the store was made with says nothing of sources that have one X."""
+        if asked or not isinstance(options.matrix, str):
+            return choose_matrices(new, options.matrix)
+        files = [spec for spec in new if spec.kind not in DECIDED]
+        chosen = dict(zip(files, choose_matrices(files, options.matrix) if files else [], strict=True))
+        return [chosen.get(spec, "X") for spec in new]
+
+    def require_dtype(self, options: ConversionOptions) -> None:
+        """Refuse to take a call for one that was made before if it asks for another dtype."""
+        stored = self.metadata.matrices["X"].data_dtype.name
+        if options.dtype not in ("auto", self._recorded["options"].get("dtype"), stored):
+            raise OptionError(
+                f"these sources were appended already, as {stored}; cast_data_to_dtype({options.dtype!r}) changes that"
+            )
 
     def require_same_genes(self, survey: Survey) -> None:
         """The vocabulary made of the store's sources must be the store's: else its ids would get another meaning."""
@@ -168,7 +187,11 @@ class _Base:
         """Start with the dtypes that the store has, unless another one was asked for."""
         for path, plan in survey.plans.items():
             asked = plan.asked_dtype(options)
-            if path in self.metadata.matrices and asked in ("auto", self._recorded["options"].get("dtype")):
+            if path not in self.metadata.matrices:
+                continue
+            if asked == "auto":
+                survey.kept_dtypes[path] = self.metadata.matrices[path].data_dtype
+            if asked in ("auto", self._recorded["options"].get("dtype")):
                 survey.plans[path] = plan.with_dtype(self.metadata.matrices[path].data_dtype)
 
     def record(self, survey: Survey, options: ConversionOptions, digest: str) -> dict[str, Any]:

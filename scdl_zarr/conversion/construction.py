@@ -32,6 +32,7 @@ from scdl_zarr.conversion.shards import ShardResult, write_shard
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.errors import (
     CorruptStoreError,
+    OptionError,
     ScdlZarrError,
     StoreAccessError,
     StoreBusyError,
@@ -392,6 +393,10 @@ def _is_open(file: Any, path: Path) -> bool:
 @contextlib.contextmanager
 def exclusive(target: Path) -> Iterator[None]:
     """Hold the right to replace the store at `target`; a second one is refused.  The lock lies beside it: folders are swapped."""
+    if target.exists() and target.stat().st_dev != target.parent.stat().st_dev:
+        raise OptionError(
+            f"{target} is where a file system is mounted, and cannot be replaced by a rename; choose a folder in it"
+        )
     path = target.with_name(f".{target.name}.scdl-lock")
     with explained_errors(target), open(path, "a+b") as file:
         _take_lock(file, target)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,7 +40,7 @@ from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, projected_by
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
 from scdl_zarr.conversion.stopping import interruptible_pool
 from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
-from scdl_zarr.conversion.values import ValueStats, choose_dtype, union_stats
+from scdl_zarr.conversion.values import ValueStats, choose_dtype, holds, union_stats
 from scdl_zarr.errors import (
     CorruptStoreError,
     FormatVersionError,
@@ -58,6 +58,9 @@ from scdl_zarr.storage.schema import (
     BUILD_FOLDER,
     profile_named,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "ConversionSummary",
@@ -307,10 +310,27 @@ def worker_count(survey: Survey, options: ConversionOptions) -> int:
 
 def table_bytes(survey: Survey) -> int:
     """What obs, var and obsm take while they are joined and encoded."""
-    frames = [*survey.obs, survey.vocabulary.frame()]
-    held = sum(int(frame.memory_usage(index=True, deep=True).sum()) for frame in frames)
+    counted: set[int] = set()  # categories that frames share count once
+    held = sum(_frame_bytes(frame, counted) for frame in (*survey.obs, survey.vocabulary.frame()))
     rows = 8 * sum(len(ids) for ids in survey.row_maps)
     return rows + TABLE_FACTOR * held + 3 * sum(int(value.nbytes) for values in survey.obsm.values() for value in values)
+
+
+def _frame_bytes(frame: pd.DataFrame, counted: set[int]) -> int:
+    import pandas as pd
+
+    held = int(frame.index.memory_usage(deep=True))
+    for name in frame.columns:
+        column = frame[name]
+        values = column.array
+        if not isinstance(values, pd.Categorical):
+            held += int(column.memory_usage(index=False, deep=True))
+            continue
+        held += int(values.codes.nbytes)
+        if id(values.categories) not in counted:
+            counted.add(id(values.categories))
+            held += int(values.categories.memory_usage(deep=True))
+    return held
 
 
 def projected_size(survey: Survey, options: ConversionOptions) -> int:
@@ -385,6 +405,9 @@ def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: V
     plan = survey.plans[path]
     if plan.asked_dtype(options) != "auto":
         return plan.layout.data_dtype
+    kept = survey.kept_dtypes.get(path)
+    if kept is not None and holds(kept, seen):
+        return kept
     return choose_dtype(seen, [source.header.dtype for source in plan.sources], survey.width)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from scdl_zarr.storage.schema import NARROW_FROM, matrix_layouts, profile_named
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Survey", "find_sources", "survey_sources"]
+__all__ = ["DECIDED", "Survey", "choose_matrices", "find_sources", "survey_sources"]
 
 POINTER_BLOCK = 1 << 20
 PROBE_VALUES = 1 << 16
@@ -61,6 +61,7 @@ class Survey:
     digests: list[str]
     longest_row: int
     row_maps: list[npt.NDArray[np.int64]]  # for each source, the store's row of each of its rows; empty without obsp
+    kept_dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)  # of matrices that keep theirs while values fit
 
     @property
     def matrix_names(self) -> list[str]:
@@ -109,12 +110,13 @@ def _told_apart(specs: list[SourceSpec]) -> list[SourceSpec]:
     ]
 
 
-def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Survey:
+def survey_sources(specs: list[SourceSpec], options: ConversionOptions, keys: list[str] | None = None) -> Survey:
     """Open every source once and plan the store.
 
     Reads headers, row pointers (in blocks), obs and var; of the matrices only a first piece, to start with a likely dtype.
+    `keys` are those of the sources' matrices where they are not to be chosen by ``options.matrix``.
     """
-    keys = _choose_matrices(specs, options.matrix)
+    keys = choose_matrices(specs, options.matrix) if keys is None else keys
     vocabulary = Vocabulary(var_key=options.var_key)
     found: dict[str, list[MatrixHeader]] = {path: [] for path in _store_paths(options)}
     tables: list[int] = []
@@ -137,14 +139,19 @@ def survey_sources(specs: list[SourceSpec], options: ConversionOptions) -> Surve
             for name in options.obsm:
                 obsm[name].append(_obsm(source, name, matrix.header.n_obs))
             left_out.append(_left_out(source, key, options))
-            origins.append(source.provenance())
+            origins.append(source.provenance() if key == "X" else None)
     _check_widths(obsm, specs)
     plans, digests, longest = _plan_matrices(specs, found, tables, vocabulary, options)
     digests = [
         digest_of(
-            [digest, vocabulary.packer.digests[table], _frame_digest(frame), *(_bytes_digest(obsm[name][k]) for name in obsm)]
+            [
+                digest,
+                vocabulary.packer.digests[table],
+                _frame_digest(frame, spec),
+                *(_bytes_digest(obsm[name][k]) for name in obsm),
+            ]
         )
-        for k, (digest, table, frame) in enumerate(zip(digests, tables, obs, strict=True))
+        for k, (spec, digest, table, frame) in enumerate(zip(specs, digests, tables, obs, strict=True))
     ]
     width = options.width
     if width == "auto":
@@ -178,7 +185,7 @@ def _store_paths(options: ConversionOptions) -> list[str]:
     return ["X", *(f"layers/{name}" for name in options.layers), *(f"obsp/{name}" for name in options.obsp)]
 
 
-def _choose_matrices(specs: list[SourceSpec], matrix: Any) -> list[str]:
+def choose_matrices(specs: list[SourceSpec], matrix: Any) -> list[str]:
     """The key of each source's matrix, decided once for all of them."""
     files = [spec for spec in specs if spec.kind not in DECIDED]
     if isinstance(matrix, Mapping):
@@ -454,8 +461,10 @@ def _sample_values(matrix: MatrixReader, digest: Any) -> None:
             digest.update(part.tobytes())
 
 
-def _frame_digest(frame: pd.DataFrame) -> str:
+def _frame_digest(frame: pd.DataFrame, spec: SourceSpec) -> str:
     packer = TablePacker()
+    if spec.kind == "store":  # its part of a table whose categories are those of all sources
+        frame = frame.apply(lambda column: column.cat.remove_unused_categories() if hasattr(column, "cat") else column)
     packer.add(frame, "obs")
     return packer.digests[0]
 

@@ -21,6 +21,7 @@ __all__ = [
     "ValueStats",
     "checksum",
     "choose_dtype",
+    "holds",
     "narrow",
     "surely_exact",
     "take_values",
@@ -139,6 +140,16 @@ def choose_dtype(stats: ValueStats, source_dtypes: list[np.dtype[Any]], width: s
                 return np.dtype(name)
     small = all(dtype.kind == "f" and dtype.itemsize <= 4 for dtype in source_dtypes)
     return np.dtype(np.float32 if small else np.float64)
+
+
+def holds(dtype: np.dtype[Any], stats: ValueStats) -> bool:
+    """Whether a dtype holds all values of these stats exactly."""
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        return stats.integral and info.min <= stats.low and stats.high <= info.max
+    if dtype.itemsize == 4:
+        return stats.float32_exact
+    return not stats.integral or max(-stats.low, stats.high) <= 1 << 53
 
 
 def union_stats(stats: Iterable[ValueStats]) -> ValueStats:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Vocabulary"]
 
+NUMBERED = "gene_number"  # the index of a var table whose genes have no names
+
 
 @dataclass(slots=True)
 class Vocabulary:
@@ -48,9 +50,12 @@ class Vocabulary:
 
     def add(self, var: pd.DataFrame, where: str) -> int:
         """Join a source's genes; the number of its var table."""
-        numbered = bool(var.attrs.get("numbered"))  # the source has no names of genes: those of the table are their numbers
+        # the source has no names of genes: those of the table are their numbers
+        numbered = bool(var.attrs.get("numbered")) or var.index.name == NUMBERED
         if numbered and self.var_key in var.columns and not var[self.var_key].isna().any():
             var = var.set_axis(var[self.var_key].astype(object).map(str).to_numpy(), axis=0)
+        elif numbered:
+            var = var.rename_axis(NUMBERED)  # which the store keeps
         table = self.packer.add(var, where)
         if table == len(self.maps):
             self._numbered = self._numbered or (where if numbered else None)

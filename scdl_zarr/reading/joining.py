@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.plan import Int64Array
@@ -53,7 +54,9 @@ class GeneMap:
         batch.indices = ids.astype(batch.indices.dtype)
 
 
-def join_batches(parts: list[tuple[Int64Array, RowBatch]], rows: Int64Array, n_vars: int) -> RowBatch:
+def join_batches(
+    parts: list[tuple[Int64Array, RowBatch]], rows: Int64Array, n_vars: int, dtype: npt.DTypeLike | None = None
+) -> RowBatch:
     """One batch of several: row k of a part goes to its position k.
 
     Parameters
@@ -62,6 +65,8 @@ def join_batches(parts: list[tuple[Int64Array, RowBatch]], rows: Int64Array, n_v
         Positions in the result, each taken once over all parts, and the rows that go there.
     rows
         What the rows of the result are called.
+    dtype
+        That of the values, where there is no part to tell it.
     """
     if len(parts) == 1:
         (_, only), *_ = parts
@@ -71,7 +76,7 @@ def join_batches(parts: list[tuple[Int64Array, RowBatch]], rows: Int64Array, n_v
         lengths[positions] = np.diff(batch.indptr)
     indptr = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(lengths, out=indptr[1:])
-    data = np.empty(indptr[-1], np.result_type(*(batch.data.dtype for _, batch in parts)) if parts else np.float32)
+    data = np.empty(indptr[-1], np.result_type(*(batch.data.dtype for _, batch in parts)) if parts else dtype or np.float32)
     indices = np.empty(indptr[-1], np.result_type(np.int32, *(batch.indices.dtype for _, batch in parts)))
     for positions, batch in parts:
         own = np.diff(batch.indptr)

@@ -72,7 +72,9 @@ def _start() -> bool:
 
 def _stop() -> None:
     """In a forked child, which shares the queue with its parent and must leave it alone."""
+    global _lock
     WATCH[0] = -1
+    _lock = threading.Lock()  # another thread of the parent may have held it
 
 
 def _release(number: int) -> None:

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["StoreSource", "forget_stores", "store_specs"]
 
 OPEN_STORES = 16  # kept open between the tasks of a process
-BLOCK_ROWS = 1 << 16
 
 
 def store_specs(path: Path) -> list[SourceSpec]:
@@ -118,6 +117,14 @@ def _open(path: str, _size: int, _mtime_ns: int) -> _OpenedStore:
     )
 
 
+def _names(listed: str | None, name: str) -> bool:
+    """Whether a source is among "a.h5ad, b.h5ad and 1 more"; whether it is the one more nobody knows."""
+    if listed is None:
+        return True
+    named, more, _ = listed.partition(" and ")
+    return name in named.split(", ") or bool(more)
+
+
 def forget_stores() -> None:
     """Let go of the stores that were read: their mapped files keep space on the disk even when they are deleted."""
     _open.cache_clear()
@@ -181,7 +188,7 @@ class StoreSource:
     def columns_left_out(self, key: str) -> list[str]:  # noqa: ARG002
         """What its file had and the store has not, as the store lists it: ``uns/colors``, or ``uns/colors (of a.h5ad)``."""
         listed = [re.fullmatch(r"(.*?)(?: \(of (.*)\))?", str(text)) for text in self._store.metadata.header.get("left_out", [])]
-        return [found[1] for found in listed if found and (found[2] is None or self.spec.name in found[2].split(", "))]
+        return [found[1] for found in listed if found and _names(found[2], self.spec.name)]
 
     def others(self) -> list[str]:
         obsp = [path for path in self._store.metadata.matrices if path.startswith("obsp/")]
@@ -190,8 +197,8 @@ class StoreSource:
     def element(self, path: str) -> Any:
         group, _, name = path.partition("/")
         nodes, n_obs = self._store.metadata.nodes, self._store.metadata.n_obs
-        whole = LazyArrays(self._store.location, group, self._store.metadata.children(group), nodes, n_obs)[name]
-        return whole[self._rows.start : self._rows.stop]
+        arrays = LazyArrays(self._store.location, group, self._store.metadata.children(group), nodes, n_obs)
+        return arrays.read(name, slice(self._rows.start, self._rows.stop))
 
     def provenance(self) -> Provenance:
         row = self._store.sources.iloc[self.spec.part]
