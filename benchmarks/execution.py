@@ -100,7 +100,7 @@ class _Run:
         """Environments, source, stores, sizes."""
         self.stores.mkdir(parents=True, exist_ok=True)
         needed = {case.environment for case in self.results.cases}
-        wanted = {case.store for case in self.results.cases} - {""}
+        wanted = stores.with_sources({case.store for case in self.results.cases} - {""})
         needed |= {stores.STORES[name].environment for name in wanted}
         self.results.environments[OWN] = venvs.versions(sys.executable)
         for name in sorted(needed - {OWN}):
@@ -117,29 +117,37 @@ class _Run:
             make_atlas(partial, self.grid.cells)
             partial.replace(self.source)
         truth = stores.truth(self.source, min(self.grid.rows, CHECKED_ROWS))
-        self.truth = truth
+        self.truths = {"": truth}
         self.results.source = {"rows": truth.n_obs, "stored values": truth.n_values, "bytes": self.source.stat().st_size}
-        for name in sorted(wanted, key=list(stores.STORES).index):
-            self._make_store(stores.STORES[name])
+        for name in wanted:
+            self._make_store(stores.STORES[name].of(self.grid))
         self.results.sizes["H5AD, gzip"] = {"everything": self.source.stat().st_size / truth.n_values}
 
     def _make_store(self, store: stores.Store) -> None:
-        if store.environment in self.no_environment:
-            self.no_store[store.name] = self.no_environment[store.environment]
+        why = self._why_not(store.environment, store.source or "")
+        if why:
+            self.no_store[store.name] = why
             return
         self.say(f"store: {store.name}")
-        facts = stores.package_hash() if store.environment == OWN else json.dumps(self.results.environments[store.environment])
+        source = None if store.source is None else self._path(store.source)
+        if source is None:
+            facts = stores.drawing_hash()
+        elif store.environment == OWN:
+            facts = stores.package_hash()
+        else:
+            facts = json.dumps(self.results.environments[store.environment])
 
         def execute(module: str, parameters: dict[str, Any]) -> dict[str, Any]:
             return self.execute(Command(python=self.pythons[store.environment], module=module, parameters=parameters))
 
-        figures = stores.make(store, self.stores, self.source, facts, execute)
+        figures = stores.make(store, self.stores, source, facts, execute)
         if "not measured" in figures:
             self.no_store[store.name] = f"the store {store.name!r} could not be made: {figures['not measured']}"
             self.say(self.no_store[store.name])
             return
         self.results.made[store.name] = figures
-        self.results.sizes[store.name] = stores.sizes(store, self.stores, self.truth.n_values)
+        if store.source == "":
+            self.results.sizes[store.name] = stores.sizes(store, self.stores, self.truths[""].n_values)
 
     # ---- checks
 
@@ -157,11 +165,16 @@ class _Run:
         why = self._why_not(check.environment, check.store)
         if why:
             return f"not checked: {why}"
-        parameters = {**dict(check.parameters), "store": str(self._path(check.store))}
+        parameters, out = self._parameters(check.parameters, check.store, check.source)
         found = self.execute(Command(python=self.pythons[check.environment], module=check.module, parameters=parameters))
+        if out is not None:
+            shutil.rmtree(out, ignore_errors=True)
         if "not measured" in found:
             return f"not checked: {found['not measured']}"
-        expected = self.truth.every_row if check.every_row else self.truth.drawn
+        if check.source not in self.truths:
+            self.truths[check.source] = stores.truth(self._path(check.source), min(self.grid.rows, CHECKED_ROWS))
+        truth = self.truths[check.source]
+        expected = truth.every_row if check.every_row else truth.drawn
         if found == expected:
             return "agrees with the source"
         wrong = f"reads {found}, the source has {expected}"
@@ -194,11 +207,8 @@ class _Run:
         why = self._why_not(case.environment, case.store)
         if why:
             return {"not measured": why}
-        parameters = dict(case.parameters)
-        out = self.stores / str(parameters["out"]) if "out" in parameters else None
-        parameters |= {"cache": case.cache, "store": str(self._path(case.store)), "source": str(self.source)}
-        if out is not None:
-            parameters["out"] = str(out)
+        parameters, out = self._parameters(case.parameters, case.store)
+        parameters["cache"] = case.cache
         files = [] if case.cache == "none" else stores.files_of(self._path(case.store))
         command = Command(python=self.pythons[case.environment], module=case.module, parameters=parameters)
         if is_beside(case):
@@ -231,6 +241,14 @@ class _Run:
         self.results.notes["memory limit, MB"] = limit / 1e6
         self.results.notes[f"bytes on disk, as a share of the memory limit: {Path(command.parameters['store']).name}"] = share
         return found
+
+    def _parameters(self, named: Sequence[tuple[str, Any]], store: str, source: str = "") -> tuple[dict[str, Any], Path | None]:
+        """What a process is told, and the folder that it makes."""
+        parameters = {**dict(named), "store": str(self._path(store)), "source": str(self._path(source))}
+        if "out" not in parameters:
+            return parameters, None
+        out = self.stores / str(parameters["out"])
+        return {**parameters, "out": str(out)}, out
 
     def _why_not(self, environment: str, store: str) -> str:
         return self.no_environment.get(environment) or self.no_store.get(store) or ""

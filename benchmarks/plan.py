@@ -23,6 +23,9 @@ Cache = Literal["warm", "dropped", "limited", "none"]
 Round = Mapping[str, Mapping[str, float]]
 
 CHECKED_ROWS = 2048
+VAR_BLOCKS = (1, 100, 1000)
+BLOCK_CELLS, BLOCK_GENES = 4, 64
+PAIR_BATCH = 256
 PROFILES = ("fast", "compact", "archive", "narrow")
 SCDL, ANNBATCH, SCDATASET, CURRENT, OWN = "scdl", "annbatch", "scdataset", "current", "own"
 
@@ -40,11 +43,15 @@ class Grid:
     limited_seconds: float = 10.0
     threads: tuple[int, ...] = (1, 2)
     batches: tuple[int, ...] = (64, 1024)
+    files: int = 8
+    many_cells: int = 20_000  # in each of the many files, and in the one with neighbours
 
     @classmethod
     def toy(cls) -> Grid:
         """Everything once, in a moment: it shows that the cases run, not how fast they are."""
-        return cls(cells=300, rounds=1, rows=128, single_rows=32, passes=1, seconds=0.2, limited_seconds=0.2)
+        return cls(
+            cells=300, rounds=1, rows=128, single_rows=32, passes=1, seconds=0.2, limited_seconds=0.2, files=2, many_cells=40
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +78,7 @@ class Check:
     environment: str
     store: str
     every_row: bool  # an epoch; otherwise the rows drawn
+    source: str = ""  # name of the store whose H5AD files are read; "" reads the source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +106,9 @@ def cases(grid: Grid) -> tuple[Case, ...]:
         *_single(grid),
         *_in_order(grid),
         *_conversion(grid),
+        *_many_files(),
+        *_row_calls(grid),
+        *_lookups(grid),
         *_opening(),
     )
     names = [case.name for case in found]
@@ -396,6 +407,105 @@ def _conversion(grid: Grid) -> list[Case]:
     return found
 
 
+def _many_files() -> list[Case]:
+    section, scdl = "Many files, flattened into one, warm sources", "convert many files, BioNeMo-SCDL, convert_h5ad_to_scdl"
+    return [
+        Case(
+            name=scdl,
+            section=section,
+            module="benchmarks.peers.scdl",
+            parameters=_parameters(task="flatten", out="many scdl"),
+            environment=SCDL,
+            store="many files",
+        ),
+        Case(
+            name="convert many files, our convert_h5ad_to_scdl",
+            section=section,
+            module="benchmarks.ours.commanding",
+            parameters=_parameters(out="many ours"),
+            store="many files",
+            against=(scdl,),
+        ),
+    ]
+
+
+def _row_calls(grid: Grid) -> list[Case]:
+    section, found = "Neighbours and single rows, values summed, warm", []
+    pairs = "get_row_with_neighbor"
+    for call in (pairs, "get_row_padded", "get_row_column"):
+        common = {"task": "row calls", "call": call, "rows": grid.single_rows, "passes": grid.passes}
+        scdl = f"{call}, BioNeMo-SCDL"
+        found.append(
+            Case(
+                name=scdl,
+                section=section,
+                module="benchmarks.peers.scdl",
+                parameters=_parameters(**common),
+                environment=SCDL,
+                store="scdl neighbours",
+            )
+        )
+        if call == pairs:
+            found.append(
+                Case(
+                    name=f"read_rows_with_neighbors({PAIR_BATCH})",
+                    section=section,
+                    module="benchmarks.ours.rows",
+                    parameters=_parameters(task="pairs", batch=PAIR_BATCH, rows=grid.rows, passes=grid.passes),
+                    store="neighbours",
+                    against=(scdl,),
+                )
+            )
+        found += [
+            Case(
+                name=f"{call}, {name}",
+                section=section,
+                module="benchmarks.ours.rows",
+                parameters=_parameters(bionemo=bionemo, **common),
+                store="neighbours",
+                against=(scdl,),
+            )
+            for bionemo, name in ((False, "scdl_zarr"), (True, "scdl_zarr.bionemo"))
+        ]
+    return found
+
+
+def _lookups(grid: Grid) -> list[Case]:
+    section, found = "Feature lookup: all var features of a random row", []
+    for blocks in VAR_BLOCKS:
+        common = {
+            "task": "lookup",
+            "blocks": blocks,
+            "block_cells": BLOCK_CELLS,
+            "block_genes": BLOCK_GENES,
+            "rows": grid.single_rows,
+            "passes": grid.passes,
+        }
+        text = f"{blocks:,} var block{'s' if blocks > 1 else ''}"
+        scdl = f"lookup, {text}, BioNeMo-SCDL"
+        found.append(
+            Case(
+                name=scdl,
+                section=section,
+                module="benchmarks.peers.scdl",
+                parameters=_parameters(**common),
+                environment=SCDL,
+                cache="none",  # its index is in memory
+            )
+        )
+        found.append(
+            Case(
+                name=f"lookup, {text}, ours",
+                section=section,
+                module="benchmarks.ours.rows",
+                parameters=_parameters(**common),
+                store=f"var blocks {blocks}",
+                against=(scdl,),
+            )
+        )
+    return found
+
+
 def _opening() -> list[Case]:
     section, scdl = "Importing and opening", "open, BioNeMo-SCDL"
     return [
@@ -459,7 +569,7 @@ def checks(grid: Grid) -> tuple[Check, ...]:
         ),
         ("scDataset", "benchmarks.peers.scdataset_loader", {"block_rows": 16, "batches_fetched": 1024}, SCDATASET, ""),
     ]
-    return tuple(
+    of_source = tuple(
         Check(
             name=name,
             module=module,
@@ -471,6 +581,46 @@ def checks(grid: Grid) -> tuple[Check, ...]:
         for group, common in ((some, rows), (every, epoch))
         for name, module, named, environment, store in group
     )
+    return (*of_source, *_checks_of_other_sources(rows, epoch))
+
+
+def _checks_of_other_sources(rows: tuple[tuple[str, Any], ...], epoch: tuple[tuple[str, Any], ...]) -> list[Check]:
+    scdl, ours = ("BioNeMo-SCDL", "benchmarks.peers.scdl", SCDL), ("ours", "benchmarks.ours.rows", OWN)
+    found = [
+        Check(
+            name=f"{name}, many files",
+            module=module,
+            parameters=(*epoch, *named.items()),
+            environment=environment,
+            store="many files",
+            every_row=True,
+            source="many files",
+        )
+        for name, module, environment, named in (
+            ("BioNeMo-SCDL", "benchmarks.peers.scdl", SCDL, {"task": "flatten", "out": "many scdl"}),
+            ("ours", "benchmarks.ours.commanding", OWN, {"out": "many ours"}),
+        )
+    ]
+    calls: list[tuple[tuple[str, str, str], str, str, dict[str, Any]]] = [(ours, "neighbours", "in batches", {"task": "pairs"})]
+    for call in ("get_row_with_neighbor", "get_row_padded"):
+        named = {"task": "row calls", "call": call}
+        calls.append((scdl, "scdl neighbours", call, named))
+        calls += [
+            (ours, "neighbours", f"{call}{', bionemo' * bionemo}", {**named, "bionemo": bionemo}) for bionemo in (False, True)
+        ]
+    found += [
+        Check(
+            name=f"{name}, neighbours, {text}",
+            module=module,
+            parameters=(*rows, *named.items()),
+            environment=environment,
+            store=store,
+            every_row=False,
+            source="neighbours file",
+        )
+        for (name, module, environment), store, text, named in calls
+    ]
+    return found
 
 
 def selected(found: Sequence[Case], pattern: str | None) -> tuple[Case, ...]:

@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,18 @@ __all__ = [
     "Params",
     "Tally",
     "answer",
+    "call_rows",
     "drawn_rows",
+    "find_wrong_lookup",
     "not_measured",
     "pace",
     "peak_mb",
     "random_rows",
     "resident_mb",
+    "row_rate",
+    "seconds_a_call",
     "single_rows",
+    "var_table",
 ]
 
 Params = dict[str, Any]
@@ -138,13 +143,89 @@ def single_rows(summed: Callable[[int], float], n_obs: int, params: Params) -> F
     rows = drawn_rows(n_obs, params["rows"]).tolist()
     if params["cached"]:
         rows = (rows[:REPEATED_ROWS] * len(rows))[: len(rows)]
+    return {"µs a row": 1e6 * seconds_a_call(summed, rows, params["passes"])}
+
+
+def seconds_a_call(call: Callable[[Any], Any], items: Sequence[Any], passes: int) -> float:
+    """Median over the passes, after one that is not counted."""
     took = []
-    for _ in range(1 + params["passes"]):
+    for _ in range(1 + passes):
         began = time.perf_counter()
-        for row in rows:
-            summed(row)
-        took.append(1e6 * (time.perf_counter() - began) / len(rows))
-    return {"µs a row": statistics.median(took[1:])}
+        for item in items:
+            call(item)
+        took.append((time.perf_counter() - began) / len(items))
+    return statistics.median(took[1:])
+
+
+def row_rate(call: Callable[[Any], Any], items: Sequence[Any], n_rows: int, passes: int) -> Figures:
+    """Rows per second of calls that together are for so many rows."""
+    return {"rows/s": n_rows / (len(items) * seconds_a_call(call, items, passes))}
+
+
+def call_rows(data: Any, params: Params) -> Figures:
+    """Rows per second of one of the calls that BioNeMo-SCDL's datasets and ours both have; what it gives is summed.
+
+    ``check``: the rows' sums instead.  A neighbour's row is held against ``get_row`` of its number.
+    """
+    rows, call = drawn_rows(len(data), params["rows"]).tolist(), params["call"]
+    if params.get("check"):
+        return _sums_of_pairs(data, rows) if call == "get_row_with_neighbor" else _sums_of_padded(data, rows)
+    if call == "get_row_column":
+        columns = drawn_rows(len(data.get_row_padded(0)[0]), len(rows), seed=1).tolist()
+        read = data.get_row_column
+        return row_rate(lambda k: float(read(rows[k], columns[k])), range(len(rows)), len(rows), params["passes"])
+    if call == "get_row_padded":
+        padded = data.get_row_padded
+        return row_rate(lambda row: float(padded(row)[0].sum()), rows, len(rows), params["passes"])
+    pair = data.get_row_with_neighbor
+
+    def summed(row: int) -> float:
+        found = pair(row)
+        return float(found["current_cell"][0].sum() + found["next_cell"][0].sum())
+
+    return row_rate(summed, rows, len(rows), params["passes"])
+
+
+def _sums_of_pairs(data: Any, rows: list[int]) -> Figures:
+    tally = Tally()
+    for row in rows:
+        found = data.get_row_with_neighbor(row)
+        other = data.get_row(int(found["next_cell_index"]))[0]
+        if any(mine.tolist() != theirs.tolist() for mine, theirs in zip(found["next_cell"], other, strict=True)):
+            return {"wrong": "a neighbour's row is not what get_row gives for it"}
+        tally.add(*found["current_cell"])
+    return tally.figures()
+
+
+def _sums_of_padded(data: Any, rows: list[int]) -> Figures:
+    tally = Tally()
+    for row in rows:
+        padded = data.get_row_padded(row)[0]
+        ids = padded.nonzero()[0]
+        if any(data.get_row_column(row, gene) != padded[gene] for gene in (0, *ids[:2].tolist())):
+            return {"wrong": "get_row_column is not what get_row_padded has in that place"}
+        tally.add(padded[ids], ids)
+    return tally.figures()
+
+
+def var_table(block: int, genes: int) -> dict[str, list[str]]:
+    """A var table that tells which block it is of."""
+    return {
+        "feature_id": [f"block{block:04}_gene{k:04}" for k in range(genes)],
+        "feature_name": [f"block{block:04}_name{k:04}" for k in range(genes)],
+    }
+
+
+def find_wrong_lookup(index: Any, n_blocks: int, params: Params) -> str:
+    """Why an index is not the one of these blocks; "" if it is."""
+    if n_blocks != params["blocks"]:
+        return f"the index has {n_blocks} blocks, {params['blocks']} were made"
+    for row in drawn_rows(index.number_of_rows(), 64, seed=2).tolist():
+        expected = var_table(row // params["block_cells"], params["block_genes"])
+        (found,), _ = index.lookup(row, ["feature_name"])
+        if list(found) != expected["feature_name"]:
+            return f"row {row} is looked up as {found[0]}, expected {expected['feature_name'][0]}"
+    return ""
 
 
 def peak_mb() -> float:

@@ -9,20 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from benchmarks.plan import ANNBATCH, CURRENT, OWN, SCDL
+from benchmarks.plan import ANNBATCH, BLOCK_CELLS, BLOCK_GENES, CURRENT, OWN, SCDL, VAR_BLOCKS, Grid
 from benchmarks.process import drawn_rows
 
-__all__ = ["STORES", "Store", "Truth", "files_of", "folder_of", "sizes", "source_problem", "stamp", "truth"]
+__all__ = ["STORES", "Store", "Truth", "files_of", "folder_of", "sizes", "source_problem", "stamp", "truth", "with_sources"]
 
 PACKAGE = Path(__file__).parents[1] / "scdl_zarr"
+DRAWING = ("atlas.py", "drawing.py")
 BLOCK_VALUES = 1 << 24
 
 
@@ -37,6 +38,12 @@ class Store:
     values: str = "X/data"  # patterns below the store's folder
     ids: str = "X/indices"
     suffix: str = ".zarr"
+    source: str | None = ""  # name of the store that it is made from; "" is the source, None: it is drawn
+    sized_by: tuple[str, ...] = ()  # figures of the grid that say how much of it there is
+
+    def of(self, grid: Grid) -> Store:
+        """The store at the sizes of a grid."""
+        return replace(self, parameters=(*self.parameters, *((name, getattr(grid, name)) for name in self.sized_by)))
 
 
 STORES = {
@@ -82,8 +89,72 @@ STORES = {
             ids="*/X/indices",
         ),
         Store(name="anndata zarr", module="benchmarks.peers.anndata_rows", parameters=(("task", "write"),), environment=CURRENT),
+        Store(
+            name="many files",
+            module="benchmarks.drawing",
+            parameters=(("task", "many files"),),
+            suffix="",
+            source=None,
+            sized_by=("files", "many_cells"),
+        ),
+        Store(
+            name="neighbours file",
+            module="benchmarks.drawing",
+            parameters=(("task", "neighbors"),),
+            suffix=".h5ad",
+            source=None,
+            sized_by=("many_cells",),
+        ),
+        Store(
+            name="neighbours",
+            module="benchmarks.ours.converting",
+            parameters=(("threads", 2), ("obsp", ["next_cell_ids"])),
+            source="neighbours file",
+        ),
+        Store(
+            name="scdl neighbours",
+            module="benchmarks.peers.scdl",
+            parameters=(("task", "constructor"), ("neighbors", True)),
+            environment=SCDL,
+            suffix="",
+            source="neighbours file",
+        ),
+        *(
+            store
+            for blocks in VAR_BLOCKS
+            for store in (
+                Store(
+                    name=f"var tables {blocks}",
+                    module="benchmarks.drawing",
+                    parameters=(
+                        ("task", "var tables"),
+                        ("blocks", blocks),
+                        ("block_cells", BLOCK_CELLS),
+                        ("block_genes", BLOCK_GENES),
+                    ),
+                    suffix="",
+                    source=None,
+                ),
+                Store(
+                    name=f"var blocks {blocks}",
+                    module="benchmarks.ours.converting",
+                    parameters=(("threads", 2),),
+                    source=f"var tables {blocks}",
+                ),
+            )
+        ),
     )
 }
+
+
+def with_sources(names: Iterable[str]) -> list[str]:
+    """Stores, and those that they are made from, in the order in which they can be made."""
+    wanted = set(names)
+    for name in tuple(wanted):
+        while source := STORES[name].source:
+            wanted.add(source)
+            name = source
+    return sorted(wanted, key=list(STORES).index)
 
 
 def folder_of(store: Store, below: Path) -> Path:
@@ -91,30 +162,46 @@ def folder_of(store: Store, below: Path) -> Path:
     return below / f"{store.name.replace(' ', '_')}{store.suffix}"
 
 
-def stamp(store: Store, source: Path, maker: str) -> str:
+def marker_of(folder: Path) -> Path:
+    """What says how a store was made; it is as old as the store."""
+    return folder.with_name(f"{folder.name}.made.json")
+
+
+def stamp(store: Store, source: Path | None, maker: str) -> str:
     """What a store was made from: the source's size and time, the parameters, and what `maker` says of the code."""
-    facts = source.stat()
-    recipe = [store.module, store.parameters, facts.st_size, facts.st_mtime_ns, maker]
+    facts = None if source is None else (marker_of(source) if source.is_dir() else source).stat()
+    recipe = [store.module, store.parameters, *((facts.st_size, facts.st_mtime_ns) if facts else ()), maker]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
 
 def package_hash() -> str:
     """Of our own code: stores of ours are made again when it changes."""
+    return _hash(sorted(PACKAGE.rglob("*.py")))
+
+
+def drawing_hash() -> str:
+    """Of the code that draws: what is drawn is drawn again when it changes."""
+    return _hash([Path(__file__).with_name(name) for name in DRAWING])
+
+
+def _hash(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def make(store: Store, below: Path, source: Path, maker: str, execute: Callable[[str, dict[str, Any]], Any]) -> Any:
+def make(store: Store, below: Path, source: Path | None, maker: str, execute: Callable[[str, dict[str, Any]], Any]) -> Any:
     """Make a store unless it is there; what its process measured (the same figures again if it is)."""
     folder, wanted = folder_of(store, below), stamp(store, source, maker)
-    marker = below / f"{folder.name}.made.json"
+    marker = marker_of(folder)
     if marker.exists() and folder.exists():
         found = json.loads(marker.read_text())
         if found["stamp"] == wanted:
             return found["figures"]
     marker.unlink(missing_ok=True)
+    if folder.is_file():
+        folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     figures = execute(store.module, {**dict(store.parameters), "source": str(source), "out": str(folder)})
     if "not measured" not in figures:
@@ -167,11 +254,25 @@ def source_problem(source: Path) -> str | None:
 
 
 def truth(source: Path, rows: int) -> Truth:
-    """Add up the source: every row, and the rows that are drawn."""
-    with h5py.File(source) as file:
+    """Add up the source, a file or a folder of them: every row, and the rows that are drawn."""
+    files = files_of(source)
+    lengths = [_n_rows(file) for file in files]
+    wanted = np.bincount(drawn_rows(sum(lengths), rows), minlength=sum(lengths))
+    parts = [_sums(file, share) for file, share in zip(files, np.split(wanted, np.cumsum(lengths)[:-1]), strict=True)]
+    every, drawn = ({name: sum(part[k][name] for part in parts) for name in parts[0][k]} for k in (0, 1))
+    return Truth(n_obs=sum(lengths), n_values=int(every["values"]), every_row=every, drawn=drawn)
+
+
+def _n_rows(path: Path) -> int:
+    with h5py.File(path) as file:
+        return len(file["X/indptr"]) - 1
+
+
+def _sums(path: Path, wanted: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """Of every row of a file, and of each as often as it is wanted."""
+    with h5py.File(path) as file:
         matrix = file["X"]
         indptr = matrix["indptr"][:].astype(np.int64)
-        wanted = np.bincount(drawn_rows(len(indptr) - 1, rows), minlength=len(indptr) - 1)
         lengths = np.diff(indptr)
         every = {"values": 0, "sum": 0.0, "ids": 0}
         drawn = {"values": int((lengths * wanted).sum()), "sum": 0.0, "ids": 0}
@@ -183,7 +284,7 @@ def truth(source: Path, rows: int) -> Truth:
                 every[name] += exact.sum().item()
                 drawn[name] += (exact * times).sum().item()
         every["values"] = int(indptr[-1])
-        return Truth(n_obs=len(indptr) - 1, n_values=int(indptr[-1]), every_row=every, drawn=drawn)
+        return every, drawn
 
 
 def _row_blocks(indptr: Any) -> Iterator[tuple[int, int]]:

@@ -15,15 +15,18 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
-from benchmarks import caches, stores, venvs
+from benchmarks import caches, drawing, stores, venvs
 from benchmarks.__main__ import main
 from benchmarks.atlas import make_atlas
+from benchmarks.commands import TARGET, run_command
 from benchmarks.execution import Results, Settings, run_all
 from benchmarks.plan import Case, Grid, cases, checks, more_is_better, rotated, selected, summarise
-from benchmarks.process import Tally, drawn_rows, pace
+from benchmarks.process import Tally, drawn_rows, find_wrong_lookup, pace, var_table
 from benchmarks.report import as_json, as_markdown
 from benchmarks.spawn import Command, run_process
+from scdl_zarr.bionemo import VariableFeatureIndex
 
 ROOT = Path(__file__).parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -56,6 +59,54 @@ def test_the_truth_counts_repeated_rows_as_often_as_they_are_drawn(
         assert tally.figures() == expected
 
 
+def test_a_folder_of_files_is_the_truth_of_their_rows_one_after_another(tmp_path: Path) -> None:
+    params = {"task": "many files", "files": 3, "many_cells": 20, "out": str(tmp_path / "files")}
+    drawing.measure(params)
+    files = stores.files_of(tmp_path / "files")
+    parts = [ad.read_h5ad(file).X for file in files]
+    assert (parts[0] != parts[1]).nnz and (parts[1] != parts[2]).nnz
+    every = sp.vstack(parts, format="csr")
+    found = stores.truth(tmp_path / "files", rows=100)
+    assert (found.n_obs, found.n_values) == (60, every.nnz)
+    for expected, matrix in ((found.every_row, every), (found.drawn, every[drawn_rows(60, 100)])):
+        tally = Tally()
+        tally.add(matrix.data, matrix.indices)
+        assert tally.figures() == expected
+
+
+def test_each_var_table_is_of_its_own_block(tmp_path: Path) -> None:
+    params = {"task": "var tables", "blocks": 3, "block_cells": 2, "block_genes": 5, "out": str(tmp_path / "tables")}
+    drawing.measure(params)
+    for block, file in enumerate(stores.files_of(tmp_path / "tables")):
+        found = ad.read_h5ad(file)
+        assert found.shape == (2, 5)
+        assert {name: list(found.var[name]) for name in found.var.columns} == var_table(block, 5)
+        assert list(found.var_names) == var_table(block, 5)["feature_id"]
+
+
+def test_what_is_drawn_is_kept_and_what_is_made_of_it_follows(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def execute(module: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        made.append(Path(parameters["out"]).name)
+        Path(parameters["out"]).mkdir()
+        return {"s": 1.0}
+
+    def make(grid: Grid, code: str = "1") -> None:
+        drawn, built = stores.STORES["var tables 1"], stores.STORES["var blocks 1"]
+        stores.make(drawn.of(grid), tmp_path, None, code, execute)
+        stores.make(built.of(grid), tmp_path, stores.folder_of(drawn, tmp_path), "1", execute)
+        stores.make(stores.STORES["many files"].of(grid), tmp_path, None, "1", execute)
+
+    make(Grid())
+    make(Grid())
+    assert made == ["var_tables_1", "var_blocks_1.zarr", "many_files"]
+    make(dataclasses.replace(Grid(), files=9))
+    assert made[3:] == ["many_files"]
+    make(dataclasses.replace(Grid(), files=9), "2")
+    assert made[4:] == ["var_tables_1", "var_blocks_1.zarr"]
+
+
 # ---- the plan
 
 
@@ -70,7 +121,7 @@ def test_the_grid_is_frozen_and_its_names_are_keys() -> None:
     assert len(set(names)) == len(names)
     assert {other for case in found for other in case.against} <= set(names)
     assert names == [case.name for case in cases(Grid.toy())], "a toy run runs the same cases"
-    assert {case.store for case in found} - {""} == set(stores.STORES)
+    assert stores.with_sources({case.store for case in found} - {""}) == list(stores.STORES)
     assert {case.environment for case in found} == {"own", *venvs.ENVIRONMENTS}
     json.dumps([dict(case.parameters) for case in found])
 
@@ -180,7 +231,10 @@ def test_requirements_are_exact_and_torch_is_where_it_is_installed_first() -> No
 
 def test_peers_know_nothing_of_us() -> None:
     """They run where scdl_zarr is not installed, and import their own packages only when they measure."""
-    for path in (*(ROOT / "benchmarks" / "peers").glob("*.py"), ROOT / "benchmarks" / "process.py"):
+    for path in (
+        *(ROOT / "benchmarks" / "peers").glob("*.py"),
+        *(ROOT / "benchmarks" / name for name in ("process.py", "commands.py")),
+    ):
         tree = ast.parse(path.read_text())
         names = {
             name
@@ -194,7 +248,9 @@ def test_peers_know_nothing_of_us() -> None:
             for node in tree.body
             if isinstance(node, (ast.Import, ast.ImportFrom))
         }
-        assert all(name == "benchmarks.process" or name.split(".")[0] in sys.stdlib_module_names for name in top), path
+        assert all(
+            name in ("benchmarks.process", "benchmarks.commands") or name.split(".")[0] in sys.stdlib_module_names for name in top
+        ), path
 
 
 # ---- cache states
@@ -291,6 +347,43 @@ def test_memory_of_children_counts(tmp_path: Path) -> None:
     process.wait()
     watch.stop()
     assert watch.highest_mb > 150
+
+
+def test_a_command_is_charged_for_its_temporary_files_and_links_count_once(tmp_path: Path) -> None:
+    script = """
+import os, pathlib, sys, tempfile, time
+work = pathlib.Path(tempfile.mkdtemp())
+(work / "large").write_bytes(os.urandom(4_000_000))
+time.sleep(0.3)
+target = pathlib.Path(sys.argv[1])
+target.mkdir()
+(target / "small").write_bytes(os.urandom(1_000_000))
+os.link(target / "small", target / "again")
+os.sync()
+time.sleep(0.3)
+(work / "large").unlink()
+"""
+    found = run_command([sys.executable, "-c", script, str(tmp_path / "work" / TARGET)], tmp_path / "work")
+    assert found["s"] > 0.6
+    assert 5 <= found["MB disk peak"] < 5.6
+    assert 1 <= found["MB final"] < 1.2
+    assert found["MB peak"] > 5
+
+
+def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no such luck"):
+        run_command([sys.executable, "-c", "raise SystemExit('no such luck')"], tmp_path / "work")
+
+
+def test_an_index_of_other_blocks_is_not_measured() -> None:
+    params = {"blocks": 3, "block_cells": 2, "block_genes": 5}
+    right, wrong = VariableFeatureIndex(), VariableFeatureIndex()
+    for block in range(3):
+        right.append_features(2, var_table(block, 5))
+        wrong.append_features(2, var_table(2 - block, 5))
+    assert find_wrong_lookup(right, 3, params) == ""
+    assert "is looked up as block" in find_wrong_lookup(wrong, 3, params)
+    assert "2 blocks" in find_wrong_lookup(right, 2, params)
 
 
 def test_scripts_beside_run_in_the_same_rounds(tmp_path: Path, real_h5ad: Path) -> None:

@@ -1,4 +1,4 @@
-"""BioNeMo-SCDL: converting, its DataLoader, single rows, opening.
+"""BioNeMo-SCDL: converting, its DataLoader, single rows, neighbours, features, opening.
 
 Its defaults are used, as its documentation does: float32 values, the smallest unsigned integers for ids, all memory-mapped, and a
 ``DataLoader`` with its own collate function.  Its narrower values, uint16, are measured too: that is how it was fastest
@@ -17,9 +17,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.process import Figures, Params, Tally, answer, pace, peak_mb, resident_mb, single_rows
+from benchmarks.commands import TARGET, run_command
+from benchmarks.process import (
+    Figures,
+    Params,
+    Tally,
+    answer,
+    call_rows,
+    drawn_rows,
+    find_wrong_lookup,
+    not_measured,
+    pace,
+    peak_mb,
+    resident_mb,
+    seconds_a_call,
+    single_rows,
+    var_table,
+)
 
 __all__ = ["measure"]
+
+CHECKED_VALUES = 1 << 22
 
 
 def measure(params: Params) -> Figures:
@@ -30,17 +48,26 @@ def measure(params: Params) -> Figures:
         "loader": loader,
         "one_row": one_row,
         "open": opening,
+        "flatten": flatten,
+        "row calls": row_calls,
+        "lookup": lookup,
     }
     return tasks[params["task"]](params)
 
 
 def constructor(params: Params) -> Figures:
-    """``SingleCellMemMapDataset(out, h5ad_path=...)``; ``dtype`` asks for narrower values."""
+    """``SingleCellMemMapDataset(out, h5ad_path=...)``; ``dtype`` asks for narrower values, ``neighbors`` for those too."""
     from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
 
     shutil.rmtree(params["out"], ignore_errors=True)
     began = time.perf_counter()
-    SingleCellMemMapDataset(params["out"], h5ad_path=params["source"], use_X_not_raw=True, data_dtype=params.get("dtype"))
+    SingleCellMemMapDataset(
+        params["out"],
+        h5ad_path=params["source"],
+        use_X_not_raw=True,
+        data_dtype=params.get("dtype"),
+        load_neighbors=params.get("neighbors", False),
+    )
     return {"s": time.perf_counter() - began, "MB peak": peak_mb()}
 
 
@@ -64,10 +91,25 @@ def script(params: Params) -> Figures:
     return {"s": took}
 
 
-def _open(params: Params) -> Any:
+def flatten(params: Params) -> Figures:
+    """``convert_h5ad_to_scdl`` on a folder of many files, which become one archive."""
+    work = Path(params["out"])
+    program = Path(sys.executable).with_name("convert_h5ad_to_scdl")
+    options = ["--data-path", params["store"], "--save-path", str(work / TARGET), "--use-X-not-raw"]
+    figures = run_command([str(program), *options], work)
+    if not params.get("check"):
+        return figures
+    data, tally = _open({"store": str(work / TARGET)}), Tally()
+    for start in range(0, len(data.data), CHECKED_VALUES):
+        part = slice(start, start + CHECKED_VALUES)
+        tally.add(data.data[part], data.col_index[part])
+    return tally.figures()
+
+
+def _open(params: Params, **options: Any) -> Any:
     from bionemo.scdl.io.single_cell_memmap_dataset import SingleCellMemMapDataset
 
-    return SingleCellMemMapDataset(params["store"])
+    return SingleCellMemMapDataset(params["store"], **options)
 
 
 def loader(params: Params) -> Figures:
@@ -103,6 +145,25 @@ def one_row(params: Params) -> Figures:
             return float(data[row][0].sum())
 
     return single_rows(summed, len(data), params)
+
+
+def row_calls(params: Params) -> Figures:
+    """One call a row; see :func:`benchmarks.process.call_rows`."""
+    return call_rows(_open(params, load_neighbors=True), params)
+
+
+def lookup(params: Params) -> Figures:
+    """Features of random rows, by an index that was given as many blocks."""
+    from bionemo.scdl.index.row_feature_index import VariableFeatureIndex
+    from numpy import array
+
+    index = VariableFeatureIndex()
+    for block in range(params["blocks"]):
+        table = var_table(block, params["block_genes"])
+        index.append_features(params["block_cells"], {name: array(values) for name, values in table.items()}, f"{block}")
+    rows = drawn_rows(index.number_of_rows(), params["rows"]).tolist()
+    wrong = find_wrong_lookup(index, len(index), params)
+    return not_measured(wrong) if wrong else {"µs a lookup": 1e6 * seconds_a_call(index.lookup, rows, params["passes"])}
 
 
 def opening(params: Params) -> Figures:

@@ -1,0 +1,76 @@
+"""Sources that only some sections read: many files, a file with neighbours, files of one var table each.
+
+They are drawn from fixed seeds, so that what is kept between runs is what would be drawn again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from benchmarks.atlas import make_atlas
+from benchmarks.process import Figures, Params, answer, var_table
+
+__all__ = ["measure"]
+
+NEIGHBORS_PER_CELL = 15
+NEIGHBORS = "next_cell_ids"  # as BioNeMo-SCDL names them by default
+
+
+def measure(params: Params) -> Figures:
+    """The task that `params` names; the seconds that it took."""
+    tasks = {"many files": many_files, "neighbors": neighbors, "var tables": var_tables}
+    began = time.perf_counter()
+    tasks[params["task"]](params)
+    return {"s": time.perf_counter() - began}
+
+
+def many_files(params: Params) -> None:
+    """A folder of files with the same genes and other cells each."""
+    folder = Path(params["out"])
+    folder.mkdir(parents=True)
+    for k in range(params["files"]):
+        make_atlas(folder / f"atlas_{k}.h5ad", params["many_cells"], seed=k + 1)
+
+
+def neighbors(params: Params) -> None:
+    """One file whose cells have 15 random neighbours each, some of them perhaps twice, under random weights."""
+    out, n = Path(params["out"]), params["many_cells"]
+    make_atlas(out, n)
+    rng = np.random.default_rng(0)
+    ids = np.sort(rng.integers(0, n, (n, NEIGHBORS_PER_CELL)), axis=1).astype(np.int32)
+    indptr = np.arange(0, ids.size + 1, NEIGHBORS_PER_CELL, dtype=np.int32)
+    weights = rng.random(ids.size, dtype=np.float32)
+    with h5py.File(out, "r+") as file:
+        ad.io.write_elem(file, f"obsp/{NEIGHBORS}", sp.csr_matrix((weights, ids.ravel(), indptr), shape=(n, n)))
+
+
+def var_tables(params: Params) -> None:
+    """A folder of files of a few cells, each with genes of its own: one file is written, and its copies get other names."""
+    folder, cells, genes = Path(params["out"]), params["block_cells"], params["block_genes"]
+    folder.mkdir(parents=True)
+    first = folder / "table_0000.h5ad"
+    table = var_table(0, genes)
+    ad.AnnData(
+        sp.csr_matrix(np.eye(cells, genes, dtype=np.float32)),
+        obs=pd.DataFrame(index=[f"cell{k}" for k in range(cells)]),
+        var=pd.DataFrame(table, index=table["feature_id"]),
+    ).write_h5ad(first)
+    for block in range(1, params["blocks"]):
+        copy = folder / f"table_{block:04}.h5ad"
+        shutil.copyfile(first, copy)
+        with h5py.File(copy, "r+") as file:
+            for name, values in var_table(block, genes).items():
+                file["var"][name][:] = values
+            file["var"][file["var"].attrs["_index"]][:] = var_table(block, genes)["feature_id"]
+
+
+if __name__ == "__main__":
+    answer(measure)
