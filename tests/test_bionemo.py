@@ -306,8 +306,8 @@ def test_a_sorted_row_is_in_its_sources_order_again(tmp_path: Path) -> None:
 
 
 def test_more_blocks_than_are_kept(ragged: SingleCellMemMapDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scdl_zarr.reading.local_genes.KEPT_BLOCKS", 1)
-    monkeypatch.setattr("scdl_zarr.bionemo.feature_blocks.KEPT_BLOCKS", 1)
+    monkeypatch.setattr("scdl_zarr.reading.local_genes.KEPT_BYTES", 1)
+    monkeypatch.setattr("scdl_zarr.bionemo.feature_blocks.KEPT_BYTES", 1)
     data = SingleCellMemMapDataset(ragged.path)
     for row in (6, 0, 4, 6, 4, 0):
         assert plain(data.get_row(row)[0]) == plain(ragged.get_row(row)[0])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scdl_zarr.reading.batch import RowBatch
-from scdl_zarr.reading.local_genes import KEPT_BLOCKS, LocalGenes
+from scdl_zarr.reading.local_genes import LocalGenes
 from scdl_zarr.reading.recent import Recent
 
 
@@ -42,6 +42,13 @@ def test_what_cannot_be_made_is_not_kept() -> None:
     assert kept.get("7", int) == 7 and len(kept) == 1
 
 
+def test_the_heaviest_make_room_for_themselves() -> None:
+    kept: Recent[int, int] = Recent(10, lambda value: value)
+    assert [kept.get(key, int) for key in (4, 5, 1)] == [4, 5, 1] and len(kept) == 3
+    assert kept.get(6, int) == 6 and len(kept) == 2  # 4 and 5 are gone
+    assert kept.get(50, int) == 50 and len(kept) == 1  # larger than all there is room for: it alone
+
+
 @pytest.mark.usefixtures("hurried")
 def test_threads_ask_at_once() -> None:
     kept: Recent[int, int] = Recent(4)
@@ -59,7 +66,7 @@ class ManyBlocks:
     """More var blocks than are kept, each of one row and with genes in an order of its own."""
 
     def __len__(self) -> int:
-        return 4 * KEPT_BLOCKS
+        return 256
 
     def block_of(self, row: int) -> int:
         return row
@@ -72,11 +79,12 @@ class ManyBlocks:
 
 
 @pytest.mark.usefixtures("hurried")
-def test_genes_of_more_blocks_than_are_kept_in_threads() -> None:
+def test_genes_of_more_blocks_than_are_kept_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scdl_zarr.reading.local_genes.KEPT_BYTES", 64 * 64)  # maps of eight genes
     genes = LocalGenes(ManyBlocks(), 8)  # type: ignore[arg-type]
 
     def ask(seed: int) -> bool:
-        for row in np.random.default_rng(seed).integers(0, 4 * KEPT_BLOCKS, 1000).tolist():
+        for row in np.random.default_rng(seed).integers(0, 256, 1000).tolist():
             batch = RowBatch(np.ones(1, np.float32), np.array([0], np.int32), np.array([0, 1]), 8, np.array([row]))
             if genes.localized(batch).indices[0] != row % 8:
                 return False

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.errors import NotAStoreError, OptionError
+from scdl_zarr.reading.recent import Recent
 
 if TYPE_CHECKING:
     from scdl_zarr.dataset import SingleCellZarrDataset
@@ -25,7 +26,8 @@ __all__ = ["FeatureBlocks", "HeldBlocks", "StoredCells", "StoredGenes", "plain_v
 
 Array = npt.NDArray[Any]
 
-KEPT_BLOCKS = 64  # feature arrays of as many blocks are kept
+KEPT_BYTES = 1 << 28  # of feature arrays of the blocks used last
+TEXT_BYTES = 64  # about, of a text in an array of objects
 TABLES, LABELS, OLD_LABELS = "tables.json", "labels.json", "labels.npy"
 
 
@@ -104,6 +106,11 @@ class HeldBlocks:
         self.stops[-1] += n_rows
 
 
+def _weight(features: tuple[dict[str, Array], Array]) -> int:
+    columns, genes = features
+    return sum(len(values) * (TEXT_BYTES if values.dtype == object else values.itemsize) for values in (*columns.values(), genes))
+
+
 class StoredGenes:
     """The var tables of a store: a block is a run of rows whose sources had the same one."""
 
@@ -112,7 +119,7 @@ class StoredGenes:
         self._index_name = index_name
         self._labels = _Labels(data)
         self._widths: list[int] | None = None
-        self._kept: dict[int, tuple[dict[str, Array], Array]] = {}  # of the blocks used last
+        self._kept: Recent[int, tuple[dict[str, Array], Array]] = Recent(KEPT_BYTES, _weight)
 
     def __len__(self) -> int:
         return len(self._data.blocks)
@@ -143,13 +150,12 @@ class StoredGenes:
         return self._labels.of(self.rows(self.block_of(row)).start)
 
     def _features(self, block: int) -> tuple[dict[str, Array], Array]:
-        if block not in self._kept:
-            frame = self._data.blocks.var(block)
-            columns = {str(name): _unchangeable(plain_values(frame[name].array)) for name in frame.columns}
-            while len(self._kept) >= KEPT_BLOCKS:
-                self._kept.pop(next(iter(self._kept)), None)
-            self._kept[block] = (columns, _unchangeable(np.asarray(frame.index.to_numpy())))
-        return self._kept[block]
+        return self._kept.get(block, self._read)
+
+    def _read(self, block: int) -> tuple[dict[str, Array], Array]:
+        frame = self._data.blocks.var(block)
+        columns = {str(name): _unchangeable(plain_values(frame[name].array)) for name in frame.columns}
+        return columns, _unchangeable(np.asarray(frame.index.to_numpy()))
 
 
 class StoredCells:

@@ -12,7 +12,11 @@ from scdl_zarr.reading.recent import Recent
 
 __all__ = ["LocalGenes"]
 
-KEPT_BLOCKS = 64  # maps of as many blocks are kept, 8 bytes a gene each
+KEPT_BYTES = 1 << 28  # of maps, 8 bytes a gene and block
+
+
+def _weight(known: tuple[Int64Array, bool] | None) -> int:
+    return 64 if known is None else known[0].nbytes
 
 
 class LocalGenes:
@@ -21,7 +25,7 @@ class LocalGenes:
     def __init__(self, blocks: Blocks, n_vars: int) -> None:
         self._blocks = blocks
         self._n_vars = n_vars
-        self._known: Recent[int, tuple[Int64Array, bool] | None] = Recent(KEPT_BLOCKS)
+        self._known: Recent[int, tuple[Int64Array, bool] | None] = Recent(KEPT_BYTES, _weight)
         self._unsorted: Int64Array | None = None
 
     def keeps(self, row: int) -> bool:
