@@ -49,7 +49,8 @@ def neighbors(params: Params) -> None:
     indptr = np.arange(0, ids.size + 1, NEIGHBORS_PER_CELL, dtype=np.int32)
     weights = rng.random(ids.size, dtype=np.float32)
     with h5py.File(out, "r+") as file:
-        ad.io.write_elem(file, f"obsp/{NEIGHBORS}", sp.csr_matrix((weights, ids.ravel(), indptr), shape=(n, n)))
+        matrix = sp.csr_matrix((weights, ids.ravel(), indptr), shape=(n, n))
+        ad.io.write_elem(file.require_group("obsp"), NEIGHBORS, matrix)
 
 
 def var_tables(params: Params) -> None:
@@ -67,9 +68,9 @@ def var_tables(params: Params) -> None:
         copy = folder / f"table_{block:04}.h5ad"
         shutil.copyfile(first, copy)
         with h5py.File(copy, "r+") as file:
-            for name, values in var_table(block, genes).items():
-                file["var"][name][:] = values
-            file["var"][file["var"].attrs["_index"]][:] = var_table(block, genes)["feature_id"]
+            own = var_table(block, genes)
+            del file["var"]
+            ad.io.write_elem(file, "var", pd.DataFrame(own, index=own["feature_id"]))
 
 
 if __name__ == "__main__":

@@ -212,6 +212,13 @@ def test_an_array_of_another_length_is_refused(store: Path, tmp_path: Path) -> N
 # ---- batches
 
 
+def plain(values: Any) -> list[Any]:
+    """A column's values, None for what is missing: pandas has several kinds of text, and of what is not there."""
+    series = pd.Series(values).astype(object)
+    found: list[Any] = series.where(series.notna(), None).tolist()
+    return found
+
+
 def test_a_batch_carries_what_it_is_asked_for(data: SingleCellZarrDataset) -> None:
     rows = np.random.default_rng(1).integers(0, N_OBS, 20)
     batch = data.read_batch(rows, layers=["half", "double"], obsm=["spatial", "cube"], obs=["kind", "score", "number", "text"])
@@ -225,7 +232,7 @@ def test_a_batch_carries_what_it_is_asked_for(data: SingleCellZarrDataset) -> No
         np.testing.assert_array_equal(batch.obsm[name], OBSM[name][rows])
     assert isinstance(batch.obs["kind"], pd.Categorical) and batch.obs["kind"].codes.dtype.kind == "i"
     for name in ("kind", "score", "number", "text"):
-        assert pd.Series(batch.obs[name]).equals(pd.Series(toy().obs[name].array[rows]).astype(batch.obs[name].dtype))
+        assert plain(batch.obs[name]) == plain(toy().obs[name].array[rows])
     assert repr(batch) == ("Batch(20 rows × 12 genes; layers: half, double; obsm: spatial, cube; obs: kind, score, number, text)")
 
 

@@ -302,12 +302,13 @@ def test_a_chunk_cut_short(encoding: str, tensorstore: bool, tmp_path: Path) -> 
 
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
     source = write_with_anndata(tmp_path / "a.zarr", rich(), 2)
-    for document in (source / ".zmetadata", source / "obs/note/.zarray"):
+    note = "obs/note" if (source / "obs/note/.zarray").exists() else "obs/note/values"  # text that may be missing
+    for document in (source / ".zmetadata", source / note / ".zarray"):
         text = json.loads(document.read_bytes())
-        node = text["metadata"]["obs/note/.zarray"] if "metadata" in text else text
+        node = text["metadata"][f"{note}/.zarray"] if "metadata" in text else text
         node["filters"] = [{"id": "pickle", "protocol": 5}]
         document.write_text(json.dumps(text))
-    refused(source, tmp_path / "x.zarr", "obs/note is stored in pickles, which are never opened")
+    refused(source, tmp_path / "x.zarr", f"{note} is stored in pickles, which are never opened")
 
 
 def test_a_store_that_changes_while_it_is_converted(source: Path, tmp_path: Path) -> None:

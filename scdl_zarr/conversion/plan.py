@@ -6,6 +6,7 @@ fills and the source rows that cover it, and is all that reaches a worker.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -23,6 +24,7 @@ __all__ = ["ConversionOptions", "MatrixPlan", "Part", "SLAB_BYTES", "ShardTask",
 PIECE_VALUES = 1 << 17  # elements a task holds decoded at a time (more where one row or one HDF5 chunk is longer)
 SLAB_BYTES = 1 << 18  # values that are compressed by one call
 BASE_BYTES = 280_000_000  # interpreter, NumPy, pandas, zarr, numba and HDF5 (250 MB measured), anndata where tables need it
+ARROW_BYTES = 80_000_000  # pandas 3 loads pyarrow for its text where it is installed (60 MB measured)
 VALUE_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float32", "float64")
 
 
@@ -294,4 +296,5 @@ def projected_bytes(plans: list[MatrixPlan], workers: int, tables_bytes: int, lo
             written = sum(layout.dtype.itemsize for layout in stored)
             rare = 3 * 8  # a binary64 copy, ids as int64, a mask
             per_task = max(per_task, piece * (read + written + rare) + 4 * source.header.chunk_bytes + slabs)
-    return BASE_BYTES + tables_bytes + workers * per_task
+    arrow = ARROW_BYTES if importlib.util.find_spec("pyarrow") is not None else 0
+    return BASE_BYTES + arrow + tables_bytes + workers * per_task

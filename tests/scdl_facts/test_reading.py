@@ -62,9 +62,17 @@ def test_dtypes_of_a_row(n_vars: int, columns: str, tmp_path: Path) -> None:
 def test_a_row_too_far(data: Any) -> None:
     """1.2 get_row: IndexError from the number of rows on."""
     for row in (4, 5, 1000):
-        for call in (data.get_row, data.get_row_padded, data.__getitem__):
+        for call in (data.get_row, data.get_row_padded):
             with pytest.raises(IndexError):
                 call(row)
+
+
+def test_an_item_too_far(data: Any) -> None:
+    """1.2 __getitem__: IndexError from the number of rows on."""
+    pytest.importorskip("torch")
+    for row in (4, 5, 1000):
+        with pytest.raises(IndexError):
+            data[row]
 
 
 @differs("SCDL gives an empty row for -1 and the row after for others; here it counts from the end")
