@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import operator
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -31,12 +30,11 @@ from scdl_zarr.errors import (
     FeatureNameError,
     FormatVersionError,
     OptionError,
-    RowIndexError,
     StoreNotFoundError,
 )
 from scdl_zarr.reading.batch import RowBatch, import_torch
 from scdl_zarr.reading.joining import GeneMap, join_batches, join_keys
-from scdl_zarr.reading.plan import Int64Array, resolve_rows
+from scdl_zarr.reading.plan import Int64Array, resolve_row, resolve_rows
 from scdl_zarr.resources import usable_cores
 
 if TYPE_CHECKING:
@@ -329,7 +327,7 @@ class SingleCellCollection:
 
     def get_row(self, index: SupportsIndex) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Values and gene ids of one row."""
-        return self.read_rows(self._one_row(index))[0]
+        return self.read_rows(resolve_row(index, self.n_obs))[0]
 
     def __getitem__(self, index: SupportsIndex) -> torch.Tensor:
         """One row as a torch tensor of shape (2, stored values): values, then gene ids, in the dtype of the values."""
@@ -346,7 +344,7 @@ class SingleCellCollection:
 
     def locate_row(self, index: SupportsIndex) -> tuple[str, int]:
         """Which dataset a row is in, and its number there."""
-        row = self._one_row(index)
+        row = resolve_row(index, self.n_obs)
         for name, data in self._datasets.items():
             if row < data.n_obs:
                 return name, row
@@ -461,18 +459,6 @@ class SingleCellCollection:
         if any(dtype.kind in "iu" for dtype in dtypes):
             raise OptionError(f"the datasets' values are {', '.join(sorted(map(str, dtypes)))}; say with dtype= which to take")
         return np.dtype(np.result_type(*dtypes))
-
-    def _one_row(self, index: SupportsIndex) -> int:
-        try:
-            if isinstance(index, (bool, np.bool_)):
-                raise TypeError
-            number = operator.index(index)
-        except TypeError:
-            raise TypeError(f"a row number is expected, got {index!r}; read_rows() takes slices, lists and masks") from None
-        n = self.n_obs
-        if not -n <= number < n:
-            raise RowIndexError(f"row {number} is out of range for {n} rows")
-        return number % n
 
     def _save(self) -> None:
         from scdl_zarr.conversion.construction import exclusive

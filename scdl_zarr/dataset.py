@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
@@ -14,7 +13,7 @@ from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError
 from scdl_zarr.reading.batch import RowBatch, import_torch
 from scdl_zarr.reading.csr import CsrReader
 from scdl_zarr.reading.exactness import sum_groups
-from scdl_zarr.reading.plan import resolve_rows
+from scdl_zarr.reading.plan import resolve_row, resolve_rows
 from scdl_zarr.resources import parse_bytes, usable_cores
 from scdl_zarr.storage.foreign import dtype_name, open_pinned
 from scdl_zarr.storage.location import StoreLocation, locate
@@ -711,15 +710,7 @@ class SingleCellZarrDataset:
         n = self._metadata.n_obs
         if type(index) is int and 0 <= index < n:
             return index
-        try:
-            if isinstance(index, (bool, np.bool_)) or np.ma.is_masked(index):
-                raise TypeError
-            index = operator.index(index)
-        except TypeError:
-            raise TypeError(f"a row number is expected, got {index!r}; read_rows() takes slices, lists and masks") from None
-        if not -n <= index < n:
-            raise RowIndexError(f"row {index} is out of range for {n} rows")
-        return index % n
+        return resolve_row(index, n)
 
     def _features(
         self, row: int, with_var: bool, var_names: list[str] | None, with_obs: bool, obs_names: list[str] | None

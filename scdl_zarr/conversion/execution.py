@@ -38,6 +38,7 @@ from scdl_zarr.conversion.construction import (
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, projected_bytes
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
+from scdl_zarr.conversion.sources.store import forget_stores
 from scdl_zarr.conversion.stopping import interruptible_pool
 from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, holds, union_stats
@@ -131,8 +132,7 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     try:
         return _run_conversion(sources, target, options)
     finally:
-        if "scdl_zarr.conversion.sources.store" in sys.modules:
-            sys.modules["scdl_zarr.conversion.sources.store"].forget_stores()
+        forget_stores()
 
 
 def _run_conversion(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> ConversionSummary:

@@ -26,7 +26,7 @@ from scdl_zarr.conversion.files import is_partial, link_file
 from scdl_zarr.conversion.plan import PIECE_VALUES
 from scdl_zarr.conversion.values import ValueStats, value_stats
 from scdl_zarr.errors import InexactValueError, OptionError
-from scdl_zarr.reading.csr import Columns, open_columns
+from scdl_zarr.reading.csr import Columns, open_columns, row_of
 from scdl_zarr.reading.exactness import inexact_positions
 from scdl_zarr.reading.plan import plan_rows
 from scdl_zarr.storage.location import StoreLocation, read_metadata, replacement_path
@@ -116,7 +116,7 @@ def _encode(location: StoreLocation, matrix: MatrixLayout, target: ArrayLayout, 
                 values = _read(columns, matrix, start, stop)
                 bad = inexact_positions(values, target.dtype, tolerance)
                 if len(bad):
-                    row = _row_of(columns, matrix.n_obs, start + int(bad[0]))
+                    row = row_of(columns, range(matrix.n_obs), start + int(bad[0]))
                     raise InexactValueError(
                         f"{location}: row {row} of X holds {values[bad[0]].item()!r}, which does not survive dtype "
                         f"{target.dtype.name}; nothing was changed"
@@ -141,16 +141,6 @@ def _read(columns: Columns, matrix: MatrixLayout, start: int, stop: int) -> npt.
     values: npt.NDArray[Any] = np.empty(stop - start, matrix.data_dtype)
     columns.gather(plan, values, np.empty(stop - start, np.int32 if matrix.n_vars <= 1 << 31 else np.int64))
     return values
-
-
-def _row_of(columns: Columns, n_obs: int, position: int) -> int:
-    """The row that holds a stored value: the last one that starts at it or before."""
-    low, high = 0, n_obs
-    while high - low > 1:
-        middle = (low + high) // 2
-        starts, _ = columns.bounds(np.array([middle], np.int64))
-        low, high = (middle, high) if starts[0] <= position else (low, middle)
-    return low
 
 
 def _header(metadata: StoreMetadata, dtype: np.dtype[Any], stats: ValueStats) -> dict[str, Any]:

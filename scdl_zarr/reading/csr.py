@@ -22,7 +22,7 @@ from scdl_zarr.storage.location import StoreLocation
 from scdl_zarr.storage.schema import MatrixLayout
 from scdl_zarr.storage.shards import LARGEST_TABLE
 
-__all__ = ["Columns", "CsrReader", "open_columns", "value_dtype"]
+__all__ = ["Columns", "CsrReader", "open_columns", "row_of", "value_dtype"]
 
 Buffers = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 Row = tuple[npt.NDArray[Any], npt.NDArray[Any]]
@@ -57,6 +57,16 @@ def open_columns(location: StoreLocation, layout: MatrixLayout, *, threads: int,
     from scdl_zarr.reading.general import general_columns
 
     return general_columns(location, layout, threads=threads)
+
+
+def row_of(columns: Columns, rows: range, position: int) -> int:
+    """Which of these rows holds a stored value: the last one that starts at it or before."""
+    low, high = rows.start, rows.stop
+    while high - low > 1:
+        middle = (low + high) // 2
+        starts, _ = columns.bounds(np.array([middle], np.int64))
+        low, high = (middle, high) if starts[0] <= position else (low, middle)
+    return low
 
 
 def _mappable(layout: MatrixLayout) -> bool:

@@ -10,9 +10,21 @@ from scdl_zarr.reading.blocks import Blocks
 from scdl_zarr.reading.plan import Int64Array
 from scdl_zarr.reading.recent import Recent
 
-__all__ = ["LocalGenes"]
+__all__ = ["LocalGenes", "local_numbers"]
 
 KEPT_BYTES = 1 << 28  # of maps, 8 bytes a gene and block
+
+
+def local_numbers(ids: Int64Array, n_vars: int) -> tuple[Int64Array, bool] | None:
+    """For each gene of the store its number in a source (-1: not there), and whether that keeps order; None: the same numbers.
+
+    `ids` has, for each gene of the source, its id in the store.
+    """
+    if np.array_equal(ids, np.arange(n_vars)):
+        return None
+    local = np.full(n_vars, -1, np.int64)
+    local[ids] = np.arange(len(ids))
+    return local, bool((np.diff(ids) > 0).all())
 
 
 def _weight(known: tuple[Int64Array, bool] | None) -> int:
@@ -50,13 +62,7 @@ class LocalGenes:
         return batch
 
     def _map(self, block: int) -> tuple[Int64Array, bool] | None:
-        """For each gene of the store its number in the block's source, and whether that keeps order; None: the same numbers."""
-        ids = self._blocks.gene_ids(block)
-        if np.array_equal(ids, np.arange(self._n_vars)):
-            return None
-        local = np.full(self._n_vars, -1, np.int64)
-        local[ids] = np.arange(len(ids))
-        return local, bool((np.diff(ids) > 0).all())
+        return local_numbers(self._blocks.gene_ids(block), self._n_vars)
 
     def _is_unsorted(self, row: int) -> bool:
         if self._unsorted is None:

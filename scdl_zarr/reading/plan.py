@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.errors import CorruptStoreError, OptionError, RowIndexError
 
-__all__ = ["Int64Array", "RowPlan", "copy_repeats", "plan_once", "plan_rows", "resolve_rows", "split_rows"]
+__all__ = ["Int64Array", "RowPlan", "copy_repeats", "plan_once", "plan_rows", "resolve_row", "resolve_rows", "split_rows"]
 
 LARGEST_BATCH = 1 << 44  # stored values
 BOOLS = frozenset({bool, np.bool_})
@@ -139,6 +139,27 @@ def _plain(rows: Any, what: str) -> Any:
     if np.ma.is_masked(rows):
         raise OptionError(f"{what}s is an array with masked entries; choose first (rows.compressed() takes the others)")
     return np.asarray(rows)
+
+
+def resolve_row(index: SupportsIndex, n_obs: int) -> int:
+    """One row number; negative ones count from the end.
+
+    Raises
+    ------
+    TypeError
+        `index` is no integer.
+    RowIndexError
+        It is outside ``[-n_obs, n_obs)``.
+    """
+    try:
+        if isinstance(index, (bool, np.bool_)) or np.ma.is_masked(index):
+            raise TypeError
+        number = operator.index(index)
+    except TypeError:
+        raise TypeError(f"a row number is expected, got {index!r}; read_rows() takes slices, lists and masks") from None
+    if not -n_obs <= number < n_obs:
+        raise _out_of_range(number, n_obs, "row")
+    return number % n_obs
 
 
 def _as_array(rows: Any, n_obs: int, what: str) -> npt.NDArray[Any]:

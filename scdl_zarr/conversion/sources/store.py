@@ -25,7 +25,8 @@ from scdl_zarr.conversion.kernels import map_rows, sort_rows
 from scdl_zarr.conversion.sources import MatrixHeader, Provenance, SourceSpec
 from scdl_zarr.errors import CorruptStoreError, SourceError
 from scdl_zarr.reading.blocks import Blocks
-from scdl_zarr.reading.csr import Columns, open_columns, value_dtype
+from scdl_zarr.reading.csr import Columns, open_columns, row_of, value_dtype
+from scdl_zarr.reading.local_genes import local_numbers
 from scdl_zarr.reading.plan import Int64Array, plan_rows
 from scdl_zarr.reading.row_arrays import LazyArrays
 from scdl_zarr.reading.tables import LazyTable
@@ -92,11 +93,7 @@ class _OpenedStore:
     def local_genes(self, number: int) -> tuple[Int64Array, bool] | None:
         """For each gene of the store its number in a var table (-1: not there), and whether that keeps order; None: the same."""
         if ("genes", number) not in self._kept:
-            ids, n = self.blocks.table_gene_ids(number), self.metadata.n_vars
-            local = np.full(n, -1, np.int64)
-            local[ids] = np.arange(len(ids))
-            same = np.array_equal(ids, np.arange(n))
-            self._kept["genes", number] = None if same else (local, bool((np.diff(ids) > 0).all()))
+            self._kept["genes", number] = local_numbers(self.blocks.table_gene_ids(number), self.metadata.n_vars)
         found: tuple[Int64Array, bool] | None = self._kept["genes", number]
         return found
 
@@ -310,15 +307,7 @@ class StoreMatrix:
                 low = int(np.searchsorted(pointers, start, side="right")) - 1
                 high = int(np.searchsorted(pointers, stop, side="left"))
                 return row + low, pointers[low : high + 1]
-        first = self._row_of(start)
-        last = self._row_of(stop - 1)
+        first, last = (
+            row_of(self._columns, self._rows, self._first + element) - self._rows.start for element in (start, stop - 1)
+        )
         return first, self.indptr(first, last + 2)
-
-    def _row_of(self, element: int) -> int:
-        """The row that holds an element: the last one that starts at it or before."""
-        low, high = 0, len(self._rows)
-        while high - low > 1:
-            middle = (low + high) // 2
-            starts, _ = self._bounds(self._rows[middle : middle + 1])
-            low, high = (middle, high) if starts[0] - self._first <= element else (low, middle)
-        return low
