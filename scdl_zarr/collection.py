@@ -13,6 +13,7 @@ are numbered as they are here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from scdl_zarr.apart import call_apart
 from scdl_zarr.dataset import Check, SingleCellZarrDataset
 from scdl_zarr.errors import (
     CorruptStoreError,
@@ -213,7 +215,7 @@ class SingleCellCollection:
         self,
         directory_path: str | os.PathLike[str],
         max_workers: int = 5,
-        use_processes: bool = False,  # noqa: ARG002
+        use_processes: bool = False,
         **conversion: Any,
     ) -> None:
         """Convert every ``*.h5ad`` under a folder (recursively), in the order of their paths.
@@ -225,8 +227,9 @@ class SingleCellCollection:
         max_workers
             Files that are converted at once, at most one per core.
         use_processes
-            Without effect, for BioNeMo-SCDL's users: threads do it as fast, because a conversion's loops let go of Python's lock,
-            and a script needs no ``if __name__ == "__main__"`` for them.
+            Convert each file in a process of its own.  Threads are mostly as fast, because a conversion's loops let go of
+            Python's lock; processes help where many small files have large tables.  A script needs no
+            ``if __name__ == "__main__"`` for either.
         conversion
             Keyword arguments of :func:`scdl_zarr.convert`.
 
@@ -244,9 +247,10 @@ class SingleCellCollection:
         names = self._names(files, folder)
         at_once = max(1, min(max_workers, usable_cores(), len(files)))
         options = {"workers": 1, "progress": False, **conversion} if at_once > 1 else {"progress": False, **conversion}
+        convert = functools.partial(call_apart, self._convert) if use_processes else self._convert
         done, failed = dict[str, Path](), list[tuple[Path, Exception]]()
         with ThreadPoolExecutor(at_once, thread_name_prefix="scdl-zarr-load") as pool:
-            jobs = {path: pool.submit(self._convert, path, self._folder / names[path], options) for path in files}
+            jobs = {path: pool.submit(convert, path, self._folder / names[path], options) for path in files}
             try:
                 for path, job in jobs.items():
                     try:
@@ -263,7 +267,7 @@ class SingleCellCollection:
             raise RuntimeError(f"Error in processing file {path}: {error}") from error
 
     @staticmethod
-    def _convert(source: Path, target: Path, options: dict[str, Any]) -> None:
+    def _convert(source: str | Path, target: str | Path, options: dict[str, Any]) -> None:
         from scdl_zarr.conversion.execution import run_conversion
         from scdl_zarr.conversion.plan import ConversionOptions
 

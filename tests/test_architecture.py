@@ -15,6 +15,7 @@ PACKAGE = Path(scdl_zarr.__file__).parent
 
 FLOORS = {
     "errors": 1,
+    "apart": 2,
     "resources": 1,
     "storage": 2,
     "reading": 3,

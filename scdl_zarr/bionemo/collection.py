@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scdl_zarr.bionemo.dataset import SingleCellMemMapDataset
+from scdl_zarr.bionemo.features import VariableFeatureIndex
 from scdl_zarr.bionemo.making import BOTH_GIVEN, TOLERANCE, convert_files, is_unfinished
 from scdl_zarr.bionemo.names import common_dtype
 from scdl_zarr.collection import SingleCellCollection as Collection
@@ -23,6 +24,8 @@ class SingleCellCollection(Collection):
 
     def __init__(self, data_path: str | os.PathLike[str]) -> None:
         super().__init__(data_path)
+        self.metadata: dict[str, int] = {}  # as in SCDL, which keeps nothing in it
+        self._var_feature_index = VariableFeatureIndex()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.data_path,)
@@ -86,8 +89,8 @@ class SingleCellCollection(Collection):
     # ---- inside
 
     @staticmethod
-    def _convert(source: Path, target: Path, options: dict[str, Any]) -> None:
-        if not source.exists():
+    def _convert(source: str | Path, target: str | Path, options: dict[str, Any]) -> None:
+        if not os.path.exists(source):
             raise FileNotFoundError(f"Error: could not find h5ad path {source}")
         chosen = {"data_dtype": None, **options}
         convert_files({source: chosen["use_X_not_raw"]}, target, chosen["data_dtype"], TOLERANCE, workers=chosen.get("workers"))

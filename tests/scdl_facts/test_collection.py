@@ -53,6 +53,11 @@ def test_an_empty_collection(kind: Any, tmp_path: Path) -> None:
     assert sizes == (0, [0], 0, 0) and coll.sparsity() == 0.0
 
 
+def test_attributes_of_a_collection(coll: Any) -> None:
+    """2: metadata and _var_feature_index, which nothing fills."""
+    assert coll.metadata == {} and len(coll._var_feature_index) == 0
+
+
 def test_the_version_of_a_collection(coll: Any) -> None:
     """2: that of its datasets."""
     assert coll.version() == next(iter(coll.fname_to_mmap.values())).version()

@@ -102,6 +102,13 @@ def test_destroying_what_was_joined(tmp_path: Path) -> None:
         assert (tmp_path / "b" / "version.json").exists()
 
 
+def test_versions_are_those_installed(tmp_path: Path) -> None:
+    """1.4 concat: a version that differs would be a ValueError, but it is the installed one of both."""
+    data, other = made(tmp_path, "a", FIRST), made(tmp_path, "b", SECOND)
+    assert data.version() == other.version()
+    data.concat(other)
+
+
 # ---- dtypes
 
 

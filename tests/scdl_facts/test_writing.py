@@ -101,6 +101,14 @@ def test_casting(dtype: str, h5ad: Path, tmp_path: Path) -> None:
     assert rows_of(reopened) == ROWS
 
 
+def test_a_cast_leaves_nothing_beside(h5ad: Path, tmp_path: Path) -> None:
+    """1.4 cast_data_to_dtype: what it works on has gone when it is done (data.npy.tmp in SCDL)."""
+    data = SingleCellMemMapDataset(tmp_path / "s", h5ad)
+    data.cast_data_to_dtype("float64")
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    assert not [path for path in (tmp_path / "s").rglob("*") if path.suffix in (".tmp", ".part")]
+
+
 @pytest.mark.parametrize("dtype", [None, "int8", "int64", "text"])
 def test_casting_to_what_is_no_dtype(dtype: Any, h5ad: Path, tmp_path: Path) -> None:
     """1.4 cast_data_to_dtype: the constructor's error, and None is one of them."""
