@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["run_apart"]
+__all__ = ["run_apart", "run_in_forks"]
+
+
+def run_in_forks(child: Callable[[], None]) -> None:
+    """Two forked children at once each do it without an error."""
+    children = [multiprocessing.get_context("fork").Process(target=child) for _ in range(2)]
+    for process in children:
+        process.start()
+    for process in children:
+        process.join()
+    assert [process.exitcode for process in children] == [0, 0]
 
 
 def run_apart(module: str, *arguments: str, log: Path, seconds: float = 120) -> None:

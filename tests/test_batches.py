@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import pickle
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from hypothesis import strategies as st
 import scdl_zarr
 from scdl_zarr import SingleCellZarrDataset, errors
 from scdl_zarr.reading.row_arrays import KeptChunks, LazyArrays
-from tests.processes import run_apart
+from tests.processes import run_apart, run_in_forks
 from tests.stores_of_others import write_with_anndata
 from tests.test_architecture import loaded_after
 from tests.toys import encoded_rows
@@ -336,12 +335,7 @@ def scenario_fork(path: str) -> None:
                 np.testing.assert_array_equal(found.obsm[name], values)
             assert list(found.obs["kind"]) == list(expected.obs["kind"])
 
-    children = [multiprocessing.get_context("fork").Process(target=child) for _ in range(2)]
-    for process in children:
-        process.start()
-    for process in children:
-        process.join()
-    assert [process.exitcode for process in children] == [0, 0]
+    run_in_forks(child)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")

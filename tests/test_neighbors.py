@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from scdl_zarr.reading import kernels
 from scdl_zarr.reading.mapped import MappedColumns
 from scdl_zarr.reading.neighbors import Strategy, pick_entries
 from scdl_zarr.reading.plan import copy_repeats, plan_once, plan_rows
-from tests.processes import run_apart
+from tests.processes import run_apart, run_in_forks
 from tests.stores_of_others import write_with_anndata
 from tests.test_architecture import loaded_after
 from tests.toys import csr, encoded_rows, write_h5ad
@@ -613,12 +612,7 @@ def scenario_fork(path: str) -> None:
         for part in ("current", "next"):
             same_rows(getattr(found, part), getattr(expected, part))
 
-    children = [multiprocessing.get_context("fork").Process(target=child) for _ in range(2)]
-    for process in children:
-        process.start()
-    for process in children:
-        process.join()
-    assert [process.exitcode for process in children] == [0, 0]
+    run_in_forks(child)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")

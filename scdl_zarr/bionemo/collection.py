@@ -25,10 +25,17 @@ class SingleCellCollection(Collection):
     def __init__(self, data_path: str | os.PathLike[str]) -> None:
         super().__init__(data_path)
         self.metadata: dict[str, int] = {}  # as in SCDL, which keeps nothing in it
-        self._var_feature_index = VariableFeatureIndex()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.data_path,)
+
+    @property
+    def _var_feature_index(self) -> VariableFeatureIndex:
+        """The genes' features of all datasets, in memory; SCDL's users' tests look at it."""
+        joined = VariableFeatureIndex()
+        for data in self.fname_to_mmap.values():
+            joined.concat(data.var_features())
+        return joined
 
     @property
     def fname_to_mmap(self) -> dict[Path, SingleCellMemMapDataset]:

@@ -54,8 +54,10 @@ def test_an_empty_collection(kind: Any, tmp_path: Path) -> None:
 
 
 def test_attributes_of_a_collection(coll: Any) -> None:
-    """2: metadata and _var_feature_index, which nothing fills."""
-    assert coll.metadata == {} and len(coll._var_feature_index) == 0
+    """2: metadata, which nothing fills, and _var_feature_index, the genes' features of all datasets."""
+    index = coll._var_feature_index
+    assert coll.metadata == {} and (len(index), index.column_dims(), index.number_of_rows()) == (2, [3, 5], 6)
+    assert [index.lookup(row, ["length"])[0][0].tolist() for row in (0, 4, 5)] == [[0, 1, 2], [0, 1, 2], [0, 1, 2, 3, 4]]
 
 
 def test_the_version_of_a_collection(coll: Any) -> None:
