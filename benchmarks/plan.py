@@ -446,8 +446,8 @@ def _at_scale(grid: Grid) -> list[Case]:
     """Many files into one store: who does it, in which order, and others."""
     section, many, most = "Conversion at scale, warm sources", "many files", grid.threads[-1]
     peers: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("annbatch, shuffled", "annbatch_loader", ANNBATCH, {"task": "convert", "shuffle": True}),
-        ("annbatch, not shuffled", "annbatch_loader", ANNBATCH, {"task": "convert", "shuffle": False}),
+        ("annbatch, shuffled", "annbatch_loader", ANNBATCH, {"task": "convert", "shuffle": True, "read": "store"}),
+        ("annbatch, not shuffled", "annbatch_loader", ANNBATCH, {"task": "convert", "shuffle": False, "read": "store"}),
         ("anndata, concat_on_disk and write_zarr", "anndata_rows", CURRENT, {"task": "concat"}),
     ]
     found = [
@@ -464,7 +464,7 @@ def _at_scale(grid: Grid) -> list[Case]:
     others = tuple(case.name for case in found)
 
     def ours(name: str, against: tuple[str, ...], **named: Any) -> None:
-        parameters = _parameters(**named, out="many ours.zarr")
+        parameters = _parameters(**named, read="store", out="many ours.zarr")
         found.append(
             Case(
                 name=name,
@@ -494,7 +494,7 @@ def _layouts() -> list[Case]:
             name=names[layout],
             section=section,
             module="benchmarks.ours.converting",
-            parameters=_parameters(threads=2, out=f"layout {layout}.zarr"),
+            parameters=_parameters(threads=2, read="store", out=f"layout {layout}.zarr"),
             store=f"file {layout}",
             against=(names["csr"],) if layout != "csr" else (),
         )

@@ -23,7 +23,7 @@ def measure(params: Params) -> Figures:
     """
     shutil.rmtree(params["out"], ignore_errors=True)
     with _crew(params) as crew:
-        source = Path(params["source"])
+        source = Path(params[params.get("read", "source")])
         began = time.perf_counter()
         scdl_zarr.convert(
             sorted(source.iterdir()) if source.is_dir() else source,

@@ -41,7 +41,7 @@ def convert(params: Params) -> Figures:
     from annbatch import DatasetCollection
 
     shutil.rmtree(params["out"], ignore_errors=True)
-    source = Path(params["source"])
+    source = Path(params[params.get("read", "source")])
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     began = time.perf_counter()
     collection = DatasetCollection(params["out"])

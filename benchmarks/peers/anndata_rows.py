@@ -45,7 +45,7 @@ def concat(params: Params) -> Figures:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     began = time.perf_counter()
-    concat_on_disk(sorted(Path(params["source"]).iterdir()), out / "one.h5ad")
+    concat_on_disk(sorted(Path(params["store"]).iterdir()), out / "one.h5ad")
     with ad.settings.override(zarr_write_format=3):
         ad.read_h5ad(out / "one.h5ad").write_zarr(out / "one.zarr")
     return {"s": time.perf_counter() - began, "MB peak": peak_mb()}
