@@ -43,11 +43,12 @@ from scdl_zarr.conversion.execution import (
     worker_count,
 )
 from scdl_zarr.conversion.files import link_file
+from scdl_zarr.conversion.finding import find_sources
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.conversion.sources.store import forget_stores, store_specs
-from scdl_zarr.conversion.survey import DECIDED, Survey, choose_matrices, digest_of, find_sources, survey_sources
+from scdl_zarr.conversion.survey import DECIDED, Survey, choose_matrices, digest_of, survey_sources
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.errors import CorruptStoreError, NotAStoreError, OptionError, StoreExistsError
 from scdl_zarr.reading.blocks import Blocks

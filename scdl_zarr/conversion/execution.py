@@ -36,11 +36,12 @@ from scdl_zarr.conversion.construction import (
     swap_folders,
 )
 from scdl_zarr.conversion.elements import EncodedElements
+from scdl_zarr.conversion.finding import find_sources
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, projected_bytes
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
 from scdl_zarr.conversion.sources.store import forget_stores
 from scdl_zarr.conversion.stopping import interruptible_pool
-from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
+from scdl_zarr.conversion.survey import Survey, digest_of, survey_sources
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, holds, union_stats
 from scdl_zarr.errors import (
     CorruptStoreError,
