@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import scdl_zarr
 from scdl_zarr import errors
 from scdl_zarr.conversion import finding
-from scdl_zarr.conversion.finding import Problem, find_sources
+from scdl_zarr.conversion.finding import find_sources
+from scdl_zarr.conversion.problems import Problems
 from scdl_zarr.conversion.sources import SourceSpec
 from tests.scdl_archives import write_archive
 from tests.stores_of_others import write_with_anndata
@@ -337,18 +338,31 @@ def test_all_problems_are_found(made: dict[str, Path], here: Path) -> None:
     (here / "empty").mkdir()
     (here / "l.txt").write_text("none.h5ad\ngood.h5ad\n*.none\n")
     (here / "bad.txt").write_bytes(b"\xff")
-    problems: list[Problem] = []
+    problems = Problems()
     specs = find_sources(["gone.h5ad", "l.txt", "empty", "x*.h5ad", "bad.txt"], problems=problems)
     assert [spec.name for spec in specs] == ["good.h5ad"]
-    assert [(Path(problem.path).name, problem.dataset) for problem in problems] == [
-        ("*.none", ""),
-        ("empty", ""),
-        ("x*.h5ad", ""),
-        ("bad.txt", ""),
-        ("gone.h5ad", ""),
-        ("none.h5ad", ""),
-    ]
-    assert "l.txt, line 3: nothing matches" in problems[0].reason
-    assert "l.txt, line 1: no source file at" in str(problems[5])
+    assert [problem.name for problem in problems.found] == ["*.none", "empty", "x*.h5ad", "bad.txt", "gone.h5ad", "none.h5ad"]
+    assert "l.txt, line 3: nothing matches" in problems.found[0].reason
+    assert "l.txt, line 1: no source file at" in problems.found[5].reason
     with pytest.raises(errors.StoreNotFoundError):
         find_sources(["gone.h5ad", "l.txt"])
+
+
+def test_a_conversion_tells_all_problems_or_skips_them(made: dict[str, Path], here: Path) -> None:
+    put(made["h5ad"], here / "good.h5ad")
+    (here / "damaged.h5ad").write_bytes(b"not HDF5")
+    (here / "l.txt").write_text("good.h5ad\nnone.h5ad\ndamaged.h5ad\n")
+    with pytest.raises(errors.SourceError) as caught:
+        scdl_zarr.convert("l.txt", here / "s.zarr", progress=False)
+    assert all(
+        text in str(caught.value) for text in ("2 sources", "l.txt, line 2: no source file", "damaged.h5ad is not an HDF5")
+    )
+    assert scdl_zarr.convert("l.txt", here / "s.zarr", progress=False, skip_bad=True).n_obs == 5
+    with pytest.raises(errors.StoreNotFoundError, match=r"nothing matches the pattern 'x\*'"):
+        scdl_zarr.convert("x*", here / "t.zarr", progress=False, skip_bad=True)
+
+
+def test_the_target_may_lie_among_its_sources(made: dict[str, Path], here: Path) -> None:
+    put(made["h5ad"], here / "data" / "a.h5ad")
+    for _ in range(2):  # the second time it is there
+        assert scdl_zarr.convert("data", "data/joined.zarr", progress=False).n_obs == 5

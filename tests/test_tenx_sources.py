@@ -24,6 +24,7 @@ import scdl_zarr
 from scdl_zarr import errors
 from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.plan import ConversionOptions
+from scdl_zarr.conversion.problems import Problems
 from scdl_zarr.conversion.sources import SourceSpec, dense, describe_path, open_source, tenx
 from scdl_zarr.conversion.survey import survey_sources
 from tests.toys import csr, encoded_rows, write_h5ad
@@ -205,11 +206,17 @@ def test_a_conversion_keeps_everything(tmp_path: Path, write: Callable[[Path, sp
 
 
 def test_files_of_10x_genomics_beside_others(tmp_path: Path) -> None:
+    """What counts as raw in the other files does not matter: those of 10x Genomics have counts."""
     (tmp_path / "in").mkdir()
     write_v3(tmp_path / "in" / "a.h5", encoded_rows(5, 4, 2))
-    write_h5ad(tmp_path / "in" / "b.h5ad", encoded_rows(3, 4, 2), var_names=["gene0", "gene1", "x", "y"])
-    data = scdl_zarr.convert(tmp_path / "in", tmp_path / "s.zarr", **SIZES)
-    assert (data.n_obs, data.n_vars) == (8, 6)
+    adata = ad.AnnData(encoded_rows(3, 4, 2), var=pd.DataFrame(index=["gene0", "gene1", "x", "y"]))
+    adata.raw = adata.copy()
+    adata.X = adata.X * 0.5
+    adata.write_h5ad(tmp_path / "in" / "b.h5ad")
+    for matrix in ("auto", "raw"):
+        data = scdl_zarr.convert(tmp_path / "in", tmp_path / f"{matrix}.zarr", matrix=matrix, **SIZES)
+        assert (data.n_obs, data.n_vars) == (8, 6)
+        assert data.read_rows([5, 6, 7]).data.tolist() == adata.raw.X.data.tolist()
 
 
 # ---- features by type
@@ -286,22 +293,41 @@ def test_the_types_of_several_files(tmp_path: Path) -> None:
     assert select_features(specs, None) == specs
     chosen = select_features(specs, [GUIDES, GENES])
     assert [spec.feature_types for spec in chosen] == [(GENES,), (GUIDES, GENES), (GENES,), ()]
-    with pytest.raises(errors.OptionError, match=r"no source has features of type 'Genes'; there are: 'Antibody Capture', "):
+    with pytest.raises(errors.OptionError, match=r"no source has features of .* 'Genes'; there are: 'Antibody Capture', "):
+        select_features(specs, [GENES, "Genes"])
+    with pytest.raises(errors.OptionError, match=r"one\.h5 has no features of .* 'Genes'; it has: 'Antibody Capture', 'Gene E"):
         select_features(specs, "Genes")
-    with pytest.raises(errors.OptionError, match=r"two\.h5 has no features of .*'CRISPR Guide Capture', 'Gene Expression'"):
-        select_features(specs, ANTIBODIES)
     with pytest.raises(errors.OptionError, match="there is none among the sources"):
         select_features(specs[3:], GENES)
-    odd: Any
-    for odd in ([], [7]):
-        with pytest.raises(errors.OptionError, match="expected a name or a list of names"):
-            select_features(specs, odd)
+    assert select_features(specs[3:], GENES, appended=True) == specs[3:]
+    assert select_features(specs[2:], [GENES, GUIDES], appended=True)[0].feature_types == (GENES,)
+    problems = Problems()
+    assert select_features(specs, ANTIBODIES, problems=problems)[1:] == specs[1:]
+    assert [(problem.name, specs[k] in problems) for k, problem in enumerate(problems.found, 1)] == [
+        ("two.h5", True),
+        ("old.h5", True),
+    ]
 
 
 def test_a_type_that_went_away(tmp_path: Path) -> None:
     (spec,) = describe_path(write_v3(tmp_path / "f.h5", encoded_rows(4, 4, 2)))
-    with open_source(replace(spec, feature_types=(GUIDES,))) as source, pytest.raises(errors.OptionError, match="it has: 'Gene"):
-        source.matrix("X")
+    with pytest.raises(errors.SourceError, match="no feature is of type 'CRISPR"):
+        read_whole(replace(spec, feature_types=(GUIDES,)))
+
+
+def test_a_conversion_of_some_features_and_more_behind_it(tmp_path: Path) -> None:
+    one = write_v3(tmp_path / "one.h5", encoded_rows(20, 9, 4), some_types(9))
+    two = write_v3(tmp_path / "two.h5", encoded_rows(10, 9, 4, 100), some_types(9))
+    data = scdl_zarr.convert(one, tmp_path / "s.zarr", feature_type=GENES, **SIZES)
+    data.append(two)
+    both = scdl_zarr.convert([one, two], tmp_path / "both.zarr", feature_type=[GENES], **SIZES)
+    for store in (scdl_zarr.open(tmp_path / "s.zarr"), both):
+        assert store.n_vars == some_types(9).count(GENES)
+        for path, rows in ((one, range(20)), (two, range(20, 30))):
+            wanted = scanpy_reads(path)
+            wanted = wanted[:, wanted.var["feature_types"] == GENES].X
+            assert np.array_equal(store.read_rows(rows).to_dense(), wanted.toarray())
+    scdl_zarr.open(tmp_path / "s.zarr").append(write_h5ad(tmp_path / "o.h5ad", encoded_rows(3, 5, 2)))
 
 
 # ---- what a file is

@@ -22,30 +22,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from scdl_zarr.conversion.problems import Problems
 from scdl_zarr.conversion.sources import SourceSpec, describe_path, is_store
 from scdl_zarr.errors import OptionError, ScdlZarrError, SourceError, StoreAccessError, StoreNotFoundError
 from scdl_zarr.storage.location import ROOT_KEYS, local_path
 from scdl_zarr.storage.scdl_archive import archive_kind, archives_in
 from scdl_zarr.storage.schema import BUILD_FOLDER
 
-__all__ = ["Problem", "find_sources", "select_features"]
+__all__ = ["find_sources", "select_features"]
 
 TEXT_SUFFIXES = (".txt", ".list", ".lst")
 FILE_SUFFIXES = (".h5ad", ".h5")  # of files that a folder is searched for; the second are looked into
 LARGEST_LIST_BYTES = 1 << 26
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """Why a source cannot be converted: one line of the list of all problems."""
-
-    path: str  # as it was found or, where nothing was found, as it was asked for
-    dataset: str  # of the file; empty where it is about the whole
-    reason: str
-
-    def __str__(self) -> str:
-        return self.reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +68,7 @@ def find_sources(
     sources: Any,
     *,
     repeats: bool = False,
-    problems: list[Problem] | None = None,
+    problems: Problems | None = None,
     target: Path | None = None,
 ) -> list[SourceSpec]:
     """Describe what a user names as sources.
@@ -112,40 +101,61 @@ def find_sources(
         _refuse_repeats(entries)
     found: list[SourceSpec] = []
     for entry, name in zip(entries, _names(entries), strict=True):
-        with search.noting(str(entry.place), entry.listed):
+        with search.noting(str(entry.place), entry.listed, name):
             found += describe_path(entry.place, name)
     return _told_apart(found)
 
 
-def select_features(specs: Sequence[SourceSpec], feature_type: str | Iterable[str] | None) -> list[SourceSpec]:
-    """The sources with only the features of these types where they are files of 10x Genomics; None: all features.
+def select_features(
+    specs: Sequence[SourceSpec],
+    feature_type: str | Iterable[str] | None,
+    *,
+    problems: Problems | None = None,
+    appended: bool = False,
+) -> list[SourceSpec]:
+    """The sources with only the features of these types where they are files of 10x Genomics; no types: all features.
+
+    Parameters
+    ----------
+    problems
+        Takes what is wrong with single files, which then stay as they are; None raises the first.
+    appended
+        These come to others, for which the types were chosen: there may be no such file among them, and not every type.
 
     Raises
     ------
     OptionError
         A type that no such file has, or none of the types that a file has; the message lists those there are.
+    SourceError
+        A file's types cannot be read.
     """
-    if feature_type is None:
+    asked = {feature_type} if isinstance(feature_type, str) else set(feature_type or ())
+    if not asked:
         return list(specs)
-    asked = (feature_type,) if isinstance(feature_type, str) else tuple(feature_type)
-    shown = f"feature_type={feature_type!r} (--feature-type)"
-    if not asked or not all(isinstance(name, str) for name in asked):
-        raise OptionError(f"{shown}; expected a name or a list of names such as 'Gene Expression'")
+    if not appended and not any(spec.kind == "tenx" for spec in specs):
+        raise OptionError(f"{_types(asked)} selects features of files of 10x Genomics, and there is none among the sources")
     from scdl_zarr.conversion.sources.tenx import feature_types_of
 
-    there = {spec: feature_types_of(spec) for spec in specs if spec.kind == "tenx"}
-    if not there:
-        raise OptionError(f"{shown} selects features of files of 10x Genomics, and there is none among the sources")
-    unknown = set(asked).difference(*there.values())
-    if unknown:
-        listed = ", ".join(map(repr, sorted(set().union(*there.values())))) or "none"
-        raise OptionError(f"{shown}: no source has features of type {min(unknown)!r}; there are: {listed}")
-    for spec, types in there.items():
-        if not types & set(asked):
-            raise OptionError(f"{spec.path} has no features of {shown}; it has: {', '.join(map(repr, sorted(types))) or 'none'}")
-    return [
-        replace(spec, feature_types=tuple(sorted(there[spec] & set(asked)))) if spec.kind == "tenx" else spec for spec in specs
-    ]
+    chosen, known = list(specs), set[str]()
+    for number, spec in enumerate(specs):
+        if spec.kind == "tenx":
+            with contextlib.nullcontext() if problems is None else problems.of(spec):
+                types = feature_types_of(spec)
+                known |= types
+                if not types & asked:
+                    raise OptionError(f"{spec.path} has no features of {_types(asked)}; it has: {_quoted(types)}")
+                chosen[number] = replace(spec, feature_types=tuple(sorted(types & asked)))
+    if known and asked - known and not appended:
+        raise OptionError(f"no source has features of {_types(asked - known)}; there are: {_quoted(known)}")
+    return chosen
+
+
+def _types(asked: set[str]) -> str:
+    return f"feature_type= (--feature-type) {_quoted(asked)}"
+
+
+def _quoted(names: set[str]) -> str:
+    return ", ".join(map(repr, sorted(names))) or "none"
 
 
 # ---- what was listed
@@ -177,22 +187,23 @@ def _refuse_repeats(entries: list[_Entry]) -> None:
 class _Search:
     """Turns what was listed into entries, and takes note of what is wrong with it."""
 
-    def __init__(self, problems: list[Problem] | None, target: Path | None) -> None:
+    def __init__(self, problems: Problems | None, target: Path | None) -> None:
         self._problems = problems
         self._target = None if target is None else os.path.realpath(target)
 
     @contextlib.contextmanager
-    def noting(self, path: str, listed: str) -> Iterator[None]:
+    def noting(self, path: str, listed: str, name: str = "") -> Iterator[None]:
         """Errors of one entry, noted or raised, with the place where it was listed."""
         try:
             yield
         except ScdlZarrError as error:
-            reason = f"{listed}{error}"
+            told = error
+            if listed:
+                told = type(error)(f"{listed}{error}")
+                told.__cause__ = error
             if self._problems is None:
-                if not listed:
-                    raise
-                raise type(error)(reason) from error
-            self._problems.append(Problem(path=path, dataset="", reason=reason))
+                raise told from told.__cause__
+            self._problems.note(path, name or Path(path).name, told)
 
     def entries(self, texts: Iterable[str]) -> Iterator[_Entry]:
         """The entries of a list in Python."""
