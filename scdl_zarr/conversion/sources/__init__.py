@@ -32,6 +32,7 @@ __all__ = [
     "describe_path",
     "open_source",
     "read_matrix",
+    "stored_elements",
 ]
 
 SourceKind = Literal["h5ad", "anndata-zarr", "scdl", "store"]
@@ -128,6 +129,15 @@ def read_matrix(source: Source, key: str, n_obs: int) -> MatrixReader:
     return source.matrix(key) if key != ABSENT else EmptyMatrix.of(n_obs, n_obs)
 
 
+def stored_elements(matrix: MatrixReader, start: int, stop: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Values and ids of elements [start, stop) in the order of the file: for whoever does not ask which rows they are of.
+
+    For a matrix stored by columns that is cheap where :meth:`MatrixReader.elements` is not, and its ids are those of rows.
+    """
+    stored = getattr(matrix, "stored", None)
+    return stored(start, stop) if stored is not None else matrix.elements(start, stop)
+
+
 class Source(Protocol):
     """An opened source."""
 
@@ -140,9 +150,9 @@ class Source(Protocol):
         """What is stored under a key, such as "obsp/<name>": "csr", "csc", "dense", or None for anything else and nothing."""
 
     def matrix(self, key: str) -> MatrixReader:
-        """Open a matrix, by rows or dense; another kind, or an inconsistent one, is a SourceError.
+        """Open a matrix; one that cannot be converted, or is inconsistent, is a SourceError.
 
-        A dense one is read whole by the first opening in a process, which counts what its rows store.
+        One that is dense or stored by columns is read by the first opening in a process, which counts what its rows store.
         """
 
     def obs(self) -> pd.DataFrame:

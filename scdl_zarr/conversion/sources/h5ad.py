@@ -1,4 +1,4 @@
-"""H5AD files as sources: CSR and dense matrices in X, raw.X and layers, written by any anndata from 0.6 on.
+"""H5AD files as sources: sparse and dense matrices in X, raw.X and layers, written by any anndata from 0.6 on.
 
 Files are opened read-only.  Tables are read here, those of the usual encodings (``h5ad_frames.py``) and the compound ones that
 anndata wrote before 0.7; anndata is imported only for what is neither.
@@ -7,6 +7,7 @@ anndata wrote before 0.7; anndata is imported only for what is neither.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.hdf5_chunks import ElementReader, RowReader, unavailable_filters
 from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, SourceSpec
+from scdl_zarr.conversion.sources.csc import CscMatrix
 from scdl_zarr.conversion.sources.dense import DenseMatrix
 from scdl_zarr.conversion.sources.h5ad_frames import read_frame
 from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible
@@ -51,7 +53,7 @@ class H5adSource:
 
     def __init__(self, spec: SourceSpec) -> None:
         self.spec = spec
-        self._readers: list[ElementReader] = []
+        self._readers: list[H5adMatrix] = []
 
     def __enter__(self) -> H5adSource:
         path = self.spec.path
@@ -117,10 +119,10 @@ class H5adSource:
             with reading(self.spec.path, shown):
                 refuse_unreadable(where, node, self._file)
                 return DenseMatrix(RowReader(node, where), key=key, where=where, identity=(self.spec, key))
-        with reading(self.spec.path, shown, "is not a readable CSR matrix"):
-            matrix = H5adMatrix(self.spec.path, key, node)
-        self._readers += matrix.readers
-        return matrix
+        with reading(self.spec.path, shown, f"is not a readable {kind.upper()} matrix"):
+            matrix = H5adMatrix(self.spec.path, key, node, by_columns=kind == "csc")
+        self._readers.append(matrix)
+        return CscMatrix(matrix, where=where, identity=(self.spec, key)) if kind == "csc" else matrix
 
     # ---- tables and the rest
 
@@ -212,29 +214,33 @@ class H5adSource:
 
 
 class H5adMatrix:
-    """A CSR matrix of an opened H5AD file."""
+    """A sparse matrix of an opened H5AD file, by rows or by columns: pointers, and values with the ids of the other axis."""
 
-    def __init__(self, path: str, key: str, group: h5py.Group) -> None:
+    def __init__(self, path: str, key: str, group: h5py.Group, *, by_columns: bool = False) -> None:
         data, indices, indptr = group["data"], group["indices"], group["indptr"]
         shape = group.attrs["shape"] if "shape" in group.attrs else group.attrs["h5sparse_shape"]
         n_obs, n_vars = (int(n) for n in shape)
         where = f"{path}: {matrix_name(key)}"
+        self._axis, there = ("column", "row") if by_columns else ("row", "gene")
         for part in (data, indices, indptr):
             if not isinstance(part, h5py.Dataset) or part.ndim != 1:
-                raise SourceError(f"{where} is not a CSR matrix: {part.name} should be one-dimensional")
+                kind = "CSC" if by_columns else "CSR"
+                raise SourceError(f"{where} is not a {kind} matrix: {part.name} should be one-dimensional")
             refuse_unreadable(where, part, group.file)
         if data.dtype.kind not in "biuf" or data.dtype.itemsize > 8:
             raise SourceError(f"{where} has values of dtype {data.dtype}; integers, floats and booleans can be converted")
         if indices.dtype.kind not in "iu" or indptr.dtype.kind not in "iu":
-            raise SourceError(f"{where} has ids of dtype {indices.dtype} and row pointers of {indptr.dtype}, expected integers")
+            raise SourceError(
+                f"{where} has ids of dtype {indices.dtype} and {self._axis} pointers of {indptr.dtype}, expected integers"
+            )
         if len(data) != len(indices):
-            raise SourceError(f"{where} has {len(data)} values and {len(indices)} gene ids")
-        if len(indptr) != n_obs + 1:
-            raise SourceError(f"{where} has {len(indptr)} row pointers for {n_obs} rows")
-        self._where = where
+            raise SourceError(f"{where} has {len(data)} values and {len(indices)} {there} ids")
+        n_pointers = (n_vars if by_columns else n_obs) + 1
+        if min(n_obs, n_vars) < 0 or len(indptr) != n_pointers:
+            raise SourceError(f"{where} has {len(indptr)} {self._axis} pointers for {n_pointers - 1} {self._axis}s")
+        self._where, self._path = where, path
+        self._parts = data, indices, indptr
         self._data, self._indices = ElementReader(data, path), ElementReader(indices, path)
-        self._indptr = indptr
-        self.readers = [self._data, self._indices]
         self.header = MatrixHeader(
             key=key,
             n_obs=n_obs,
@@ -245,9 +251,22 @@ class H5adMatrix:
             chunk_bytes=max(self._data.chunk_bytes, self._indices.chunk_bytes),
         )
 
+    def another(self) -> H5adMatrix:
+        """The same for another thread, which holds chunks of its own; it closes it."""
+        same = copy.copy(self)
+        same._data, same._indices = (ElementReader(part, self._path) for part in self._parts[:2])
+        return same
+
+    def close(self) -> None:
+        self._data.close()
+        self._indices.close()
+
     def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        with reading(self._where, f"row pointers {start} to {stop - 1}"):
-            return np.asarray(self._indptr[start:stop]).astype(np.int64, copy=False)
+        with reading(self._where, f"{self._axis} pointers {start} to {stop - 1}"):
+            return np.asarray(self._parts[2][start:stop]).astype(np.int64, copy=False)
+
+    def ids(self, start: int, stop: int, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        return self._indices.read(start, stop, out)
 
     def elements(
         self, start: int, stop: int, out: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
