@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.files import replace_file
 
-__all__ = ["RowCounts", "forget_counts", "keep_counts", "known_counts", "load_counts", "save_counts"]
+__all__ = ["RowCounts", "adopt_counts", "forget_counts", "keep_counts", "known_counts", "load_counts", "save_counts"]
 
 KEPT_COUNTS_BYTES = 1 << 27  # 2 bytes a row where no row stores 65,536 values
 
@@ -149,3 +149,9 @@ def load_counts(path: Path) -> RowCounts | None:
     counts = np.frombuffer(content, _WIDTHS[width], n_obs).astype(f"u{width}", copy=False)
     starts = np.frombuffer(content, "<i8", blocks, n_obs * width).astype(np.int64, copy=False)
     return RowCounts(height=height, counts=counts, starts=starts)
+
+
+def adopt_counts(path: Path, identity: Hashable) -> None:
+    """Know what another process counted, unless this one counted it too."""
+    if known_counts(identity) is None and (counts := load_counts(path)) is not None:
+        keep_counts(identity, counts)
