@@ -31,7 +31,9 @@ def count_ids(ids: Any, counts: npt.NDArray[np.uint32]) -> int:
 
 
 @nb.njit(nogil=True, cache=True)
-def bucket_borders(counts: Any, most_values: int, most_rows: int, rows: npt.NDArray[np.int64], values: npt.NDArray[np.int64]) -> int:
+def bucket_borders(
+    counts: Any, most_values: int, most_rows: int, rows: npt.NDArray[np.int64], values: npt.NDArray[np.int64]
+) -> int:
     """Cut rows into runs of at most so many values (or one row) and rows; how many there are, had they all been written.
 
     `rows` and `values` get the first row of each run and the values before it, and then the ends, as far as they are long.
@@ -157,7 +159,14 @@ def place_entries(entries: Any, at: npt.NDArray[np.int64], values: Any, ids: Any
 
 @nb.njit(nogil=True, cache=True)
 def place_columns(
-    rows: Any, words: Any, pointers: npt.NDArray[np.int64], first: int, column: int, at: npt.NDArray[np.int64], values: Any, ids: Any
+    rows: Any,
+    words: Any,
+    pointers: npt.NDArray[np.int64],
+    first: int,
+    column: int,
+    at: npt.NDArray[np.int64],
+    values: Any,
+    ids: Any,
 ) -> int:
     """As :func:`place_entries`, straight from the columns: elements from number `first` on."""
     n_rows, room = len(at) - 1, len(values)

@@ -224,7 +224,16 @@ class _RunWriter:
         entries = self._entries[:n]
         words = values.view(f"u{values.dtype.itemsize}")
         deal_out(
-            rows, words, piece.pointers, piece.start, piece.column, buckets.rows, buckets.table, buckets.shift, stops - counts, entries
+            rows,
+            words,
+            piece.pointers,
+            piece.start,
+            piece.column,
+            buckets.rows,
+            buckets.table,
+            buckets.shift,
+            stops - counts,
+            entries,
         )
         content = entries.view(np.uint8)
         segments = np.empty(len(buckets), _SEGMENT)

@@ -127,9 +127,7 @@ def forget_counts(identity: Hashable) -> None:
 def save_counts(path: Path, counts: RowCounts) -> None:
     """Write counts for other processes of the same conversion."""
     content = counts.counts.astype(_WIDTHS[counts.counts.itemsize]).tobytes() + counts.starts.astype("<i8").tobytes()
-    header = _HEADER.pack(
-        _MAGIC, counts.height, len(counts.counts), counts.counts.itemsize, google_crc32c.value(content)
-    )
+    header = _HEADER.pack(_MAGIC, counts.height, len(counts.counts), counts.counts.itemsize, google_crc32c.value(content))
     replace_file(path, header + content)
 
 

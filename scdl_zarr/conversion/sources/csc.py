@@ -48,7 +48,7 @@ POINTERS = 1 << 20  # column pointers read at a time
 MOST_BUCKETS = 1 << 11  # of a matrix, before buckets grow
 MOST_RUNS = 1 << 8
 SEGMENT_BYTES = 16  # where a segment is, how many entries it has and their checksum
-TABLE_BYTES = 1 << 19  # which bucket a block of rows begins in
+TABLE_BYTES = 1 << 21  # to find which bucket each of up to 2**16 blocks of rows begins in
 
 
 class ColumnReader(Protocol):
@@ -121,7 +121,13 @@ def staging_bytes(stored: MatrixHeader, sizes: TurnSizes) -> int:
     pointers = 3 * 8 * min(POINTERS, stored.n_vars + 1)
     pieces = -(-stored.nnz // sizes.runs // sizes.piece_values) + 1 + stored.n_vars // POINTERS
     segments = 2 * buckets * (SEGMENT_BYTES * pieces + 4)
-    return piece * (stored.dtype.itemsize + stored.index_dtype.itemsize + cast + entry) + pointers + segments + 64 * buckets + TABLE_BYTES
+    return (
+        piece * (stored.dtype.itemsize + stored.index_dtype.itemsize + cast + entry)
+        + pointers
+        + segments
+        + 64 * buckets
+        + TABLE_BYTES
+    )
 
 
 def turning_bytes(stored: MatrixHeader, sizes: TurnSizes, longest_row: int) -> int:
