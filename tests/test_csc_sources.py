@@ -14,7 +14,6 @@ from unittest import mock
 import anndata as ad
 import h5py
 import numpy as np
-import numpy.typing as npt
 import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
@@ -23,11 +22,13 @@ from hypothesis.extra import numpy as hnp
 
 import scdl_zarr
 from scdl_zarr import errors
+from scdl_zarr.conversion import staging as stagings
 from scdl_zarr.conversion.column_kernels import size_buckets
 from scdl_zarr.conversion.sources import MatrixReader, counts, csc, describe_path, open_source
 from scdl_zarr.conversion.sources.counts import RowCounts, load_counts, save_counts
-from scdl_zarr.conversion.sources.csc import CscMatrix, TurnSizes, staging_bytes, turning_bytes
-from scdl_zarr.conversion.transpose import Buckets, Staging, TransposedMatrix, is_staged, stage_run, transpose_tasks
+from scdl_zarr.conversion.sources.csc import CscMatrix
+from scdl_zarr.conversion.staging import Staging, TurnSizes, staging_bytes, turning_bytes
+from scdl_zarr.conversion.transpose import Buckets, TransposedMatrix, is_staged, stage_run
 from tests.stores_of_others import write_by_node, write_with_anndata
 from tests.toys import encoded_rows, write_h5ad
 
@@ -90,10 +91,10 @@ def stage(path: Path, folder: Path, sizes: TurnSizes = TINY, **named: Any) -> St
     (spec,) = describe_path(path)
     with open_source(spec) as source:
         staging = Staging(
-            spec=spec, key="X", nnz=source.matrix("X").header.nnz, folder=str(folder / "scratch"), sizes=sizes, plan="p", **named
+            spec=spec, key="X", nnz=source.matrix("X").header.nnz, root=str(folder), folder="scratch", sizes=sizes, **named
         )
-    for task in reversed(transpose_tasks("X", 0, str(folder), staging)):  # in any order
-        assert stage_run(task) == task.values
+    for task in reversed(staging.tasks("X", 0)):  # in any order
+        stage_run(task)
     return staging
 
 
@@ -144,7 +145,7 @@ def test_any_range_of_any_matrix(
     with (
         mock.patch.object(csc, "POINTERS", block),
         mock.patch.object(csc, "COUNT_VALUES", block),
-        mock.patch.object(csc, "COUNT_HEIGHT", block),
+        mock.patch.object(csc, "HEIGHT", block),
     ):
         staging = stage(path, folder, sizes)
         with open_source(staging.spec) as source:
@@ -269,8 +270,8 @@ def test_counts_in_a_file_save_counting(tmp_path: Path) -> None:
 
 def stage_with_known(path: Path, folder: Path) -> Staging:
     (spec,) = describe_path(path)
-    staging = Staging(spec=spec, key="X", nnz=4, folder=str(folder / "s"), sizes=TINY, counts=str(folder / "counts"))
-    for task in transpose_tasks("X", 0, str(folder), staging):
+    staging = Staging(spec=spec, key="X", nnz=4, root=str(folder), folder="s", sizes=TINY, counts=str(folder / "counts"))
+    for task in staging.tasks("X", 0):
         stage_run(task)
     return staging
 
@@ -302,8 +303,8 @@ def some_matrix() -> Columns:
 
 def test_what_is_whole_is_kept(tmp_path: Path) -> None:
     staging = stage(some_matrix().write(tmp_path / "a.h5ad"), tmp_path)
-    tasks = transpose_tasks("X", 0, str(tmp_path), staging)
-    assert sorted(os.listdir(staging.folder)) == [f"run-{k:04d}.bin" for k in range(4)]
+    tasks = staging.tasks("X", 0)
+    assert sorted(os.listdir(tmp_path / staging.folder)) == [f"run-{k:04d}.bin" for k in range(4)]
     before = [staging.path(k).stat().st_mtime_ns for k in range(4)]
     os.truncate(staging.path(2), staging.path(2).stat().st_size - 1)
     assert [is_staged(task) for task in tasks] == [True, True, False, True]
@@ -332,15 +333,16 @@ def test_no_bit_of_a_file_is_believed(tmp_path: Path) -> None:
                 TransposedMatrix(reader, staging).elements(0, 90)
         with pytest.raises(errors.CorruptStoreError, match="lost or damaged"):
             TransposedMatrix(reader, staging).elements(0, 90)
-        stage_run(transpose_tasks("X", 0, str(tmp_path), staging)[1])
+        stage_run(staging.tasks("X", 0)[1])
         same(TransposedMatrix(reader, staging), matrix, 0, 90)
 
 
 def test_a_large_one_is_read_from_files_only(tmp_path: Path) -> None:
     path = some_matrix().write(tmp_path / "a.h5ad")
-    with mock.patch.object(csc, "SMALL_ROWS", 3), open_source(describe_path(path)[0]) as source:
-        with pytest.raises(RuntimeError, match="stored by columns and was not staged"):
-            source.matrix("X").elements(0, 4)
+    with mock.patch.object(stagings, "SMALL_ROWS", 3), open_source(describe_path(path)[0]) as source:
+        reader = source.matrix("X")
+    with pytest.raises(RuntimeError, match="stored by columns and was not staged"):
+        reader.elements(0, 4)
 
 
 def test_a_matrix_that_changes_after_it_was_counted(tmp_path: Path) -> None:
@@ -353,8 +355,8 @@ def test_a_matrix_that_changes_after_it_was_counted(tmp_path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # nothing but the ids tells
     with open_source(staging.spec) as source, pytest.raises(errors.SourceError, match="changed while it was being converted"):
         source.matrix("X").elements(0, 4)
-    again = replace(staging, folder=str(tmp_path / "again"))
-    for task in transpose_tasks("X", 0, str(tmp_path), again):
+    again = replace(staging, folder="again")
+    for task in again.tasks("X", 0):
         stage_run(task)
     with open_source(again.spec) as source, pytest.raises(errors.SourceError, match="changed while it was being converted"):
         TransposedMatrix(csc_matrix(source.matrix("X")), again).elements(0, 90)
@@ -373,7 +375,7 @@ def test_memory_does_not_grow_with_the_matrix(n_obs: int, tmp_path: Path) -> Non
     matrix = Columns((n_obs, 50), columns, rng.integers(0, n_obs, len(columns)), np.ones(len(columns), np.float32))
     path = matrix.write(tmp_path / "a.h5ad", chunks=(1000,), compression="gzip")
     sizes = TurnSizes(bucket_values=8000, bucket_rows=1000, piece_values=8000, runs=4)
-    with mock.patch.object(csc, "POINTERS", 64), mock.patch.object(csc, "COUNT_HEIGHT", 100):
+    with mock.patch.object(csc, "POINTERS", 64), mock.patch.object(csc, "HEIGHT", 100):
         staging = stage(path, tmp_path, sizes)  # compiled code has memory of its own
         held = counts.KNOWN.get((staging.spec, "X"))
         assert held is not None
@@ -381,9 +383,9 @@ def test_memory_does_not_grow_with_the_matrix(n_obs: int, tmp_path: Path) -> Non
             reader = csc_matrix(source.matrix("X"))
             stored, longest = reader.columns.header, int(np.diff(matrix.by_row[0]).max())
             TransposedMatrix(reader, staging).elements(0, 9)
-            again = replace(staging, folder=str(tmp_path / "again"))
+            again = replace(staging, folder="again")
             tracemalloc.start()
-            for task in transpose_tasks("X", 0, str(tmp_path), again):
+            for task in again.tasks("X", 0):
                 stage_run(task)
             dealing = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
@@ -394,12 +396,12 @@ def test_memory_does_not_grow_with_the_matrix(n_obs: int, tmp_path: Path) -> Non
                 turned.elements(start, start + 1000, out)
             turning = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-        with mock.patch.object(csc, "TABLE_BYTES", 0):
+        with mock.patch.multiple(stagings, TABLE_BYTES=0, POINTERS=64, HEIGHT=100):
             table = 32 * n_obs  # of so few rows each has a place in the table
             assert dealing <= staging_bytes(stored, sizes) + table + 4 * stored.chunk_bytes + 50_000
             assert turning <= turning_bytes(stored, sizes, longest) + table + 50_000
             assert max(staging_bytes(stored, sizes), turning_bytes(stored, sizes, longest)) < 350_000
-    assert table // n_obs << 16 <= csc.TABLE_BYTES
+    assert table // n_obs << 16 <= stagings.TABLE_BYTES
 
 
 def test_what_ten_billion_values_take() -> None:

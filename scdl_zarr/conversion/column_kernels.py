@@ -1,3 +1,4 @@
+# mypy: allow-untyped-decorators
 """The compiled loops that turn columns into rows: counting, dealing entries out to buckets of rows, placing them in their rows.
 
 Everything here releases the GIL, touches only arrays its caller gave it, and checks every number that comes from a file before

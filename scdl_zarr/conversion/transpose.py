@@ -20,14 +20,14 @@ one place in the order of the file.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import io
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -35,81 +35,20 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.column_kernels import bucket_borders, checksums, deal_out, place_entries, size_buckets
 from scdl_zarr.conversion.files import partial_path
-from scdl_zarr.conversion.sources import SourceSpec, open_source
+from scdl_zarr.conversion.sources import MatrixReader, open_source
 from scdl_zarr.conversion.sources.counts import RowCounts, adopt_counts, forget_counts
-from scdl_zarr.conversion.sources.csc import (
-    SEGMENT_BYTES,
-    ColumnPiece,
-    CscMatrix,
-    TurnSizes,
-    changed,
-    column_pieces,
-    compiled_ids,
-    entry_dtype,
-)
+from scdl_zarr.conversion.sources.csc import ColumnPiece, CscMatrix, changed, column_pieces, compiled_ids
+from scdl_zarr.conversion.staging import SEGMENT_BYTES, Staging, TransposeTask, TurnSizes, entry_dtype
 from scdl_zarr.conversion.stopping import refuse_if_stopped
-from scdl_zarr.errors import CorruptStoreError, SourceError
+from scdl_zarr.errors import CorruptStoreError
 
-__all__ = ["Staging", "TransposeTask", "TransposedMatrix", "is_staged", "stage_run", "transpose_tasks"]
+__all__ = ["Buckets", "TransposedMatrix", "is_staged", "stage_run"]
 
 _FOOTER = struct.Struct("<8s16sqqqqqI")  # magic, what it is, buckets, pieces, bytes of an entry, start, stop, crc32c of these
 _MAGIC = b"scdl-tr1"
 _SEGMENT = np.dtype([("offset", "<u8"), ("count", "<u4"), ("crc", "<u4")])
 _TABLE_BITS = 16
 assert _SEGMENT.itemsize == SEGMENT_BYTES
-
-
-# ---- what travels
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Staging:
-    """Where a matrix lies on its way from columns to rows, and how."""
-
-    spec: SourceSpec
-    key: str
-    nnz: int
-    folder: str
-    sizes: TurnSizes
-    plan: str = ""  # digest of the whole conversion's plan
-    counts: str | None = None  # a file of counts, for processes that did not count
-
-    def path(self, run: int) -> Path:
-        """The file of a run."""
-        return Path(self.folder, f"run-{run:04d}.bin")
-
-    @property
-    def identity(self) -> bytes:
-        """What a file must be of to count: 16 bytes."""
-        return hashlib.blake2b(repr((self.plan, self.spec, self.key, self.nnz, self.sizes)).encode(), digest_size=16).digest()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransposeTask:
-    """One run of a matrix to be dealt out to buckets: alone on its file, restartable."""
-
-    matrix: str  # path in the store
-    source: int
-    number: int
-    root: str  # folder that is being filled
-    staging: Staging
-
-    @property
-    def name(self) -> str:
-        return f"{self.matrix.replace('/', '.')}-columns-{self.source:06d}-{self.number:04d}"
-
-    @property
-    def values(self) -> int:
-        start, stop = self.staging.sizes.run(self.number, self.staging.nnz)
-        return stop - start
-
-
-def transpose_tasks(matrix: str, source: int, root: str, staging: Staging) -> list[TransposeTask]:
-    """The tasks that stage a matrix of a source; their order does not matter."""
-    return [
-        TransposeTask(matrix=matrix, source=source, number=number, root=root, staging=staging)
-        for number in range(staging.sizes.runs)
-    ]
 
 
 # ---- buckets
@@ -144,7 +83,7 @@ class Buckets:
 
 
 def stage_run(task: TransposeTask) -> int:
-    """Deal out the columns of a task, unless its file is there; how many values it has.
+    """Deal out the columns of a task, unless its file is there; how many bytes of values and ids were read, decoded.
 
     Raises
     ------
@@ -152,29 +91,34 @@ def stage_run(task: TransposeTask) -> int:
         The matrix is not what was counted, or its bytes do not decode.
     """
     if is_staged(task):
-        return task.values
-    staging = task.staging
-    start, stop = staging.sizes.run(task.number, staging.nnz)
+        return 0
+    staging, (start, stop) = task.staging, task.elements
     with opened_columns(staging) as matrix:
         buckets = Buckets.of(_counts(matrix), staging.sizes)
         with _RunWriter(staging, task.number, buckets, matrix) as writer:
             for piece in column_pieces(matrix.columns, matrix.where, start, stop, staging.sizes.piece_values):
                 refuse_if_stopped(task.root)
                 writer.add(piece)
-            refuse_if_stopped(task.root)
-    return task.values
+            refuse_if_stopped(task.root, task)
+        stored = matrix.columns.header
+        return (stop - start) * (stored.dtype.itemsize + stored.index_dtype.itemsize)
 
 
 @contextlib.contextmanager
 def opened_columns(staging: Staging) -> Iterator[CscMatrix]:
     """The matrix, counted (by this process or another), for as long as its source is open."""
-    if staging.counts is not None:
+    if staging.counts:
         adopt_counts(Path(staging.counts), (staging.spec, staging.key))
     with open_source(staging.spec) as source:
         matrix = source.matrix(staging.key)
-        if not isinstance(matrix, CscMatrix) or matrix.header.nnz != staging.nnz:
-            raise SourceError(f"{staging.spec.path}: {staging.key} changed while it was being converted; run again")
-        yield matrix
+        yield of_staging(matrix, staging)
+
+
+def of_staging(matrix: MatrixReader, staging: Staging) -> CscMatrix:
+    """The matrix, if it is the one that was to be staged."""
+    if not isinstance(matrix, CscMatrix) or matrix.header.nnz != staging.nnz:
+        raise changed(f"{staging.spec.path}: {staging.key}")
+    return matrix
 
 
 def _counts(matrix: CscMatrix) -> RowCounts:
@@ -255,7 +199,8 @@ class _RunWriter:
         sums = np.array([google_crc32c.value(row.tobytes()) for row in index], "<u4")
         self._write(index.tobytes())
         self._write(sums.tobytes())
-        self._write(footer(self._identity, *index.shape, self._entries.itemsize, *self._range))
+        n_buckets, n_pieces = index.shape
+        self._write(footer(self._identity, n_buckets, n_pieces, self._entries.itemsize, *self._range))
 
 
 def footer(identity: bytes, buckets: int, pieces: int, itemsize: int, start: int, stop: int) -> bytes:
@@ -276,7 +221,7 @@ class _RunFile:
 
     def __init__(self, staging: Staging, number: int) -> None:
         try:
-            self._file: BinaryIO = open(staging.path(number), "rb", buffering=0)
+            self._file: io.FileIO = open(staging.path(number), "rb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
             raise _DamagedRunError(error.strerror) from error
 
@@ -308,7 +253,7 @@ class _RunFile:
         if room.itemsize != self._itemsize:
             raise _DamagedRunError(f"it has entries of {self._itemsize} bytes")
         segments = np.empty(self._pieces, _SEGMENT)
-        self._read(self._data_bytes + bucket * self._pieces * SEGMENT_BYTES, memoryview(segments.view(np.uint8)))
+        self._read(self._data_bytes + bucket * self._pieces * SEGMENT_BYTES, segments.view(np.uint8).data)
         expected = bytearray(4)
         self._read(self._sums_at + 4 * bucket, memoryview(expected))
         if struct.unpack("<I", expected)[0] != google_crc32c.value(segments.tobytes()):
@@ -318,7 +263,7 @@ class _RunFile:
         if total > len(room):
             raise _DamagedRunError(f"it has {total} entries for bucket {bucket}, which has room for {len(room)}")
         entries = room[:total]
-        view, done = memoryview(entries.view(np.uint8)), 0
+        view, done = entries.view(np.uint8).data, 0
         for offset, stop in zip(segments["offset"].tolist(), (stops * self._itemsize).tolist(), strict=True):
             if stop > done:
                 self._read(offset, view[done:stop])
@@ -334,7 +279,7 @@ class _RunFile:
             self._file.seek(offset)
             done = 0
             while done < len(out):
-                got = self._file.readinto(out[done:])  # type: ignore[attr-defined]
+                got = self._file.readinto(out[done:])
                 if not got:
                     raise _DamagedRunError("it ends too early")
                 done += got
@@ -358,10 +303,10 @@ class TransposedMatrix:
     One bucket is held as rows, the last one, because the next range usually starts in it.
     """
 
-    def __init__(self, matrix: CscMatrix, staging: Staging) -> None:
-        self.header = replace(matrix.header, chunk_bytes=0)
-        self._matrix, self._staging = matrix, staging
-        self._counts = _counts(matrix)
+    def __init__(self, matrix: MatrixReader, staging: Staging) -> None:
+        self.header = matrix.header
+        self._matrix, self._staging = of_staging(matrix, staging), staging
+        self._counts = _counts(self._matrix)
         self._buckets = Buckets.of(self._counts, staging.sizes)
         self._held: int | None = None
         most = int(np.diff(self._buckets.values).max(initial=0))
@@ -420,6 +365,6 @@ class TransposedMatrix:
         except _DamagedRunError as error:
             path.unlink(missing_ok=True)  # so that the next run makes it again
             raise CorruptStoreError(
-                f"{path}, in which a conversion keeps the columns of {self._matrix.where} on their way to rows, was lost or damaged "
-                f"({error}); run the same conversion again, it goes on where it stopped"
+                f"{path}, in which a conversion keeps the columns of {self._matrix.where} on their way to rows, was lost or "
+                f"damaged ({error}); run the same conversion again, it goes on where it stopped"
             ) from None

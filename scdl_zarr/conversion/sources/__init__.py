@@ -65,7 +65,7 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixHeader:
-    """A matrix of a source as CSR."""
+    """A matrix of a source as CSR, whatever its layout."""
 
     key: str  # "X", "raw/X", "layers/<name>" or "obsp/<name>"
     n_obs: int
@@ -74,6 +74,7 @@ class MatrixHeader:
     dtype: np.dtype[Any]
     index_dtype: np.dtype[Any]
     chunk_bytes: int  # decoded bytes of the largest chunk of data or indices
+    layout: Literal["csr", "csc", "dense"] = "csr"
 
 
 class MatrixReader(Protocol):

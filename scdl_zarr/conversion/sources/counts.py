@@ -7,6 +7,7 @@ after that find the counts in the process, up to ``KEPT_COUNTS_BYTES``, and thos
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 from collections import OrderedDict
@@ -19,7 +20,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.conversion.files import replace_file
+from scdl_zarr.conversion.files import partial_path
 
 __all__ = ["RowCounts", "adopt_counts", "forget_counts", "keep_counts", "known_counts", "load_counts", "save_counts"]
 
@@ -128,7 +129,10 @@ def save_counts(path: Path, counts: RowCounts) -> None:
     """Write counts for other processes of the same conversion."""
     content = counts.counts.astype(_WIDTHS[counts.counts.itemsize]).tobytes() + counts.starts.astype("<i8").tobytes()
     header = _HEADER.pack(_MAGIC, counts.height, len(counts.counts), counts.counts.itemsize, google_crc32c.value(content))
-    replace_file(path, header + content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = partial_path(path)
+    temporary.write_bytes(header + content)
+    os.replace(temporary, path)  # not flushed: what a crash of the machine leaves of it does not match its checksum
 
 
 def load_counts(path: Path) -> RowCounts | None:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from scdl_zarr.conversion.column_kernels import count_ids, place_columns
 from scdl_zarr.conversion.sources import MatrixHeader
 from scdl_zarr.conversion.sources.counts import RowCounts, keep_counts, known_counts
+from scdl_zarr.conversion.staging import HEIGHT, POINTERS, TurnSizes, column_ids_dtype, is_small, turning_bytes
 from scdl_zarr.errors import SourceError
 from scdl_zarr.resources import usable_cores
 
@@ -30,25 +31,13 @@ __all__ = [
     "ColumnPiece",
     "ColumnReader",
     "CscMatrix",
-    "TurnSizes",
     "changed",
     "column_pieces",
     "compiled_ids",
-    "entry_dtype",
-    "staging_bytes",
-    "turning_bytes",
 ]
 
-SMALL_VALUES = 1 << 21  # up to here a matrix is turned in memory
-SMALL_ROWS = 1 << 22
 COUNT_VALUES = 1 << 18  # row ids counted at a time
 COUNT_ROOM_BYTES = 1 << 26  # of the threads' own counts together: a matrix of many rows is counted by fewer
-COUNT_HEIGHT = 1 << 12  # rows between two sums: what a pointer costs
-POINTERS = 1 << 20  # column pointers read at a time
-MOST_BUCKETS = 1 << 11  # of a matrix, before buckets grow
-MOST_RUNS = 1 << 8
-SEGMENT_BYTES = 16  # where a segment is, how many entries it has and their checksum
-TABLE_BYTES = 1 << 21  # to find which bucket each of up to 2**16 blocks of rows begins in
 
 
 class ColumnReader(Protocol):
@@ -72,71 +61,6 @@ class ColumnReader(Protocol):
 
     def close(self) -> None:
         """Let go of what it holds."""
-
-
-# ---- how much at once
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TurnSizes:
-    """How a matrix is turned through files: what is held at a time, and how many files share the work.
-
-    A bucket is a run of rows that is read back at once, a piece is what is dealt out to all buckets at once: a file holds one
-    segment for each pair of them.
-    """
-
-    bucket_values: int  # or one row that has more
-    bucket_rows: int  # the place of a row in its bucket takes two bytes
-    piece_values: int
-    runs: int  # files
-
-    @classmethod
-    def of(cls, nnz: int) -> TurnSizes:
-        """Buckets and pieces of a million values, and of four where there would be thousands of both."""
-        values = min(max(nnz // MOST_BUCKETS, 1 << 20), 1 << 22)
-        return cls(
-            bucket_values=values,
-            bucket_rows=1 << 16,
-            piece_values=values,
-            runs=min(max(-(-nnz // values), 1), MOST_RUNS),
-        )
-
-    def run(self, number: int, nnz: int) -> tuple[int, int]:
-        """The elements that a file holds."""
-        return nnz * number // self.runs, nnz * (number + 1) // self.runs
-
-
-def entry_dtype(n_vars: int, value_bytes: int) -> np.dtype[Any]:
-    """An entry on its way from a column to a row, without padding: its row in the bucket, its column and its value's bytes."""
-    column = "u2" if n_vars <= 1 << 16 else "u4" if n_vars <= 1 << 32 else "u8"
-    return np.dtype([("row", "u2"), ("column", column), ("value", f"u{value_bytes}")])
-
-
-def staging_bytes(stored: MatrixHeader, sizes: TurnSizes) -> int:
-    """What a task that deals out columns holds: a piece as read and as entries, pointers, and the list of its segments."""
-    piece = min(sizes.piece_values, max(stored.nnz, 1))
-    entry = entry_dtype(stored.n_vars, stored.dtype.itemsize).itemsize
-    cast = 0 if stored.index_dtype in (np.dtype(np.int32), np.dtype(np.int64)) else 8
-    buckets = 2 * -(-stored.nnz // sizes.bucket_values) + -(-stored.n_obs // sizes.bucket_rows)
-    pointers = 3 * 8 * min(POINTERS, stored.n_vars + 1)
-    pieces = -(-stored.nnz // sizes.runs // sizes.piece_values) + 1 + stored.n_vars // POINTERS
-    segments = 2 * buckets * (SEGMENT_BYTES * pieces + 4)
-    return (
-        piece * (stored.dtype.itemsize + stored.index_dtype.itemsize + cast + entry)
-        + pointers
-        + segments
-        + 64 * buckets
-        + TABLE_BYTES
-    )
-
-
-def turning_bytes(stored: MatrixHeader, sizes: TurnSizes, longest_row: int) -> int:
-    """What a reader of turned rows holds: a bucket as entries and as rows, and where its rows begin."""
-    bucket = min(max(sizes.bucket_values, longest_row), stored.nnz)
-    entry = entry_dtype(stored.n_vars, stored.dtype.itemsize).itemsize
-    rows = 4 * 8 * (min(sizes.bucket_rows, stored.n_obs) + COUNT_HEIGHT)
-    buckets = 2 * -(-stored.nnz // sizes.bucket_values) + -(-stored.n_obs // sizes.bucket_rows)
-    return bucket * (entry + stored.dtype.itemsize + column_ids_dtype(stored.n_vars).itemsize) + rows + 64 * buckets + TABLE_BYTES
 
 
 # ---- columns
@@ -220,11 +144,6 @@ def compiled_ids(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return ids if ids.dtype in (np.dtype(np.int32), np.dtype(np.int64)) else ids.astype(np.int64)
 
 
-def column_ids_dtype(n_vars: int) -> np.dtype[Any]:
-    """What column ids are given in."""
-    return np.dtype(np.int32 if n_vars <= 1 << 31 else np.int64)
-
-
 def changed(where: str) -> SourceError:
     """The error for a matrix that is not what was counted."""
     return SourceError(f"{where} changed while it was being converted; run again when nothing writes it")
@@ -249,13 +168,11 @@ def count_rows(reader: ColumnReader, where: str, threads: int | None = None) -> 
     pieces = -(-nnz // COUNT_VALUES)
     most = max(COUNT_ROOM_BYTES // (4 * max(n_obs, 1)), 1)
     threads = max(min(usable_cores() if threads is None else threads, most, pieces), 1)
-    if threads == 1:
-        counts = _count_pieces(reader, where, iter(range(pieces)))
-    else:
-        counts = _count_apart(reader, where, pieces, threads)
+    alone = threads == 1
+    counts = _count_pieces(reader, where, iter(range(pieces))) if alone else _count_apart(reader, where, pieces, threads)
     if int(counts.sum(dtype=np.uint64)) != nnz:  # a count of 32 bits ran over
         raise SourceError(f"{where} has a row of more than {2**32 - 1} stored values")
-    return RowCounts.of(counts, COUNT_HEIGHT)
+    return RowCounts.of(counts, HEIGHT)
 
 
 def _count_apart(reader: ColumnReader, where: str, pieces: int, threads: int) -> npt.NDArray[np.uint32]:
@@ -329,8 +246,6 @@ class CscMatrix:
         What another process counted.
     threads
         How many count, where that is to be done; as many as there are cores if not given.
-    small_values
-        Up to how many values `elements` turns into rows in memory.
     """
 
     def __init__(
@@ -341,17 +256,17 @@ class CscMatrix:
         identity: Hashable,
         counts: RowCounts | None = None,
         threads: int | None = None,
-        small_values: int = SMALL_VALUES,
     ) -> None:
         self.columns, self.where, self.identity = reader, where, identity
         self.counts = self._accepted(counts) or known_counts(identity)
         if self.counts is None:
             self.counts = keep_counts(identity, count_rows(reader, where, threads))
         stored = reader.header
-        self.small = stored.nnz <= small_values and stored.n_obs <= SMALL_ROWS
+        self.small = is_small(stored)
         self._turned: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
         self.header = replace(
             stored,
+            layout="csc",
             index_dtype=column_ids_dtype(stored.n_vars),
             chunk_bytes=stored.chunk_bytes + -(-self._held_bytes(stored) // 4),  # plans count four of these a task
         )

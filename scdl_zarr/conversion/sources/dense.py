@@ -89,6 +89,7 @@ class DenseMatrix:
             dtype=rows.dtype,
             index_dtype=np.dtype(np.int32),
             chunk_bytes=-(-held // 4),  # plans count four of these a task
+            layout="dense",
         )
 
     def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
