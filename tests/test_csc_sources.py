@@ -30,7 +30,7 @@ from scdl_zarr.conversion.sources.csc import CscMatrix
 from scdl_zarr.conversion.staging import Staging, TurnSizes, staging_bytes, turning_bytes
 from scdl_zarr.conversion.transpose import Buckets, TransposedMatrix, is_staged, stage_run
 from tests.stores_of_others import write_by_node, write_with_anndata
-from tests.toys import encoded_rows, write_h5ad
+from tests.toys import contents, encoded_rows, write_h5ad
 
 pytestmark = [
     pytest.mark.usefixtures("careless_disk"),
@@ -466,3 +466,80 @@ def test_bad_row_ids_are_found_before_anything_is_written(tmp_path: Path) -> Non
     with pytest.raises(errors.SourceError, match="row id 77, but there are 9 rows"):
         scdl_zarr.convert(source, tmp_path / "s.zarr", **SIZES)
     assert not (tmp_path / "s.zarr").exists()
+
+
+# ---- conversions through files
+
+
+@pytest.fixture
+def tiny() -> Iterator[None]:
+    """Every matrix by columns goes through files, in small pieces."""
+    with mock.patch.object(stagings, "SMALL_VALUES", 3), mock.patch.object(TurnSizes, "of", lambda _nnz: TINY):
+        yield
+
+
+def shards(target: Path, matrix: str = "X") -> dict[str, bytes]:
+    return {name: content for name, content in contents(target).items() if name.startswith(f"{matrix}/")}
+
+
+@pytest.fixture
+def by_both(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """The same cells by rows and by columns, with late values that need a wider dtype, and the store of the former."""
+    rows = encoded_rows(40, 30, 5)
+    rows.data[:] = np.arange(len(rows.data)) % 200
+    rows.data[-3] = 70_000
+    near = sp.random(40, 40, 0.2, format="csr", random_state=3)
+    (tmp_path / "rows").mkdir()
+    by_rows = write_h5ad(tmp_path / "rows/a.h5ad", rows, obsp={"near": near})
+    by_columns = write_h5ad(tmp_path / "a.h5ad", rows.tocsc(), obsp={"near": near.tocsc()})
+    scdl_zarr.convert(by_rows, tmp_path / "rows.zarr", obsp="near", width="narrow", **SIZES)
+    return by_rows, by_columns, tmp_path / "rows.zarr"
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("who", [{"threads": 2}, {"workers": 2}])
+def test_the_store_is_that_of_the_rows(by_both: tuple[Path, Path, Path], who: dict[str, int], tmp_path: Path) -> None:
+    with mock.patch.object(csc, "count_rows", side_effect=csc.count_rows) as counting:
+        made = scdl_zarr.convert(by_both[1], tmp_path / "c.zarr", obsp="near", width="narrow", **who, **SIZES)
+    assert counting.call_count == 2
+    for matrix in ("X", "obsp/near"):
+        assert shards(tmp_path / "c.zarr", matrix) == shards(by_both[2], matrix)
+    assert made.read_rows([39]).data.max() == 70_000
+    assert not (tmp_path / "c.zarr/.scdl-build").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_stopped_conversion_keeps_what_was_dealt_out(by_both: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    target, dealt = tmp_path / "c.zarr", tmp_path / "c.zarr/.scdl-build/scratch/X/000000"
+    with (
+        mock.patch("scdl_zarr.conversion.construction.write_shard", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        scdl_zarr.convert(by_both[1], target, obsp="near", width="narrow", threads=1, **SIZES)
+    assert len(list(dealt.iterdir())) == TINY.runs
+    (dealt / "run-0002.bin").unlink()
+    (dealt / "run-0001.bin").write_bytes((dealt / "run-0001.bin").read_bytes()[::-1])  # of the right length
+    with mock.patch("scdl_zarr.conversion.construction.stage_run", side_effect=stage_run) as staging:
+        with pytest.raises(errors.CorruptStoreError, match=r"run-0001\.bin.*run the same conversion again"):
+            scdl_zarr.convert(by_both[1], target, obsp="near", width="narrow", threads=1, **SIZES)
+        assert [call.args[0].number for call in staging.call_args_list] == [2]
+        scdl_zarr.convert(by_both[1], target, obsp="near", width="narrow", threads=1, **SIZES)
+        assert [call.args[0].number for call in staging.call_args_list if call.args[0].matrix == "X"] == [2, 1]
+    for matrix in ("X", "obsp/near"):
+        assert shards(target, matrix) == shards(by_both[2], matrix)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_nothing_is_left_of_a_conversion_that_cannot_finish(by_both: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(errors.InexactValueError, match="70000"):
+        scdl_zarr.convert(by_both[1], tmp_path / "c.zarr", dtype="uint16", **SIZES)
+    assert not (tmp_path / "c.zarr").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_cells_by_columns_are_appended(by_both: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    rows = encoded_rows(15, 30, 4, offset=40)
+    data = scdl_zarr.open(by_both[2])
+    data.append([write_h5ad(tmp_path / "more.h5ad", rows.tocsc(), obsp={"near": sp.eye(15, format="csc")})])
+    batch = scdl_zarr.open(by_both[2]).read_rows(np.arange(40, 55))
+    assert batch.indices.tolist() == rows.indices.tolist() and batch.data.tolist() == rows.data.tolist()
