@@ -474,7 +474,7 @@ def test_bad_row_ids_are_found_before_anything_is_written(tmp_path: Path) -> Non
 @pytest.fixture
 def tiny() -> Iterator[None]:
     """Every matrix by columns goes through files, in small pieces."""
-    with mock.patch.object(stagings, "SMALL_VALUES", 3), mock.patch.object(TurnSizes, "of", lambda _nnz: TINY):
+    with mock.patch.object(stagings, "SMALL_VALUES", 3), mock.patch.object(TurnSizes, "of", return_value=TINY):
         yield
 
 
@@ -498,7 +498,7 @@ def by_both(tmp_path: Path) -> tuple[Path, Path, Path]:
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("who", [{"threads": 2}, {"workers": 2}])
-def test_the_store_is_that_of_the_rows(by_both: tuple[Path, Path, Path], who: dict[str, int], tmp_path: Path) -> None:
+def test_the_store_is_that_of_the_rows(by_both: tuple[Path, Path, Path], who: dict[str, Any], tmp_path: Path) -> None:
     with mock.patch.object(csc, "count_rows", side_effect=csc.count_rows) as counting:
         made = scdl_zarr.convert(by_both[1], tmp_path / "c.zarr", obsp="near", width="narrow", **who, **SIZES)
     assert counting.call_count == 2

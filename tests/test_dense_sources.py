@@ -274,7 +274,7 @@ def test_obs_or_var_of_another_length(tmp_path: Path) -> None:
 
 def test_a_dense_obsp(tmp_path: Path) -> None:
     source = write_h5ad(tmp_path / "a.h5ad", encoded_rows(6, 5, 2), obsp={"near": np.eye(6)})
-    refused(source, tmp_path / "a.zarr", "obsp/near is stored dense", "converts CSR matrices", obsp="near")
+    refused(source, tmp_path / "a.zarr", "obsp/near is stored dense", "converts sparse matrices", obsp="near")
 
 
 def test_a_damaged_chunk_is_found_before_anything_is_written(tmp_path: Path) -> None:

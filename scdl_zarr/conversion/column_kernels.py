@@ -43,7 +43,7 @@ def bucket_borders(
     if len(rows):
         rows[0], values[0] = 0, 0
     for r in range(len(counts)):
-        count = np.int64(counts[r])
+        count: Any = np.int64(counts[r])
         if r > start and (held + count > most_values or r - start >= most_rows):
             found += 1
             if found < len(rows):
@@ -137,7 +137,7 @@ def deal_out(
 
 @nb.njit(nogil=True, cache=True)
 def place_entries(entries: Any, at: npt.NDArray[np.int64], values: Any, ids: Any) -> int:
-    """Put entries behind one another in their rows; -1, or the row for which there is no room.
+    """Put entries behind one another in their rows; -1, or the first one for which there is no room.
 
     `at` has one number more than there are rows: where the next entry of each goes, and the end.  The room of a row ends where
     the next row's began, which its own entries have moved on from: so what a row was too much is found when all are placed (see
@@ -148,10 +148,10 @@ def place_entries(entries: Any, at: npt.NDArray[np.int64], values: Any, ids: Any
         entry = entries[j]
         row = np.int64(entry.row)
         if row >= rows:
-            return row
+            return j
         k = at[row]
         if k >= n:
-            return row
+            return j
         at[row] = k + 1
         values[k] = entry.value
         ids[k] = entry.column
