@@ -24,6 +24,8 @@ import scdl_zarr
 from scdl_zarr import errors
 from scdl_zarr.conversion import staging as stagings
 from scdl_zarr.conversion.column_kernels import size_buckets
+from scdl_zarr.conversion.plan import ConversionOptions
+from scdl_zarr.conversion.preview import plan_conversion
 from scdl_zarr.conversion.sources import MatrixReader, counts, csc, describe_path, open_source
 from scdl_zarr.conversion.sources.counts import RowCounts, load_counts, save_counts
 from scdl_zarr.conversion.sources.csc import CscMatrix
@@ -543,3 +545,12 @@ def test_cells_by_columns_are_appended(by_both: tuple[Path, Path, Path], tmp_pat
     data.append([write_h5ad(tmp_path / "more.h5ad", rows.tocsc(), obsp={"near": sp.eye(15, format="csc")})])
     batch = scdl_zarr.open(by_both[2]).read_rows(np.arange(40, 55))
     assert batch.indices.tolist() == rows.indices.tolist() and batch.data.tolist() == rows.data.tolist()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_plan_counts_the_tasks_and_what_they_take(by_both: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    plans = [plan_conversion(source, tmp_path / "p.zarr", ConversionOptions(**SIZES)) for source in by_both[:2]]
+    by_rows, by_columns = plans
+    assert by_columns.tasks == by_rows.tasks + TINY.runs and by_columns.size_bytes == by_rows.size_bytes
+    assert (by_rows.scratch_bytes, by_columns.scratch_bytes) == (0, 200 * 8)
+    assert "until then, for columns" in str(by_columns) and "until then" not in str(by_rows)

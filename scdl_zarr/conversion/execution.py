@@ -74,6 +74,7 @@ __all__ = [
     "plan_record",
     "prepare",
     "projected_memory",
+    "projected_scratch",
     "projected_size",
     "run_conversion",
     "summarize",
@@ -195,7 +196,7 @@ def _run_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
         if taken == "store" and not options.overwrite:
             return _same_store(root, plan, survey)
         prepare_target(root)
-        check_room(root, projected_size(survey, options))
+        check_room(root, projected_size(survey, options) + projected_scratch(survey))
     with hired(survey, options) as executor:
         tables = encode_tables(survey)  # what cannot be stored is refused here, before anything is written
         if taken == "store":
@@ -416,14 +417,18 @@ def _frame_bytes(frame: pd.DataFrame, counted: set[int]) -> int:
 
 
 def projected_size(survey: Survey, options: ConversionOptions) -> int:
-    """Bytes that a conversion needs on the disk: the store, and the columns of one matrix on their way to rows."""
+    """Bytes of the store."""
     profile = profile_named(options.profile)
-    size, scratch = 0.0, 0
+    size = 0.0
     for plan in survey.plans.values():
         assert plan.layout.indptr is not None
-        scratch = max(scratch, sum(scratch_bytes(source.header) for source in plan.sources))
         size += plan.layout.nnz * profile.bytes_per_value + plan.layout.indptr.size * plan.layout.indptr.dtype.itemsize
-    return int(size) + scratch
+    return int(size)
+
+
+def projected_scratch(survey: Survey) -> int:
+    """Bytes on the disk of the columns of one matrix at a time, on their way to rows."""
+    return max(sum(scratch_bytes(source.header) for source in plan.sources) for plan in survey.plans.values())
 
 
 # ---- the tasks

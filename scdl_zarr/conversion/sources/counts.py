@@ -28,7 +28,7 @@ KEPT_COUNTS_BYTES = 1 << 27  # 2 bytes a row where no row stores 65,536 values
 
 _MAGIC = b"scdl-cn1"
 _HEADER = struct.Struct("<8sqqII")  # magic, rows of a block, rows, bytes of a count, crc32c of all that follows
-_WIDTHS = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+_WIDTHS: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
