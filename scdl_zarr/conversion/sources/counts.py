@@ -43,7 +43,7 @@ class RowCounts:
     def of(cls, counts: npt.NDArray[Any], height: int) -> RowCounts:
         """Counts of any unsigned dtype in the narrower one that holds them."""
         narrow = np.uint16 if counts.max(initial=0) < 1 << 16 else np.uint32
-        blocks = np.add.reduceat(counts, np.arange(0, len(counts), height), dtype=np.int64) if len(counts) else []
+        blocks: Any = np.add.reduceat(counts, np.arange(0, len(counts), height), dtype=np.int64) if len(counts) else []
         starts = np.zeros(len(blocks) + 1, np.int64)
         np.cumsum(blocks, out=starts[1:])
         return cls(height=height, counts=counts.astype(narrow, copy=False), starts=starts)
