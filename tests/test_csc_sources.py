@@ -554,3 +554,24 @@ def test_the_plan_counts_the_tasks_and_what_they_take(by_both: tuple[Path, Path,
     assert by_columns.tasks == by_rows.tasks + TINY.runs and by_columns.size_bytes == by_rows.size_bytes
     assert (by_rows.scratch_bytes, by_columns.scratch_bytes) == (0, 200 * 8)
     assert "until then, for columns" in str(by_columns) and "until then" not in str(by_rows)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("chunk", [3, 40])
+def test_a_source_whose_columns_cannot_be_read_is_skipped(chunk: int, tmp_path: Path) -> None:
+    good = write_h5ad(tmp_path / "good.h5ad", encoded_rows(9, 30, 4).tocsc())
+    bad = write_h5ad(tmp_path / "bad.h5ad", encoded_rows(40, 30, 6).tocsc())
+    values = np.arange(240, dtype=np.float32)
+    with h5py.File(bad, "r+") as file:
+        del file["X/data"]
+        file["X"].create_dataset("data", data=values, chunks=(5,), compression="gzip")
+        place = file["X/data"].id.get_chunk_info(chunk).byte_offset
+    with open(bad, "r+b") as raw:  # ids can be counted, and no value that the survey looks at is gone
+        raw.seek(place + 2)
+        raw.write(b"\xff" * 6)
+    with mock.patch("scdl_zarr.conversion.survey.SAMPLE_VALUES", 1), mock.patch("scdl_zarr.conversion.survey.PROBE_VALUES", 1):
+        with pytest.raises(errors.SourceError, match="cannot be read"):
+            scdl_zarr.convert([good, bad], tmp_path / "s.zarr", **SIZES)
+        assert not (tmp_path / "s.zarr").exists()
+        made = scdl_zarr.convert([good, bad], tmp_path / "s.zarr", skip_bad=True, **SIZES)
+    assert made.read_rows(np.arange(9)).data.tolist() == encoded_rows(9, 30, 4).data.tolist() and len(made) == 9

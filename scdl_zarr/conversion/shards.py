@@ -21,6 +21,7 @@ from scdl_zarr.conversion.encode import ShardEncoder
 from scdl_zarr.conversion.id_maps import load_ids
 from scdl_zarr.conversion.kernels import map_rows, sort_rows
 from scdl_zarr.conversion.plan import PIECE_VALUES, Part, ShardTask
+from scdl_zarr.conversion.problems import blaming
 from scdl_zarr.conversion.sources import MatrixReader, open_source, read_matrix
 from scdl_zarr.conversion.sources.counts import adopt_counts
 from scdl_zarr.conversion.sources.h5ad import matrix_name
@@ -144,7 +145,7 @@ def _opened(part: Part) -> Iterator[MatrixReader]:
     """The rows of a part's matrix, for as long as its source is open."""
     if part.counts:
         adopt_counts(Path(part.counts), (part.spec, part.key))
-    with open_source(part.spec) as source:
+    with blaming(part.spec), open_source(part.spec) as source:
         matrix = read_matrix(source, part.key, part.row_stop)
         yield matrix if part.staging is None else TransposedMatrix(matrix, part.staging)
 

@@ -35,6 +35,7 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.column_kernels import bucket_borders, checksums, deal_out, place_entries, size_buckets
 from scdl_zarr.conversion.files import partial_path
+from scdl_zarr.conversion.problems import blaming
 from scdl_zarr.conversion.sources import MatrixReader, open_source
 from scdl_zarr.conversion.sources.counts import RowCounts, adopt_counts, forget_counts
 from scdl_zarr.conversion.sources.csc import ColumnPiece, CscMatrix, changed, column_pieces, compiled_ids
@@ -109,7 +110,7 @@ def opened_columns(staging: Staging) -> Iterator[CscMatrix]:
     """The matrix, counted (by this process or another), for as long as its source is open."""
     if staging.counts:
         adopt_counts(Path(staging.counts), (staging.spec, staging.key))
-    with open_source(staging.spec) as source:
+    with blaming(staging.spec), open_source(staging.spec) as source:
         matrix = source.matrix(staging.key)
         yield of_staging(matrix, staging)
 
