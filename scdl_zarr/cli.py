@@ -85,7 +85,7 @@ def convert(
     ] = None,
     layer: Annotated[list[str] | None, typer.Option("--layer", help="Carry this layer along (may be repeated).")] = None,
     obsm: Annotated[list[str] | None, typer.Option("--obsm", help="Carry this obsm along (may be repeated).")] = None,
-    obsp: Annotated[list[str] | None, typer.Option("--obsp", help="Carry this obsp along, stored CSR (may be repeated).")] = None,
+    obsp: Annotated[list[str] | None, typer.Option("--obsp", help="Carry this sparse obsp along (may be repeated).")] = None,
     var_key: Annotated[str | None, typer.Option(help="Column of var to match genes by (default: their names).")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the values; auto holds every value exactly.")] = "auto",
     dtype_tolerance: Annotated[float, typer.Option(help="Largest difference allowed where --dtype is given.")] = 0.0,

@@ -180,7 +180,7 @@ def _count_apart(reader: ColumnReader, where: str, pieces: int, threads: int) ->
     readers = [reader.another() for _ in range(threads)]
     try:
         with ThreadPoolExecutor(threads, thread_name_prefix="scdl-zarr-count") as pool:
-            jobs = [pool.submit(_count_pieces, own, where, todo) for own in readers]
+            jobs = [pool.submit(_count_or_stop, own, where, todo) for own in readers]
             try:
                 counts = jobs[0].result()
                 for job in jobs[1:]:
@@ -191,6 +191,14 @@ def _count_apart(reader: ColumnReader, where: str, pieces: int, threads: int) ->
         for own in readers:
             own.close()
     return counts
+
+
+def _count_or_stop(reader: ColumnReader, where: str, todo: _Numbers) -> npt.NDArray[np.uint32]:
+    try:
+        return _count_pieces(reader, where, todo)
+    except BaseException:
+        todo.stop()  # nobody wants what the others count
+        raise
 
 
 class _Numbers:
@@ -258,7 +266,7 @@ class CscMatrix:
         threads: int | None = None,
     ) -> None:
         self.columns, self.where, self.identity = reader, where, identity
-        self.counts = self._accepted(counts) or known_counts(identity)
+        self.counts = self._accepted(counts) or self._accepted(known_counts(identity))
         if self.counts is None:
             self.counts = keep_counts(identity, count_rows(reader, where, threads))
         stored = reader.header
@@ -281,6 +289,7 @@ class CscMatrix:
         return rows + piece + 3 * 8 * (stored.n_obs + 1)
 
     def _accepted(self, counts: RowCounts | None) -> RowCounts | None:
+        """Counts that may be of this matrix; whether they are shows when its columns are placed."""
         header = self.columns.header
         if counts is None or len(counts.counts) != header.n_obs or counts.total != header.nnz:
             return None

@@ -76,7 +76,7 @@ class DenseMatrix:
         self._words = np.dtype(f"u{rows.dtype.itemsize}")
         sign = 1 << (8 * rows.dtype.itemsize - 1) if rows.dtype.kind == "f" else 0
         self._mask = self._words.type(np.iinfo(self._words).max - sign)
-        self._counts = self._accepted(counts) or known_counts(identity) or self._count()
+        self._counts = self._accepted(counts) or self._accepted(known_counts(identity)) or self._count()
         self._held: tuple[int, npt.NDArray[Any], npt.NDArray[np.int32]] | None = None
         self._room = self._counts.largest_block + rows.n_vars  # as `take_stored` wants it
         block_bytes = self._counts.height * rows.n_vars * rows.dtype.itemsize
