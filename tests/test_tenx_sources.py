@@ -25,7 +25,7 @@ from scdl_zarr import errors
 from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.problems import Problems
-from scdl_zarr.conversion.sources import SourceSpec, dense, describe_path, open_source, tenx
+from scdl_zarr.conversion.sources import SourceSpec, counts, describe_path, open_source, tenx
 from scdl_zarr.conversion.survey import survey_sources
 from tests.toys import csr, encoded_rows, write_h5ad
 
@@ -42,7 +42,7 @@ names = itertools.count()
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
     """Counts are kept in the process: each test counts anew."""
-    with mock.patch.object(dense, "KNOWN", type(dense.KNOWN)()):
+    with mock.patch.object(counts, "KNOWN", type(counts.KNOWN)()):
         yield
 
 
