@@ -30,6 +30,7 @@ from scdl_zarr.conversion.construction import (
     open_blocks,
     prepare_target,
     restore_interrupted,
+    skipped_in_plan,
     swap_folders,
 )
 from scdl_zarr.conversion.elements import EncodedElements
@@ -37,9 +38,10 @@ from scdl_zarr.conversion.executors import Cluster, Crew, Executor, Processes, T
 from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.id_maps import save_maps
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task, projected_bytes
-from scdl_zarr.conversion.problems import Problems
+from scdl_zarr.conversion.problems import Problems, blamed
 from scdl_zarr.conversion.progress import Progress
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
+from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.conversion.sources.store import forget_stores
 from scdl_zarr.conversion.survey import Survey, digest_of, survey_sources
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, holds, union_stats
@@ -67,10 +69,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConversionSummary",
+    "Prepared",
     "Written",
     "build_store",
     "hired",
     "plan_record",
+    "prepare",
     "projected_memory",
     "projected_size",
     "run_conversion",
@@ -148,14 +152,37 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     An error in the sources or options leaves nothing at the target.  Anything else that stops a conversion (a kill, Ctrl-C, a
     full disk) leaves an unfinished one, which nothing opens and which the same call finishes.
     """
+    bad: dict[SourceSpec, SourceError] = {}  # what was found to be wrong with a source when its values were read
     try:
-        return _run_conversion(sources, target, options)
+        while True:
+            try:
+                return _run_conversion(sources, target, options, bad)
+            except SourceError as error:
+                spec = blamed(error)
+                if not options.skip_bad or spec is None or spec in bad or _may_pass(error):
+                    raise
+                bad[spec] = error
     finally:
         forget_stores()
 
 
-def _run_conversion(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> ConversionSummary:
-    began = time.perf_counter()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A conversion that can begin: everything was looked at, and nothing was written."""
+
+    root: Path
+    taken: str | None  # what is at the target: nothing, a "store", or an unfinished "build"
+    survey: Survey
+    plan: dict[str, Any]
+
+
+def prepare(
+    sources: Any, target: str | os.PathLike[str], options: ConversionOptions, bad: Mapping[SourceSpec, SourceError] | None = None
+) -> Prepared:
+    """Look at the target and survey the sources; the errors of :func:`run_conversion` that come before anything is written.
+
+    `bad` are sources that are known not to be readable.
+    """
     if not isinstance(target, (str, os.PathLike)):
         raise OptionError(f"target={target!r}; expected a path")
     root = local_path(target)
@@ -174,8 +201,23 @@ def _run_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
         _require_outside(root)
         restore_interrupted(root)
         taken = _target_state(root, options)
+    if options.skip_bad:
+        names = {} if options.overwrite or not options.resume else _skipped_before(root, taken)
+        for spec in specs:
+            if bad and spec in bad:
+                problems.blame(spec, bad[spec])
+            elif spec.name in names:
+                problems.blame(spec, SourceError(names[spec.name]))
     survey = survey_sources(specs, options, problems=problems)
-    plan = plan_record(survey, options)
+    return Prepared(root=root, taken=taken, survey=survey, plan=plan_record(survey, options))
+
+
+def _run_conversion(
+    sources: Any, target: str | os.PathLike[str], options: ConversionOptions, bad: Mapping[SourceSpec, SourceError]
+) -> ConversionSummary:
+    began = time.perf_counter()
+    prepared = prepare(sources, target, options, bad)
+    root, taken, survey, plan = prepared.root, prepared.taken, prepared.survey, prepared.plan
     record = recorded_plan(plan)
     with explained_errors(root):
         if taken == "store" and not options.overwrite:
@@ -193,6 +235,17 @@ def _run_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
             resume = options.resume and not options.overwrite
             written = build_store(Construction(root, plan, resume=resume), survey, options, executor, tables, record)
     return summarize(root, survey, time.perf_counter() - began, written)
+
+
+def _skipped_before(root: Path, taken: str | None) -> dict[str, str]:
+    """Sources that an earlier run of this conversion skipped, with the reasons: some of them only reading every value tells."""
+    if taken == "build":
+        return skipped_in_plan(root)
+    if taken != "store":
+        return {}
+    with contextlib.suppress(ScdlZarrError):
+        return open_blocks(root).skipped()
+    return {}
 
 
 def build_store(
@@ -315,7 +368,19 @@ def plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
     if len(set(content["matrix"])) == 1:
         content["matrix"] = content["matrix"][0]
     sources = [{"name": spec.name, "size": spec.size, "mtime_ns": spec.mtime_ns} for spec in survey.specs]
-    return {"plan_version": PLAN_VERSION, "options": content, "sources": sources, "digest": digest_of(survey.digests)}
+    matrices = {
+        path: {"shape": [plan.layout.n_obs, plan.layout.n_vars], "values": plan.layout.nnz, "shards": len(plan.cuts)}
+        for path, plan in survey.plans.items()
+    }
+    return {
+        "plan_version": PLAN_VERSION,
+        "options": content,
+        "width": survey.width,
+        "matrices": matrices,
+        "skipped": [{"name": problem.name, "reason": problem.reason} for problem in survey.skipped],
+        "sources": sources,
+        "digest": digest_of(survey.digests),
+    }
 
 
 @contextlib.contextmanager
