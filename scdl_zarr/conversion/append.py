@@ -96,7 +96,7 @@ def append_sources(
         with explained_errors(root):
             restore_interrupted(root)
             prepare_target(root.parent)
-            new = find_sources(sources, repeats=repeat)
+            new = find_sources(sources, repeats=repeat, target=root)
             with exclusive(root):
                 base = _Base(root)
                 options = base.options(overrides)
