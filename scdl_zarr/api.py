@@ -113,7 +113,7 @@ def convert(
     Parameters
     ----------
     sources
-        H5AD files, 10x Genomics HDF5 files (Cell Ranger 2 and later), AnnData Zarr stores (Zarr v2 or v3), stores of this package,
+        H5AD files, 10x Genomics HDF5 files (Cell Ranger 2 and later), AnnData Zarr stores (Zarr v2, v3), stores of this package,
         folders that BioNeMo-SCDL made (see Notes).  One, or a list of them; a folder, which is all of these below it; a pattern
         such as ``"data/**/*.h5ad"``; a text file (``.txt``, ``.list``) with one of these on each line.  Matrices are stored by
         rows (CSR), by columns (CSC, turned into rows as SciPy's ``tocsr`` does) or dense; of a dense one, what is not equal to

@@ -116,7 +116,7 @@ def test_bad_sources_are_skipped_and_recorded(files: list[Path], bad: list[Path]
     summary = run_conversion(mixed, tmp_path / "s.zarr", options)
     assert summary.n_sources == 2 and len(summary.skipped) == 3
     assert "skipped: " in str(summary)
-    skipped = anndata.io.read_elem(zarr.open(tmp_path / "s.zarr", mode="r")["uns/scdl/skipped"])
+    skipped = anndata.io.read_elem(zarr.open_group(tmp_path / "s.zarr", mode="r")["uns/scdl/skipped"])
     assert sorted(skipped["name"]) == ["cut.h5ad", "pointers.h5ad", "text.h5ad"]
     assert "run backwards" in " ".join(skipped["reason"])
     found = scdl_zarr.open(tmp_path / "s.zarr")
