@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.hdf5_chunks import ElementReader, RowReader, unavailable_filters
-from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, SourceSpec
+from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, RowArray, SourceSpec, TableReader
 from scdl_zarr.conversion.sources.dense import DenseMatrix
-from scdl_zarr.conversion.sources.h5ad_frames import read_frame
+from scdl_zarr.conversion.sources.h5ad_frames import H5adTable, dataset_rows, is_usual, read_frame
+from scdl_zarr.conversion.sources.row_readers import LazyArray, WholeArray, WholeTable
 from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible
 from scdl_zarr.errors import ScdlZarrError, SourceError, StoreAccessError, StoreNotFoundError
 
@@ -127,6 +128,17 @@ class H5adSource:
     def obs(self) -> pd.DataFrame:
         return self._frame("obs")
 
+    def obs_table(self) -> TableReader:
+        node = self._node("obs")
+        if not isinstance(node, h5py.Group):
+            return WholeTable(self._frame("obs"))
+        with reading(self.spec.path, "obs"):
+            if not is_usual(node):
+                return WholeTable(self._frame("obs"))
+            table = H5adTable(node, lambda: reading(self.spec.path, "obs"))
+            self._require_distinct("obs", table.columns)
+            return table
+
     def var(self, key: str) -> pd.DataFrame:
         return self._raw_var()[0] if key == "raw/X" else self._frame("var")
 
@@ -155,6 +167,14 @@ class H5adSource:
             if isinstance(node, h5py.Dataset):  # a compound table, one field an entry
                 return np.asarray(node[name])
             return read_elem(self._file[path])
+
+    def row_array(self, path: str) -> RowArray:
+        with reading(self.spec.path, path):
+            node = self._file.get(path)
+            usual = isinstance(node, h5py.Dataset) and _text(node.attrs.get("encoding-type", "array")) == "array"
+            if usual and node.ndim >= 2 and node.dtype.kind in "biuf":
+                return LazyArray(dataset_rows(node), node.shape, node.dtype)
+        return WholeArray(self.spec.path, path, self.element(path))
 
     def provenance(self) -> None:
         return None
@@ -204,11 +224,13 @@ class H5adSource:
             frame = _compound_frame(node, self._file.get("uns")) if isinstance(node, h5py.Dataset) else _group_frame(node)
         if not isinstance(frame, pd.DataFrame):
             raise SourceError(f"{self.spec.path}: {key} is not a dataframe")
-        if not frame.columns.is_unique:
-            raise SourceError(
-                f"{self.spec.path}: {key} has repeated columns: {sorted(frame.columns[frame.columns.duplicated()])}"
-            )
+        self._require_distinct(key, list(frame.columns))
         return frame
+
+    def _require_distinct(self, key: str, columns: list[str]) -> None:
+        if len(set(columns)) < len(columns):
+            repeated = sorted({name for name in columns if columns.count(name) > 1})
+            raise SourceError(f"{self.spec.path}: {key} has repeated columns: {repeated}")
 
 
 class H5adMatrix:
