@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["ArraySummary", "BLOCK_ROWS", "ColumnJoin", "TableSummary", "summarize", "summarize_array", "table_digest"]
 
 BLOCK_ROWS = 1 << 16
+LARGE = 1 << 53  # from here on float64 does not hold every integer
 TEXT_BYTES = 57  # of a Python text beside its characters, and the pointer to it
 FLOATS = ("float16", "float32", "float64")
 
@@ -97,13 +98,16 @@ def blocks(n_rows: int) -> Iterator[tuple[int, int]]:
 
 
 class _Walk:
-    """One column while its rows pass: representatives and a digest, both the same whatever the blocks."""
+    """One column while its rows pass: what is known of it and a digest, both the same whatever the blocks."""
 
     def __init__(self, where: str, name: str | None, shared_categories: bool) -> None:
         self._where = f"{where}: obs: column {'index' if name is None else name!r}"
         self._shared = shared_categories
-        self._kept: dict[str, pd.Series[Any]] = {}  # one row each, by what it is there for
         self._empty: pd.Series[Any] | None = None
+        self._has_value = False
+        self._missing: dict[str, Any] = {}  # one of each kind of missing value, by its type's name
+        self._large = False  # it has an integer that float64 need not hold
+        self._used: npt.NDArray[np.bool_] | None = None  # which categories rows have
         self._content, self._lengths = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
         self._numbers: npt.NDArray[np.int64] | None = None  # of the categories, by first appearance
         self._seen = 0
@@ -119,54 +123,50 @@ class _Walk:
             self._take_in(series)
         except (TypeError, ValueError, UnicodeError) as error:
             raise SourceError(f"{self._where} cannot be stored: {error}") from error
-        self._keep(series)
+        self._note(series)
 
     # ---- representatives
 
     def representatives(self) -> pd.Series[Any]:
-        """A few rows, in the column's dtype."""
+        """A few rows in the column's dtype: a value if it has one, and what is missing; the same for columns of one kind."""
         import pandas as pd
 
         assert self._empty is not None
-        rows = list(self._kept.values())
-        found: pd.Series[Any] = pd.concat(rows, ignore_index=True) if rows else self._empty
-        assert found.dtype == self._empty.dtype
-        return found
+        dtype = self._empty.dtype
+        if isinstance(dtype, pd.CategoricalDtype):
+            codes = ([self._typical_code()] if self._has_value else []) + [-1] * bool(self._missing)
+            return pd.Series(pd.Categorical.from_codes(codes, dtype=dtype))
+        kind = getattr(dtype, "kind", "O")
+        value = {"O": "a", "b": True, "f": 1.0}.get(kind, 2 * LARGE if self._large else 1)
+        rows = [value] * self._has_value + list(self._missing.values())
+        return pd.Series(rows, dtype=dtype) if rows else self._empty.reset_index(drop=True)
 
-    def _keep(self, series: pd.Series[Any]) -> None:
+    def _typical_code(self) -> int:
+        """A category; of large integers and others one of the large ones that are used, if any is."""
+        assert self._empty is not None and self._used is not None
+        labels = self._empty.array.categories.to_numpy()
+        used = np.flatnonzero(self._used).tolist()
+        if labels.dtype.kind not in "iu":
+            return 0
+        large = [code for code in used if abs(int(labels[code])) > LARGE]
+        return int((large or ([0] if 0 in used or abs(int(labels[0])) <= LARGE else used))[0])
+
+    def _note(self, series: pd.Series[Any]) -> None:
+        import pandas as pd
+
         missing = series.isna().to_numpy(dtype=bool)
-        there = np.flatnonzero(~missing)
-        if len(there):
-            self._keep_row("first", series, int(there[0]))
-            self._keep_extremes(series, there)
-        if len(there) < len(series):
-            self._keep_missing(series, np.flatnonzero(missing))
-
-    def _keep_row(self, reason: str, series: pd.Series[Any], row: int) -> None:
-        if reason not in self._kept:
-            self._kept[reason] = series.iloc[row : row + 1].copy()
-
-    def _keep_missing(self, series: pd.Series[Any], rows: npt.NDArray[np.intp]) -> None:
-        """Objects may be missing in several ways."""
-        if series.dtype != object:
-            self._keep_row("missing", series, int(rows[0]))
-            return
-        kinds: dict[str, int] = {}
-        for row, value in zip(rows.tolist(), series.array[rows], strict=True):
-            kinds.setdefault(type(value).__name__, row)
-        for kind, row in kinds.items():
-            self._keep_row(f"missing {kind}", series, row)
-
-    def _keep_extremes(self, series: pd.Series[Any], there: npt.NDArray[np.intp]) -> None:
-        numbers = _integers(series, there)
-        if numbers is None:
-            return
-        for reason, find, beyond in (("least", np.argmin, np.less), ("greatest", np.argmax, np.greater)):
-            at = int(find(numbers))
-            known = self._kept.get(reason)
-            if known is None or beyond(numbers[at], _integers(known, np.zeros(1, np.intp))[0]):  # type: ignore[index]
-                row = int(there[at])
-                self._kept[reason] = series.iloc[row : row + 1].copy()
+        self._has_value = self._has_value or not missing.all()
+        if missing.any():
+            for value in series.array[np.flatnonzero(missing)] if series.dtype == object else series.array[missing][:1]:
+                self._missing.setdefault(type(value).__name__, value)
+        if isinstance(series.dtype, pd.CategoricalDtype):
+            if self._used is None:
+                self._used = np.zeros(len(series.array.categories) + 1, bool)  # the last one is of missing values
+            self._used[np.asarray(series.array.codes)] = True
+            self._used[-1] = False
+        elif getattr(series.dtype, "kind", "O") in "iu" and not missing.all():
+            known = series.dropna()
+            self._large = self._large or any(abs(int(value)) > LARGE for value in (known.min(), known.max()))
 
     # ---- digest
 
@@ -244,21 +244,6 @@ class _Walk:
                 self._numbers[code] = self._seen
                 self._seen += 1
         self._take_in_numbers(self._content, self._numbers[codes])
-
-
-def _integers(series: pd.Series[Any], there: npt.NDArray[np.intp]) -> npt.NDArray[Any] | None:
-    """The integers of some rows, which all have a value; None if the column has others than integers."""
-    import pandas as pd
-
-    values = series.array
-    if isinstance(values, pd.Categorical):
-        labels = values.categories.to_numpy()
-        return labels[np.asarray(values.codes)[there]] if labels.dtype.kind in "iu" else None
-    kind = getattr(series.dtype, "kind", "O")
-    if kind not in "iu":
-        return None
-    numbers: npt.NDArray[Any] = np.asarray(values[there].to_numpy(dtype=getattr(series.dtype, "numpy_dtype", series.dtype)))
-    return numbers
 
 
 # ---- joining
