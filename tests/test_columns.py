@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +14,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scdl_zarr.conversion import columns
-from scdl_zarr.conversion.columns import ColumnJoin, summarize
+from scdl_zarr.conversion import columns, elements, tables
+from scdl_zarr.conversion.columns import ColumnJoin, summarize, summarize_array
+from scdl_zarr.conversion.construction import run_task
+from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.frames import join_frames
-from scdl_zarr.conversion.packed_series import pack_series, unpack_series
-from scdl_zarr.conversion.sources.row_readers import WholeTable
+from scdl_zarr.conversion.sources import SourceSpec
+from scdl_zarr.conversion.sources.row_readers import WholeArray, WholeTable
+from scdl_zarr.conversion.tables import TablePlan
+from scdl_zarr.errors import SourceError
 
 pytestmark = [
     # anndata 0.13 asks for pandas' infer_string option, which pandas 3 deprecates
@@ -70,7 +77,7 @@ KINDS: dict[str, Any] = {
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> list[pd.DataFrame]:
+def tables_of_sources(draw: st.DrawFn) -> list[pd.DataFrame]:
     """Tables of several sources: some empty, some without a column."""
     frames = []
     for source in range(draw(st.integers(1, 4))):
@@ -84,21 +91,8 @@ def tables(draw: st.DrawFn) -> list[pd.DataFrame]:
 def joins(frames: list[pd.DataFrame]) -> dict[str | None, ColumnJoin]:
     """What is made of the frames' summaries, through JSON; the index under None."""
     found = [summarize(WholeTable(frame), "here") for frame in frames]
-    made = {}
-    for name in (None, *dict.fromkeys(name for frame in frames for name in frame.columns)):
-        packed, codes = [], []
-        for summary in found:
-            part = summary.index if name is None else summary.columns.get(name)
-            if part is None:
-                codes.append(-1 if summary.n_rows else -2)
-                continue
-            text = json.dumps(pack_series(part))
-            if text not in packed:
-                packed.append(text)
-            codes.append(packed.index(text))
-        parts = [unpack_series(json.loads(text)) for text in packed]
-        made[name] = ColumnJoin(parts, codes, is_index=name is None)
-    return made
+    names = dict.fromkeys(name for frame in frames for name in frame.columns)
+    return {name: ColumnJoin.of(name, found) for name in (None, *names)}
 
 
 def outcome(act: Any) -> Any:
@@ -109,8 +103,60 @@ def outcome(act: Any) -> Any:
         return type(error)
 
 
+class Opened:
+    """A source that has tables in memory, and counts how often it was opened."""
+
+    frames: list[pd.DataFrame]
+    arrays: list[np.ndarray[Any, Any]]
+    openings: list[int]
+
+    def __init__(self, part: int) -> None:
+        self._part = part
+
+    def obs_table(self) -> WholeTable:
+        return WholeTable(self.frames[self._part])
+
+    def row_array(self, path: str) -> WholeArray:
+        return WholeArray("here", path, self.arrays[self._part])
+
+
+@contextlib.contextmanager
+def opened(spec: SourceSpec) -> Iterator[Opened]:
+    Opened.openings.append(spec.part)
+    yield Opened(spec.part)
+
+
+def plan_of(frames: list[pd.DataFrame], arrays: list[np.ndarray[Any, Any]]) -> TablePlan:
+    Opened.frames, Opened.arrays, Opened.openings = frames, arrays, []
+    return TablePlan(
+        specs=[SourceSpec(path="here", name=str(k), size=0, mtime_ns=0, part=k) for k in range(len(frames))],
+        tables=[summarize(WholeTable(frame), "here") for frame in frames],
+        arrays={"place": [summarize_array(WholeArray("here", "place", array)) for array in arrays]},
+    )
+
+
+def written(plan: TablePlan, root: Path) -> dict[str, bytes]:
+    """What all tasks and the commit write."""
+    plan.save(root)
+    for task in plan.tasks(str(root)):
+        run_task(task)
+        assert all((root / key).exists() for key in task.files)
+    found = EncodedElements()
+    plan.add_to(found)
+    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("c/*") if path.is_file()}
+    files |= {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("c/*/0") if path.is_file()}
+    return files | found.objects() | {"nodes": repr(sorted(found.nodes().items())).encode()}
+
+
+def expected(frames: list[pd.DataFrame], arrays: list[np.ndarray[Any, Any]]) -> dict[str, bytes]:
+    whole = EncodedElements()
+    whole.add_frame("obs", join_frames(frames))
+    whole.add_array("obsm/place", np.concatenate(arrays))
+    return whole.objects() | {"nodes": repr(sorted(whole.nodes().items())).encode()}
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(frames=tables(), rows=st.integers(1, 4))
+@given(frames=tables_of_sources(), rows=st.integers(1, 4))
 def test_blocks_join_as_the_whole_tables_do(frames: list[pd.DataFrame], rows: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(columns, "BLOCK_ROWS", rows)
@@ -146,3 +192,65 @@ def assert_same(found: pd.Series[Any], expected: pd.Series[Any]) -> None:
         assert found.cat.codes.dtype == expected.cat.codes.dtype
     if expected.dtype == object:
         assert [type(value) for value in found] == [type(value) for value in expected]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(frames=tables_of_sources(), chunk=st.sampled_from([2, 3, 8]))
+def test_tasks_write_what_encoding_the_whole_table_gives(frames: list[pd.DataFrame], chunk: int) -> None:
+    """The same files, byte for byte, and the same documents; whatever is left of sharding in small tables too."""
+    arrays = [np.arange(2 * len(frame), dtype=np.int16 if k else np.float32).reshape(-1, 2) for k, frame in enumerate(frames)]
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(columns, "BLOCK_ROWS", 3)
+        patch.setattr(elements, "CHUNK_ROWS", chunk)
+        patch.setattr(elements, "SHARD_ROWS", 2 * chunk)
+        patch.setattr(tables, "open_source", opened)
+        whole = outcome(lambda: expected(frames, arrays))
+        found = outcome(lambda: written(plan_of(frames, arrays), Path(folder)))
+        assert found == whole
+
+
+def test_an_index_that_is_a_column_is_stored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "open_source", opened)
+    names = pd.Index(["a", "b", "c"], name="id", dtype=object)
+    for k, values in enumerate((["a", "b", "c"], ["a", "b", "x"])):
+        frames = [pd.DataFrame({"id": values}, index=names), pd.DataFrame({"id": ["a", "b", "c"]}, index=names)]
+        arrays = [np.zeros((3, 1)), np.zeros((3, 1))]
+        found = written(plan_of(frames, arrays), tmp_path / str(k))
+        assert found == expected(frames, arrays)
+        assert ("obs/_index/c/0" in found) == (k == 1)
+
+
+def test_a_source_is_opened_once_in_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "open_source", opened)
+    frames = [pd.DataFrame({"a": [1, 2], "b": [3, 4]}, index=["x", "y"]) for _ in range(5)]
+    plan = plan_of(frames, [np.zeros((2, 1))] * 5)
+    written(plan, tmp_path / "a")
+    assert Opened.openings == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(tables, "KEPT_OPEN", 2)
+    Opened.openings = []
+    assert written(plan, tmp_path / "b") == written(plan, tmp_path / "a")
+    assert len(Opened.openings) == 4 * 5
+
+
+@pytest.mark.parametrize("column", [np.array(["a", 1], object), np.array(["a", b"b"], object), pd.to_datetime(["2020", "2021"])])
+def test_a_column_that_no_store_holds_is_refused(column: Any) -> None:
+    with pytest.raises(SourceError, match="here: obs: column 'n' cannot be stored: values"):
+        summarize(WholeTable(pd.DataFrame({"n": column}, index=["x", "y"])), "here")
+
+
+def test_the_digest_is_of_the_content_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the blocks and, in a part of a store, whatever the other parts add to the categories."""
+
+    def digest(frame: pd.DataFrame, shared: bool = False) -> str:
+        return summarize(WholeTable(frame), "here", shared_categories=shared).digest
+
+    index = ["x", "y", "z"]
+    frame = pd.DataFrame({"n": [1, 2, 3], "t": ["ab", "c", None], "k": pd.Categorical(["p", None, "q"])}, index=index)
+    known = digest(frame), digest(frame, True)
+    monkeypatch.setattr(columns, "BLOCK_ROWS", 1)
+    assert (digest(frame), digest(frame, True)) == known
+    others = [frame.assign(n=[1, 2, 4]), frame.assign(t=["a", "bc", None]), frame.assign(t=["ab", "c", ""])]
+    others += [frame.assign(k=pd.Categorical(["p", None, "r"])), frame.rename(index={"x": "w"}), frame[["t", "n", "k"]]]
+    assert len({digest(other) for other in [frame, *others]}) == 1 + len(others)
+    more = frame.assign(k=pd.Categorical(["p", None, "q"], categories=["q", "zz", "p"]))
+    assert digest(more, True) == known[1] and digest(more) != known[0]

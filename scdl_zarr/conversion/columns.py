@@ -8,13 +8,15 @@
                                                     │
     source ──► a block of rows ──► appended to its own source's representatives, joined with the others', cut off again
 
-So there is one rule (``frames.py``), and a block comes out as it would from joining the whole tables.  What the rule looks at is:
-a column's dtype and categories, whether it has a value, whether it misses one and how, and the least and greatest of its integers.
+So there is one rule (``frames.py``), and a block comes out as it would from joining the whole tables.  What the rule looks at is
+a column's dtype and categories, whether it has a value, whether it misses one and how, and how large its integers are.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,13 +25,14 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.frames import join_frames
+from scdl_zarr.conversion.packed_series import pack_series, unpack_series
 from scdl_zarr.conversion.sources import RowArray, TableReader
 from scdl_zarr.errors import SourceError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ArraySummary", "BLOCK_ROWS", "ColumnJoin", "TableSummary", "summarize", "summarize_array", "table_digest"]
+__all__ = ["ArraySummary", "BLOCK_ROWS", "ColumnJoin", "TableSummary", "blocks", "summarize", "summarize_array"]
 
 BLOCK_ROWS = 1 << 16
 LARGE = 1 << 53  # from here on float64 does not hold every integer
@@ -46,8 +49,8 @@ class TableSummary:
 
     n_rows: int
     index_name: str | None
-    index: pd.Series[Any]  # representatives of the index
-    columns: dict[str, pd.Series[Any]]  # and of each column
+    index: str  # representatives of the index, as JSON (one object for all sources that have the same)
+    columns: dict[str, str]  # and of each column
     digest: str
     block_bytes: int  # of the largest block of one column
     held_bytes: int  # what reading its rows keeps in memory
@@ -79,8 +82,8 @@ def summarize(table: TableReader, where: str, *, shared_categories: bool = False
     return TableSummary(
         n_rows=table.n_rows,
         index_name=table.index_name,
-        index=walks.pop(None).representatives(),
-        columns={str(name): walk.representatives() for name, walk in walks.items()},
+        index=walks.pop(None).packed(),
+        columns={str(name): walk.packed() for name, walk in walks.items()},
         digest=hashlib.blake2b(described.encode(), digest_size=16).hexdigest(),
         block_bytes=max((walk.block_bytes for walk in walks.values()), default=0),
         held_bytes=table.held_bytes,
@@ -126,6 +129,10 @@ class _Walk:
         self._note(series)
 
     # ---- representatives
+
+    def packed(self) -> str:
+        """The representatives as JSON."""
+        return sys.intern(json.dumps(pack_series(self.representatives())))
 
     def representatives(self) -> pd.Series[Any]:
         """A few rows in the column's dtype: a value if it has one, and what is missing; the same for columns of one kind."""
@@ -187,8 +194,8 @@ class _Walk:
         if self._shared and self._numbers is not None:  # those that are used, in the order of their numbers
             labels = labels[np.argsort(self._numbers[:-1], kind="stable")[len(labels) - self._seen :]]
         walk = _Walk(self._where, None, False)
-        walk._take_in(pd.Series(labels.to_numpy()))  # noqa: SLF001
-        return f"{labels.dtype} {walk._content.hexdigest()} {walk._lengths.hexdigest()}"  # noqa: SLF001
+        walk._take_in(pd.Series(labels.to_numpy()))
+        return f"{labels.dtype} {walk._content.hexdigest()} {walk._lengths.hexdigest()}"
 
     def _take_in(self, series: pd.Series[Any]) -> None:
         import pandas as pd
@@ -255,19 +262,35 @@ class ColumnJoin:
     Parameters
     ----------
     parts
-        The distinct representatives.
+        The distinct representatives, as JSON.
     of_source
         For each source, which of them is its own; -1 where it has rows and not the column, -2 where it has neither.
     is_index
         They are of the index, whose names are joined as the index of a table.
     """
 
-    def __init__(self, parts: list[pd.Series[Any]], of_source: list[int], *, is_index: bool = False) -> None:
-        self._parts, self._of_source, self._is_index = parts, of_source, is_index
+    def __init__(self, parts: list[str], of_source: list[int], *, is_index: bool = False) -> None:
+        self.parts, self.of_source, self._is_index = parts, of_source, is_index
+        self._parts = [unpack_series(json.loads(part)) for part in parts]
         self._frames = {code: self._frame(code) for code in set(of_source)}
         self._chosen = _first_two(of_source)
         self.joined = self._join({})  # the representatives joined: what is true of it is true of the whole column
         self.dtype = self.joined.dtype
+
+    @classmethod
+    def of(cls, name: str | None, tables: list[TableSummary]) -> ColumnJoin:
+        """The column of that name of those tables, of which some may lack it; None: their index."""
+        places: dict[str, int] = {}
+        codes = []
+        for table in tables:
+            part = table.index if name is None else table.columns.get(name)
+            codes.append(places.setdefault(part, len(places)) if part is not None else -1 if table.n_rows else -2)
+        return cls(list(places), codes, is_index=name is None)
+
+    @property
+    def misses(self) -> bool:
+        """Whether the joined column misses a value."""
+        return bool(self.joined.isna().any())
 
     def convert(self, source: int, rows: pd.Series[Any] | None, n_rows: int) -> Any:
         """Rows of a source as they are in the joined column: an array of pandas.
@@ -279,13 +302,13 @@ class ColumnJoin:
         n_rows
             How many rows.
         """
-        if len(self._of_source) == 1 and rows is not None:
+        if len(self.of_source) == 1 and rows is not None:
             return self._single(rows)
         if rows is not None and (quick := self._same_kind(rows)) is not None:
             return quick
         own, before = self._own(source, rows, n_rows), 0
         for number in self._chosen:
-            before += len(self._frames[self._of_source[number]]) if number < source else 0
+            before += len(self._frames[self.of_source[number]]) if number < source else 0
         first = before + len(own) - n_rows
         return self._join({source: own}).array[first : first + n_rows]
 
@@ -310,7 +333,7 @@ class ColumnJoin:
         """The rows behind the representatives of their source, which have all of the column's say in the joining."""
         import pandas as pd
 
-        held = self._frames[self._of_source[source]]
+        held = self._frames[self.of_source[source]]
         if rows is None:
             return pd.DataFrame(index=pd.RangeIndex(len(held) + n_rows))
         if self._is_index:
@@ -319,7 +342,7 @@ class ColumnJoin:
 
     def _join(self, own: dict[int, pd.DataFrame]) -> pd.Series[Any]:
         numbers = sorted({*self._chosen, *own})
-        frames = [own[number] if number in own else self._frames[self._of_source[number]] for number in numbers]
+        frames = [own[number] if number in own else self._frames[self.of_source[number]] for number in numbers]
         whole = join_frames(frames)
         found: pd.Series[Any] = whole.index.to_series().reset_index(drop=True) if self._is_index else whole[""]
         return found
@@ -339,7 +362,7 @@ def _first_two(codes: list[int]) -> list[int]:
     chosen = []
     for number, code in enumerate(codes):
         count[code] = count.get(code, 0) + 1
-        if count[code] <= 2:  # noqa: PLR2004
+        if count[code] <= 2:
             chosen.append(number)
     return chosen
 
@@ -367,18 +390,14 @@ def summarize_array(array: RowArray) -> ArraySummary:
         digest.update(values.reshape(-1).view(np.uint8).data)
         exact -= {name for name in exact if not _holds(np.dtype(name), values)}
     return ArraySummary(
-        shape=array.shape, dtype=array.dtype, digest=digest.hexdigest(), exact_in=tuple(sorted(exact)), held_bytes=array.held_bytes
+        shape=array.shape,
+        dtype=array.dtype,
+        digest=digest.hexdigest(),
+        exact_in=tuple(sorted(exact)),
+        held_bytes=array.held_bytes,
     )
 
 
 def _holds(dtype: np.dtype[Any], values: npt.NDArray[Any]) -> bool:
     with np.errstate(all="ignore"):
         return bool(np.array_equal(values.astype(dtype).astype(values.dtype), values))
-
-
-def table_digest(summary: TableSummary, arrays: list[ArraySummary]) -> str:
-    """One digest over a source's obs and obsm."""
-    whole = hashlib.blake2b(digest_size=16)
-    for part in (summary.digest, *(array.digest for array in arrays)):
-        whole.update(part.encode())
-    return whole.hexdigest()

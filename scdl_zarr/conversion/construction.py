@@ -31,6 +31,7 @@ from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, s
 from scdl_zarr.conversion.plan import ShardTask, Task
 from scdl_zarr.conversion.shards import ShardResult, write_shard
 from scdl_zarr.conversion.stopping import STATE, state_document
+from scdl_zarr.conversion.tables import TABLES_FOLDER, TableTask, write_table_shard
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.conversion.widen import WidenTask, widen_shard
 from scdl_zarr.errors import (
@@ -98,6 +99,8 @@ def run_task(task: Task) -> ShardResult:
 def _perform(task: Task) -> ShardResult:
     if isinstance(task, ShardTask):
         return write_shard(task)
+    if isinstance(task, TableTask):
+        return write_table_shard(task)
     assert isinstance(task, WidenTask), type(task)
     try:
         return widen_shard(task)
@@ -208,7 +211,7 @@ class Construction:
             for path in self.root.iterdir():
                 if path.name in OWN_NAMES:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            for name in ("done", "maps", "scratch"):
+            for name in ("done", "maps", TABLES_FOLDER, "scratch"):
                 shutil.rmtree(self._build / name, ignore_errors=True)
 
     # ---- state

@@ -11,8 +11,11 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
+from numcodecs.vlen import VLenUTF8
+from numcodecs.zstd import Zstd
 
 from scdl_zarr.errors import SourceError
 from scdl_zarr.storage.schema import group_node
@@ -20,7 +23,7 @@ from scdl_zarr.storage.schema import group_node
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["EncodedColumn", "EncodedElements", "LEVEL", "encode_column", "frame_group"]
+__all__ = ["EncodedColumn", "EncodedElements", "LEVEL", "encode_column", "encode_rows", "frame_group"]
 
 CHUNK_ROWS = 1 << 16
 SHARD_ROWS = 1 << 22
@@ -98,6 +101,19 @@ def frame_group(path: str, names: list[str], index_name: str | None, *, same: bo
     if (index in names and not same) or not index or "/" in index or index in (".", ".."):
         index = INDEX
     return group_node("dataframe", "0.2.0", **{INDEX: index, "column-order": names}), None if index in names else index
+
+
+def encode_rows(values: npt.NDArray[Any], length: int) -> bytes:
+    """One chunk of an array, filled up to `length` rows: the bytes that zarr-python gives for the codecs of our arrays."""
+    if len(values) < length:
+        fill: Any = "" if values.dtype == object else values.dtype.type(0)
+        rest = np.full((length - len(values), *values.shape[1:]), fill, values.dtype)
+        values = np.concatenate([values, rest])
+    is_text = values.dtype == object
+    raw = VLenUTF8().encode(values) if is_text else np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    content: bytes = Zstd(level=LEVEL).encode(raw)
+    check: bytes = google_crc32c.value(content).to_bytes(4, "little")
+    return content + check
 
 
 class EncodedElements:

@@ -1,4 +1,4 @@
-"""A few values of a column as JSON, with everything that a rule about columns may look at: dtype, categories, order, what is missing.
+"""A few values of a column as JSON, with its dtype, its categories and their order, and how values are missing.
 
 What is written comes back equal, whoever reads it; unlike a pickle it can only be values.
 """

@@ -1,8 +1,8 @@
 """Elements of a store read by ranges of rows, for whoever walks a table that memory does not hold.
 
-A column is opened once (:class:`ElementRows`): what belongs to all of its rows, such as the categories, is decoded then and shared
-by every range.  Where an array is stored in pieces longer than the ranges, the last piece stays decoded, because the next range
-starts in it (:class:`KeptPiece`).
+A column is opened once (:class:`ElementRows`): what belongs to all of its rows, such as the categories, is decoded then and
+shared by every range.  Where an array is stored in pieces longer than the ranges, the last piece stays decoded, because the next
+range starts in it (:class:`KeptPiece`).
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ class ElementRows:
         As :func:`scdl_zarr.reading.tables.read_element`, here and when rows are read.
     """
 
-    def __init__(
-        self, location: StoreLocation, path: str, nodes: Mapping[str, Mapping[str, Any]], *, whole: bool = True
-    ) -> None:
+    def __init__(self, location: StoreLocation, path: str, nodes: Mapping[str, Mapping[str, Any]], *, whole: bool = True) -> None:
         self._location, self._path = location, path
         self._kept: Any = None
         with self._explained():

@@ -2,19 +2,24 @@
 
 Importing anndata takes a second and 25 to 30 MB (it brings dask.array, xarray where that is installed, and more), which is a good
 part of a small conversion.  The encodings that tables are made of are few and documented; a table with any other is left to
-anndata's own reader.
+anndata's own reader.  A table can be read whole (:func:`read_frame`) or by ranges of rows (:class:`H5adTable`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import h5py
+import numpy as np
+import numpy.typing as npt
+
+from scdl_zarr.reading.row_ranges import KeptPiece
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["read_frame"]
+__all__ = ["H5adTable", "dataset_rows", "is_usual", "read_frame"]
 
 _PLAIN = {("array", "0.2.0"), ("string-array", "0.2.0")}
 _PARTS = {
