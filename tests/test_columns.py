@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import scdl_zarr
 from scdl_zarr.conversion import columns, elements, tables
 from scdl_zarr.conversion.columns import ColumnJoin, summarize, summarize_array
 from scdl_zarr.conversion.construction import run_task
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.frames import join_frames
-from scdl_zarr.conversion.sources import SourceSpec
+from scdl_zarr.conversion.sources import SourceSpec, open_source
 from scdl_zarr.conversion.sources.row_readers import WholeArray, WholeTable
+from scdl_zarr.conversion.survey import find_sources
 from scdl_zarr.conversion.tables import TablePlan
 from scdl_zarr.errors import SourceError
+from scdl_zarr.reading import row_ranges
+from tests.stores_of_others import write_with_anndata
+from tests.toys import encoded_rows, write_h5ad
 
 pytestmark = [
     # anndata 0.13 asks for pandas' infer_string option, which pandas 3 deprecates
@@ -254,3 +262,143 @@ def test_the_digest_is_of_the_content_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert len({digest(other) for other in [frame, *others]}) == 1 + len(others)
     more = frame.assign(k=pd.Categorical(["p", None, "q"], categories=["q", "zz", "p"]))
     assert digest(more, True) == known[1] and digest(more) != known[0]
+
+
+# ---- memory
+
+
+class Endless:
+    """A table of as many rows as one likes, made when they are asked for."""
+
+    columns = ["text", "label", "n"]  # noqa: RUF012
+    index_name = None
+    held_bytes = 0
+    dtype = pd.CategoricalDtype([f"kind {k}" for k in range(50)])
+
+    def __init__(self, n_rows: int) -> None:
+        self.n_rows = n_rows
+
+    def column(self, name: str, start: int, stop: int) -> pd.Series[Any]:
+        rows = np.arange(start, stop)
+        if name == "n":
+            return pd.Series(rows)
+        if name == "label":
+            return pd.Series(pd.Categorical.from_codes(rows % 50, dtype=self.dtype))
+        return pd.Series([f"text {row}" for row in rows], dtype=object)
+
+    def names(self, start: int, stop: int) -> pd.Index:
+        return pd.Index([f"cell {row}" for row in range(start, stop)], dtype=object)
+
+
+@contextlib.contextmanager
+def opened_endless(spec: SourceSpec) -> Iterator[Any]:
+    class Source:
+        def obs_table(self) -> Endless:
+            return Endless(spec.size)
+
+    yield Source()
+
+
+def test_four_times_the_rows_take_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = 1 << 12
+    monkeypatch.setattr(columns, "BLOCK_ROWS", chunk)
+    monkeypatch.setattr(elements, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(elements, "SHARD_ROWS", 64 * chunk)
+    monkeypatch.setattr(tables, "open_source", opened_endless)
+
+    def peak(n_rows: int) -> tuple[int, int]:
+        tracemalloc.start()
+        specs = [SourceSpec(path="a", name="a", size=100, mtime_ns=0), SourceSpec(path="b", name="b", size=n_rows, mtime_ns=0)]
+        plan = TablePlan(specs=specs, tables=[summarize(Endless(spec.size), spec.path) for spec in specs], arrays={})
+        found = EncodedElements()
+        plan.add_to(found)
+        plan.save(tmp_path / str(n_rows))
+        for task in plan.tasks(str(tmp_path / str(n_rows))):
+            run_task(task)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most, plan.task_bytes + plan.plan_bytes
+
+    peak(chunk)  # what is imported and kept
+    (small, projected), (large, _) = peak(4 * chunk), peak(16 * chunk)
+    assert large < 1.1 * small + 100_000
+    assert large < projected
+
+
+# ---- sources
+
+
+@pytest.mark.filterwarnings("ignore:Element .* was written without encoding metadata")
+@pytest.mark.parametrize("kind", ["h5ad", "zarr 2", "zarr 3", "store", "store of two", "old h5ad"])
+def test_ranges_of_a_source_are_the_ranges_of_its_table(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every kind of source, with pieces longer and shorter than what is asked for."""
+    frame, arrays = example(23)
+    path = write_h5ad(tmp_path / "a.h5ad", encoded_rows(23, 4, 2), obs=frame, obsm=arrays)
+    if kind.startswith("zarr"):
+        path = write_with_anndata(tmp_path / "a.zarr", ad.read_h5ad(path), zarr_format=int(kind[-1]))
+    if kind.startswith("store"):
+        sources = [path, write_h5ad(tmp_path / "b.h5ad", encoded_rows(5, 4, 2), obs=example(5)[0], obsm=example(5)[1])]
+        path = tmp_path / "s.zarr"
+        scdl_zarr.convert(sources[: 1 + (kind == "store of two")], path, obsm=["place", "cube"], progress=False)
+    if kind == "old h5ad":
+        with h5py.File(path, "r+") as file:
+            file["obs/n"].attrs["encoding-version"] = "0.1.0"  # not known here: anndata's own reader is asked
+            del file["obs/n"].attrs["encoding-version"], file["obs/n"].attrs["encoding-type"]
+    for rows in (1 << 16, 2):
+        monkeypatch.setattr(row_ranges, "RANGE_ROWS", rows)
+        for spec in find_sources(path):
+            with open_source(spec) as source:
+                table, whole = source.obs_table(), source.obs()
+                assert table.columns == list(whole.columns) and table.n_rows == len(whole)
+                assert table.index_name == whole.index.name
+                for start, stop in ((0, 5), (3, 4), (2, len(whole)), (0, 0), (len(whole), len(whole))):
+                    for name in table.columns:
+                        assert_same(table.column(name, start, stop), whole[name].iloc[start:stop].reset_index(drop=True))
+                    pd.testing.assert_index_equal(table.names(start, stop), whole.index[start:stop])
+                for name in ("place", "cube"):
+                    array, values = source.row_array(f"obsm/{name}"), source.element(f"obsm/{name}")
+                    assert (array.shape, array.dtype) == (values.shape, values.dtype)
+                    np.testing.assert_array_equal(array.rows(1, 4), values[1:4])
+
+
+def example(n: int) -> tuple[pd.DataFrame, dict[str, np.ndarray[Any, Any]]]:
+    """A table with a column of every kind that a file holds, and two arrays."""
+    numbers = np.arange(n)
+    columns = {
+        "n": numbers,
+        "f": np.where(numbers % 3 == 0, np.nan, numbers / 2),
+        "b": numbers % 2 == 0,
+        "text": [f"text {k}" for k in numbers],
+        "label": pd.Categorical([["p", "q", None][k % 3] for k in numbers], categories=["q", "unused", "p"]),
+        "level": pd.Categorical([["low", "high"][k % 2] for k in numbers], categories=["low", "high"], ordered=True),
+        "maybe": pd.array([None if k % 4 == 0 else k for k in numbers.tolist()], dtype="Int32"),
+        "truth": pd.array([None if k % 4 == 1 else k % 2 == 0 for k in numbers.tolist()], dtype="boolean"),
+    }
+    frame = pd.DataFrame(columns, index=pd.Index([f"cell {k}" for k in numbers], name="barcode"))
+    return frame, {"place": np.arange(2.0 * n).reshape(n, 2), "cube": np.arange(6 * n, dtype=np.int16).reshape(n, 2, 3)}
+
+
+def test_appending_shares_the_full_shards_of_obs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elements, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(elements, "SHARD_ROWS", 8)
+    sources = []
+    for name, n in (("a", 23), ("b", 9)):
+        frame, arrays = example(n)
+        frame["label"] = frame["label"].cat.add_categories([f"only {name}"])
+        sources.append(write_h5ad(tmp_path / f"{name}.h5ad", encoded_rows(n, 4, 2), obs=frame, obsm=arrays))
+    options: dict[str, Any] = {"obsm": ["place", "cube"], "progress": False}
+    whole = scdl_zarr.convert(sources, tmp_path / "w.zarr", **options)
+    data = scdl_zarr.convert(sources[0], tmp_path / "s.zarr", **options)
+    store = Path(data.path)
+    before = {path: path.stat().st_ino for path in store.glob("ob*/**/c/**/*") if path.is_file()}
+    data.append(sources[1], progress=False)
+    kept = {path.relative_to(store).as_posix() for path, number in before.items() if path.stat().st_ino == number}
+    assert {"obs/label/codes/c/0", "obs/label/codes/c/1", "obs/text/c/1", "obsm/cube/c/1/0/0"} <= kept
+    assert not any("/c/2" in path for path in kept)
+    for folder in ("obs", "obsm"):
+        for path in Path(whole.path, folder).rglob("*"):
+            assert path.is_dir() or path.read_bytes() == (store / path.relative_to(whole.path)).read_bytes()
+    other = example(3)[0].assign(label=pd.Categorical([3, 1, 3]))  # which makes text of all labels
+    data.append(write_h5ad(tmp_path / "c.h5ad", encoded_rows(3, 4, 2), obs=other, obsm=example(3)[1]), progress=False)
+    assert data.obs["label"].tolist()[-3:] == ["3", "1", "3"]
+    assert data.obs["n"].tolist() == [*range(23), *range(9), *range(3)]

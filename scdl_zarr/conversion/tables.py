@@ -82,6 +82,11 @@ class TableTask:
     def name(self) -> str:
         return f"obs-rows-{self.number:06d}"
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the shard has as many rows as a shard can have, and no more rows ever come to it."""
+        return self.stop - self.start == elements.SHARD_ROWS
+
 
 def write_table_shard(task: TableTask) -> ShardResult:
     """Write the task's rows of all columns.
@@ -341,7 +346,7 @@ class TablePlan:
 
     def tasks(self, root: str, plan: str = "") -> Iterator[TableTask]:
         """Every shard once."""
-        paths = self._array_paths()
+        paths = self.array_paths
         for number, start in enumerate(range(0, self.n_rows, elements.SHARD_ROWS)):
             stop = min(start + elements.SHARD_ROWS, self.n_rows)
             yield TableTask(
@@ -356,8 +361,9 @@ class TablePlan:
                 plan=plan,
             )
 
-    def _array_paths(self) -> dict[str, int]:
-        """Every array that has a row for each cell, with its number of dimensions."""
+    @functools.cached_property
+    def array_paths(self) -> dict[str, int]:
+        """Every array that has a row for each cell and holds anything, with its number of dimensions."""
         joined, paths = self._joined, {}
         for name, join in joined.columns.items():
             path = joined.paths[name]
@@ -365,6 +371,18 @@ class TablePlan:
                 paths.update(dict.fromkeys(encode_column(path, join.joined.array).arrays, 1))
         sized = {name: shape for name, (shape, _) in joined.arrays.items() if all(shape)}
         return paths | {f"obsm/{name}": 1 + len(shape) for name, shape in sized.items()}
+
+    @property
+    def categories(self) -> dict[str, pd.Index]:
+        """The categories of the columns that have some, by where they are stored."""
+        import pandas as pd
+
+        joined = self._joined
+        return {
+            f"{joined.paths[name]}/categories": join.dtype.categories
+            for name, join in joined.columns.items()
+            if isinstance(join.dtype, pd.CategoricalDtype) and joined.paths[name] is not None
+        }
 
     def _parts(self, start: int, stop: int) -> Iterator[TablePart]:
         first = 0
