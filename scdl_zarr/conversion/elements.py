@@ -78,8 +78,8 @@ def _encode_texts(path: str, values: Any, missing: bool | None) -> EncodedColumn
 
     texts = np.asarray(values, dtype=object)
     absent = np.asarray(pd.isna(texts))
-    wrong = [text for text in texts[~absent] if not isinstance(text, str)]
-    if wrong:
+    present = texts[~absent].tolist()
+    if not set(map(type, present)) <= {str} and (wrong := [text for text in present if not isinstance(text, str)]):
         raise SourceError(f"{path} holds {wrong[0]!r} ({type(wrong[0]).__name__}); numbers, text and categories can be stored")
     if not (absent.any() if missing is None else missing):
         return EncodedColumn(groups={}, arrays={path: texts})

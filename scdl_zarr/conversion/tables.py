@@ -45,7 +45,8 @@ __all__ = ["TABLES_FOLDER", "TablePart", "TablePlan", "TableTask", "write_table_
 TABLES_FOLDER = "tables"  # in the build folder
 KEPT_OPEN = 32  # sources of a task
 KEPT_BYTES = 1 << 26  # of tables that had to be read whole
-CHUNK_COPIES = 6  # of a chunk of one column: as read, joined, as objects, encoded, compressed
+COLUMN_COPIES = 6  # of a chunk of one column: as read, joined, as objects, encoded, compressed
+ARRAY_COPIES = 4  # of a chunk of an array: as read, as stored, filled up, compressed
 CATEGORY_COPIES = 8  # of categories: as JSON, parsed, in pandas with their hash table, and joined
 
 
@@ -397,22 +398,19 @@ class TablePlan:
     @functools.cached_property
     def task_bytes(self) -> int:
         """What a task holds at most: a chunk of one column or array, the categories, and tables that are read whole."""
-        row = max((_row_bytes(found) for found in self.arrays.values()), default=0)
+        row = max((int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._joined.arrays.values()), default=0)
         largest = max((table.block_bytes for table in self.tables), default=0)
         rows = min(self.n_rows, elements.CHUNK_ROWS)
+        chunk = max(COLUMN_COPIES * largest, ARRAY_COPIES * rows * row)
         held = [table.held_bytes for table in self.tables]
         held += [array.held_bytes for found in self.arrays.values() for array in found]
         whole = KEPT_BYTES * any(held) + max(held, default=0)
-        return CHUNK_COPIES * max(largest, rows * row) + CATEGORY_COPIES * len(self.document) + whole
+        return chunk + CATEGORY_COPIES * len(self.document) + whole
 
     @property
     def plan_bytes(self) -> int:
         """What the plan itself takes, with the categories that the commit writes."""
         return CATEGORY_COPIES * len(self.document)
-
-
-def _row_bytes(found: list[ArraySummary]) -> int:
-    return max(int(np.prod(array.shape[1:])) * 8 for array in found)
 
 
 def _same(index: Any, column: Any) -> bool:
