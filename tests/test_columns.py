@@ -22,10 +22,10 @@ from scdl_zarr.conversion import columns, elements, tables
 from scdl_zarr.conversion.columns import ColumnJoin, summarize, summarize_array
 from scdl_zarr.conversion.construction import run_task
 from scdl_zarr.conversion.elements import EncodedElements
+from scdl_zarr.conversion.finding import find_sources
 from scdl_zarr.conversion.frames import join_frames
 from scdl_zarr.conversion.sources import SourceSpec, open_source
 from scdl_zarr.conversion.sources.row_readers import WholeArray, WholeTable
-from scdl_zarr.conversion.survey import find_sources
 from scdl_zarr.conversion.tables import TablePlan
 from scdl_zarr.errors import SourceError
 from scdl_zarr.reading import row_ranges

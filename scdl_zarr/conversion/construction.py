@@ -65,12 +65,13 @@ __all__ = [
     "read_mark",
     "restore_interrupted",
     "run_task",
+    "skipped_in_plan",
     "swap_folders",
 ]
 
 PLAN_VERSION = 2
 SYNC_THREADS = 8  # they wait, they do not work
-ABOUT_SOURCES = {"sources", "n_sources", "digest", "sources_digest", "matrices", "width"}  # what a plan says of them
+ABOUT_SOURCES = {"skipped", "sources", "n_sources", "digest", "sources_digest", "matrices", "width"}  # what a plan says of them
 # what a conversion makes at its target: nothing else there is ever removed
 OWN_NAMES = {"X", "layers", "obs", "var", "obsm", "obsp", "varm", "varp", "uns", "zarr.json"}
 
@@ -300,6 +301,13 @@ def remove_partial_files(root: Path) -> None:
     for path in root.rglob("*.part"):
         if path.is_file() and is_partial(path):
             path.unlink(missing_ok=True)
+
+
+def skipped_in_plan(root: Path) -> dict[str, str]:
+    """Sources that an unfinished conversion goes without, with the reasons."""
+    found = (_read_json(root / BUILD_FOLDER / "plan.json") or {}).get("skipped")
+    listed = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return {str(one.get("name")): str(one.get("reason")) for one in listed}
 
 
 def describe_options(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

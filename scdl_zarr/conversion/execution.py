@@ -30,16 +30,20 @@ from scdl_zarr.conversion.construction import (
     open_blocks,
     prepare_target,
     restore_interrupted,
+    skipped_in_plan,
     swap_folders,
 )
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.executors import Cluster, Crew, Executor, Processes, Threads, connected, threads_of_workers
+from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.id_maps import save_maps
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task, projected_bytes
+from scdl_zarr.conversion.problems import Problems, blamed
 from scdl_zarr.conversion.progress import Progress
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
+from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.conversion.sources.store import forget_stores
-from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
+from scdl_zarr.conversion.survey import Survey, digest_of, survey_sources
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, holds, union_stats
 from scdl_zarr.conversion.widen import WidenTask
 from scdl_zarr.errors import (
@@ -148,8 +152,16 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     An error in the sources or options leaves nothing at the target.  Anything else that stops a conversion (a kill, Ctrl-C, a
     full disk) leaves an unfinished one, which nothing opens and which the same call finishes.
     """
+    bad: dict[SourceSpec, SourceError] = {}  # what was found to be wrong with a source when its values were read
     try:
-        return _run_conversion(sources, target, options)
+        while True:
+            try:
+                return _run_conversion(sources, target, options, bad)
+            except SourceError as error:
+                spec = blamed(error)
+                if not options.skip_bad or spec is None or spec in bad or _may_pass(error):
+                    raise
+                bad[spec] = error
     finally:
         forget_stores()
 
@@ -164,15 +176,24 @@ class Prepared:
     plan: dict[str, Any]
 
 
-def prepare(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> Prepared:
-    """Look at the target and survey the sources; the errors of :func:`run_conversion` that come before anything is written."""
+def prepare(
+    sources: Any, target: str | os.PathLike[str], options: ConversionOptions, bad: Mapping[SourceSpec, SourceError] | None = None
+) -> Prepared:
+    """Look at the target and survey the sources; the errors of :func:`run_conversion` that come before anything is written.
+
+    `bad` are sources that are known not to be readable.
+    """
     if not isinstance(target, (str, os.PathLike)):
         raise OptionError(f"target={target!r}; expected a path")
     root = local_path(target)
     with explained_errors(root):
         if root.is_symlink():  # what it points to is made or replaced, the link stays
             root = Path(os.path.realpath(root))
-        specs = find_sources(sources)
+        problems = Problems(skip=options.skip_bad)
+        specs = find_sources(sources, problems=problems, target=root)
+        if not specs:
+            problems.settle(0)
+        specs = select_features(specs, options.feature_type, problems=problems)
         if any(Path(spec.path) == root or root in Path(spec.path).parents for spec in specs):
             raise OptionError(f"{root} holds a source of this conversion; choose another target")
         if any(Path(spec.path) in root.parents for spec in specs):
@@ -180,13 +201,22 @@ def prepare(sources: Any, target: str | os.PathLike[str], options: ConversionOpt
         _require_outside(root)
         restore_interrupted(root)
         taken = _target_state(root, options)
-    survey = survey_sources(specs, options)
+    if options.skip_bad:
+        names = {} if options.overwrite or not options.resume else _skipped_before(root, taken)
+        for spec in specs:
+            if bad and spec in bad:
+                problems.blame(spec, bad[spec])
+            elif spec.name in names:
+                problems.blame(spec, SourceError(names[spec.name]))
+    survey = survey_sources(specs, options, problems=problems)
     return Prepared(root=root, taken=taken, survey=survey, plan=plan_record(survey, options))
 
 
-def _run_conversion(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> ConversionSummary:
+def _run_conversion(
+    sources: Any, target: str | os.PathLike[str], options: ConversionOptions, bad: Mapping[SourceSpec, SourceError]
+) -> ConversionSummary:
     began = time.perf_counter()
-    prepared = prepare(sources, target, options)
+    prepared = prepare(sources, target, options, bad)
     root, taken, survey, plan = prepared.root, prepared.taken, prepared.survey, prepared.plan
     record = recorded_plan(plan)
     with explained_errors(root):
@@ -205,6 +235,17 @@ def _run_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
             resume = options.resume and not options.overwrite
             written = build_store(Construction(root, plan, resume=resume), survey, options, executor, tables, record)
     return summarize(root, survey, time.perf_counter() - began, written)
+
+
+def _skipped_before(root: Path, taken: str | None) -> dict[str, str]:
+    """Sources that an earlier run of this conversion skipped, with the reasons: some of them only reading every value tells."""
+    if taken == "build":
+        return skipped_in_plan(root)
+    if taken != "store":
+        return {}
+    with contextlib.suppress(ScdlZarrError):
+        return open_blocks(root).skipped()
+    return {}
 
 
 def build_store(
@@ -336,6 +377,7 @@ def plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
         "options": content,
         "width": survey.width,
         "matrices": matrices,
+        "skipped": [{"name": problem.name, "reason": problem.reason} for problem in survey.skipped],
         "sources": sources,
         "digest": digest_of(survey.digests),
     }
