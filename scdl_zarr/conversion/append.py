@@ -40,6 +40,7 @@ from scdl_zarr.conversion.execution import (
     build_store,
     hired,
     plan_record,
+    projected_scratch,
     projected_size,
     summarize,
 )
@@ -97,7 +98,7 @@ def append_sources(
         with explained_errors(root):
             restore_interrupted(root)
             prepare_target(root.parent)
-            new = find_sources(sources, repeats=repeat)
+            new = find_sources(sources, repeats=repeat, target=root)
             with exclusive(root):
                 base = _Base(root)
                 options = base.options(overrides)
@@ -121,7 +122,7 @@ def _extend(base: _Base, survey: Survey, options: ConversionOptions, record: Map
     base.keep_dtypes(survey, options)
     total = sum(plan.layout.nnz for plan in survey.plans.values())
     new = total - sum(base.metadata.matrices[path].nnz for path in survey.plans if path in base.metadata.matrices)
-    check_room(base.root, projected_size(survey, options) * new // max(total, 1))
+    check_room(base.root, projected_size(survey, options) * new // max(total, 1) + projected_scratch(survey))
     place, plan = replacement_path(base.root), plan_record(survey, options)
     with hired(survey, options) as executor:
         tables = encode_tables(survey)

@@ -5,6 +5,8 @@
     target/.scdl-build/lock           held by the process that builds
     target/.scdl-build/plan.json      what is being built: the same plan goes on, another one is refused
     target/.scdl-build/done/*.json    one mark per finished shard, with what its task reported
+    target/.scdl-build/counts/*       what rows store, for processes that did not count (counts.py)
+    target/.scdl-build/scratch/*      columns on their way to rows (transpose.py)
     target/X/data/c/0 ...             shards, each renamed into place when it is whole
     target/zarr.json                  the commit: before it nothing opens, after it everything is there
     target/X/zarr.json ...            for readers that open a part directly; written last
@@ -30,8 +32,10 @@ from typing import TYPE_CHECKING, Any
 from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, sync_folder
 from scdl_zarr.conversion.plan import ShardTask, Task
 from scdl_zarr.conversion.shards import ShardResult, write_shard
+from scdl_zarr.conversion.staging import SCRATCH, TransposeTask, scratch_folder
 from scdl_zarr.conversion.stopping import STATE, state_document
 from scdl_zarr.conversion.tables import TABLES_FOLDER, TableTask, write_table_shard
+from scdl_zarr.conversion.transpose import stage_run
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.conversion.widen import WidenTask, widen_shard
 from scdl_zarr.errors import (
@@ -100,6 +104,8 @@ def run_task(task: Task) -> ShardResult:
 def _perform(task: Task) -> ShardResult:
     if isinstance(task, ShardTask):
         return write_shard(task)
+    if isinstance(task, TransposeTask):
+        return ShardResult(name=task.name, dtype=task.dtype, stats=ValueStats(), bytes_in=stage_run(task))
     if isinstance(task, TableTask):
         return write_table_shard(task)
     assert isinstance(task, WidenTask), type(task)
@@ -212,7 +218,7 @@ class Construction:
             for path in self.root.iterdir():
                 if path.name in OWN_NAMES:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            for name in ("done", "maps", TABLES_FOLDER, "scratch"):
+            for name in ("done", "maps", "counts", TABLES_FOLDER, SCRATCH):
                 shutil.rmtree(self._build / name, ignore_errors=True)
 
     # ---- state
@@ -238,6 +244,10 @@ class Construction:
     def outgrown(self, task: Task) -> ShardResult | None:
         """What the task reported when it was done, in whatever dtype that was."""
         return read_mark(self.root, task, any_dtype=True)
+
+    def remove_scratch(self, matrix: str) -> None:
+        """What the shards of a matrix were made from goes when they are all there: it may be several times their size."""
+        shutil.rmtree(self.root / scratch_folder(matrix), ignore_errors=True)
 
     # ---- the end
 

@@ -42,7 +42,9 @@ from scdl_zarr.conversion.problems import Problems, blamed
 from scdl_zarr.conversion.progress import Progress
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
 from scdl_zarr.conversion.sources import SourceSpec
+from scdl_zarr.conversion.sources.counts import known_counts, save_counts
 from scdl_zarr.conversion.sources.store import forget_stores
+from scdl_zarr.conversion.staging import TurnSizes, scratch_bytes
 from scdl_zarr.conversion.survey import Survey, digest_of, survey_sources
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, holds, union_stats
 from scdl_zarr.conversion.widen import WidenTask
@@ -76,6 +78,7 @@ __all__ = [
     "plan_record",
     "prepare",
     "projected_memory",
+    "projected_scratch",
     "projected_size",
     "run_conversion",
     "summarize",
@@ -223,7 +226,7 @@ def _run_conversion(
         if taken == "store" and not options.overwrite:
             return _same_store(root, plan, survey)
         prepare_target(root)
-        check_room(root, projected_size(survey, options))
+        check_room(root, projected_size(survey, options) + projected_scratch(survey))
     with hired(survey, options) as executor:
         tables = encode_tables(survey)  # what cannot be stored is refused here, before anything is written
         if taken == "store":
@@ -412,7 +415,8 @@ def hired(survey: Survey, options: ConversionOptions) -> Iterator[Executor]:
 def _crew(kind: str, processes: int, threads: int, survey: Survey, options: ConversionOptions) -> Crew:
     """As many threads in each process as its memory holds, and no more of either than there are shards."""
     budget = parse_bytes(options.memory_budget)
-    shards = max(sum(len(plan.cuts) for plan in survey.plans.values()), survey.cells.n_shards, 1)
+    staged = (TurnSizes.of(s.header.nnz).runs for plan in survey.plans.values() for s in plan.sources if scratch_bytes(s.header))
+    shards = max(sum(len(plan.cuts) for plan in survey.plans.values()), *staged, survey.cells.n_shards, 1)
     threads = min(threads, shards)
     while threads > 1 and projected_memory(survey, threads) > budget:
         threads -= 1
@@ -438,12 +442,18 @@ def frame_bytes(frame: pd.DataFrame) -> int:
 
 
 def projected_size(survey: Survey, options: ConversionOptions) -> int:
+    """Bytes of the store."""
     profile = profile_named(options.profile)
     size = 0.0
     for plan in survey.plans.values():
         assert plan.layout.indptr is not None
         size += plan.layout.nnz * profile.bytes_per_value + plan.layout.indptr.size * plan.layout.indptr.dtype.itemsize
     return int(size)
+
+
+def projected_scratch(survey: Survey) -> int:
+    """Bytes on the disk of the columns of one matrix at a time, on their way to rows."""
+    return max(sum(scratch_bytes(source.header) for source in plan.sources) for plan in survey.plans.values())
 
 
 # ---- the tasks
@@ -468,6 +478,7 @@ class _Run:
         while True:
             self.progress.position = begun
             tasks = self._tasks(path)
+            self._stage(path, tasks)
             try:
                 results = self.tasks([*beside, *tasks])[len(beside) :]
                 seen |= union_stats(result.stats for result in results)
@@ -484,7 +495,17 @@ class _Run:
             self.progress.event("widened", matrix=path, was=had.name, dtype=wanted.name)
         if not results:
             raise SourceError(f"{path}: no dtype holds every value of these sources exactly; give dtype= (--dtype)")
+        self.construction.remove_scratch(path)
         return results
+
+    def _stage(self, path: str, tasks: Sequence[ShardTask]) -> None:
+        """Deal out the columns of the sources that shards which are not there yet need, where that is not done."""
+        staged = [task for task in tasks if task.kind == "values" and any(part.staging is not None for part in task.parts)]
+        missing = [task for task in staged if self.construction.finished(task) is None]
+        sources = sorted({part.source for task in missing for part in task.parts})
+        root, digest = str(self.construction.root), self.construction.plan_digest
+        todo = [task for source in sources for task in self.survey.plans[path].staging_tasks(source, root, digest)]
+        self.tasks([task for task in todo if self.construction.finished(task) is None])
 
     def _tasks(self, path: str) -> list[ShardTask]:
         survey, construction = self.survey, self.construction
@@ -524,10 +545,21 @@ def _run(
             survey.plans[path] = survey.plans[path].with_dtype(np.dtype(name))
     with explained_errors(construction.root):
         save_maps(construction.root, survey.vocabulary.maps)
+        _save_counts(construction, survey)
         survey.cells.save(construction.root)
     run = _Run(construction=construction, survey=survey, options=options, executor=executor, progress=progress)
     tables = list(survey.cells.tasks(str(construction.root), construction.plan_digest))
     return {path: run.matrix(path, tables if path == "X" else ()) for path in survey.plans}
+
+
+def _save_counts(construction: Construction, survey: Survey) -> None:
+    """What was counted, for tasks in other processes."""
+    for plan in survey.plans.values():
+        for s, source in enumerate(plan.sources):
+            path = plan.counts_path(s, str(construction.root))
+            counts = known_counts((source.spec, source.header.key)) if path else None
+            if counts is not None:
+                save_counts(Path(path), counts)
 
 
 def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: ValueStats) -> np.dtype[Any]:

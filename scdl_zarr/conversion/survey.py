@@ -26,6 +26,7 @@ from scdl_zarr.conversion.sources import (
     TableReader,
     open_source,
     read_matrix,
+    stored_elements,
 )
 from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.tables import TablePlan
@@ -451,7 +452,7 @@ def _likely_dtype(sources: tuple[SourceMatrix, ...], width: str) -> np.dtype[Any
     for source in sources:
         if source.header.nnz:
             with open_source(source.spec) as opened:
-                values, _ = opened.matrix(source.header.key).elements(0, min(source.header.nnz, PROBE_VALUES))
+                values, _ = stored_elements(opened.matrix(source.header.key), 0, min(source.header.nnz, PROBE_VALUES))
             return choose_dtype(value_stats(values), dtypes, width)
     return choose_dtype(value_stats(np.empty(0)), dtypes, width)
 
@@ -460,7 +461,7 @@ def _sample_values(matrix: MatrixReader, digest: Any) -> None:
     """Take the first, the last and some values between into the digest: what a source with the same header may differ in."""
     nnz = matrix.header.nnz
     for start in sorted({nnz * k // 8 for k in range(8)} | {max(nnz - SAMPLE_VALUES, 0)}):
-        for part in matrix.elements(start, min(start + SAMPLE_VALUES, nnz)):
+        for part in stored_elements(matrix, start, min(start + SAMPLE_VALUES, nnz)):
             digest.update(part.tobytes())
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "describe_path",
     "open_source",
     "read_matrix",
+    "stored_elements",
 ]
 
 SourceKind = Literal["h5ad", "anndata-zarr", "scdl", "store", "tenx"]
@@ -68,7 +69,7 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixHeader:
-    """A matrix of a source as CSR."""
+    """A matrix of a source as CSR, whatever its layout."""
 
     key: str  # "X", "raw/X", "layers/<name>" or "obsp/<name>"
     n_obs: int
@@ -77,6 +78,7 @@ class MatrixHeader:
     dtype: np.dtype[Any]
     index_dtype: np.dtype[Any]
     chunk_bytes: int  # decoded bytes of the largest chunk of data or indices
+    layout: Literal["csr", "csc", "dense", "selected"] = "csr"  # of all but the first, what rows store has to be counted
 
 
 class MatrixReader(Protocol):
@@ -130,6 +132,15 @@ class EmptyMatrix:
 def read_matrix(source: Source, key: str, n_obs: int) -> MatrixReader:
     """The matrix of a source under a key that a plan names."""
     return source.matrix(key) if key != ABSENT else EmptyMatrix.of(n_obs, n_obs)
+
+
+def stored_elements(matrix: MatrixReader, start: int, stop: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Values and ids of elements [start, stop) in the order of the file: for whoever does not ask which rows they are of.
+
+    For a matrix stored by columns that is cheap where :meth:`MatrixReader.elements` is not, and its ids are those of rows.
+    """
+    stored = getattr(matrix, "stored", None)
+    return stored(start, stop) if stored is not None else matrix.elements(start, stop)
 
 
 class TableReader(Protocol):
@@ -187,9 +198,9 @@ class Source(Protocol):
         """What is stored under a key, such as "obsp/<name>": "csr", "csc", "dense", or None for anything else and nothing."""
 
     def matrix(self, key: str) -> MatrixReader:
-        """Open a matrix, by rows or dense; another kind, or an inconsistent one, is a SourceError.
+        """Open a matrix; one that cannot be converted, or is inconsistent, is a SourceError.
 
-        A dense one is read whole by the first opening in a process, which counts what its rows store.
+        One that is dense or stored by columns is read by the first opening in a process, which counts what its rows store.
         """
 
     def obs(self) -> pd.DataFrame:
