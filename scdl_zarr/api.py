@@ -114,8 +114,8 @@ def convert(
     ----------
     sources
         An H5AD file; an AnnData Zarr store (a local folder, Zarr v2 or v3), of this package, too; a folder that BioNeMo-SCDL made
-        (see Notes); or a list of these.  Matrices are stored by rows (CSR), by columns (CSC, turned into rows as SciPy's ``tocsr``
-        does) or dense; of a dense one, what is not equal to zero is stored, as ``scipy.sparse.csr_matrix`` has it (NaN is
+        (see Notes); or a list of these.  Matrices are stored by rows (CSR), by columns (CSC, turned into rows as SciPy's
+        ``tocsr`` does) or dense; of a dense one, what is not equal to zero is stored, as ``scipy.sparse.csr_matrix`` has it (NaN is
         stored, -0.0 is not).  Rows follow one another; sources with different genes are outer-joined: ids are those of the
         union, in order of first appearance.
     target
@@ -186,9 +186,9 @@ def convert(
     that opens whole or one that does not open.  The same sources and options give the same bytes.  Memory is bounded by
     `memory_budget` and does not grow with the number of values; obs and var are held whole.
 
-    A matrix stored by columns is read twice: its row ids once, to count what its rows store, before anything is written; and whole
-    by tasks that deal its entries out to files of the unfinished store (8 bytes a value, where values have 4 and genes are fewer
-    than 65,537), from which the shards take their rows.  Up to 2 million values it is turned in memory instead.
+    A matrix stored by columns is read twice: its row ids once, to count what its rows store, before anything is written; and
+    whole by tasks that deal its entries out to files of the unfinished store (8 bytes a value, where values have 4 and genes are
+    fewer than 65,537), from which the shards take their rows.  Up to 2 million values it is turned in memory instead.
 
     A dense matrix is read twice: once to count what its rows store, before anything is written, and once by the shards.  It is
     read in blocks of 4 MB, or one row of chunks where that is more.  Chunks that are tall and narrow, so that a row of them takes
