@@ -115,8 +115,8 @@ def convert(
     sources
         An H5AD file; an AnnData Zarr store (a local folder, Zarr v2 or v3), of this package, too; a folder that BioNeMo-SCDL made
         (see Notes); or a list of these.  Matrices are stored by rows (CSR), by columns (CSC, turned into rows as SciPy's
-        ``tocsr`` does) or dense; of a dense one, what is not equal to zero is stored, as ``scipy.sparse.csr_matrix`` has it (NaN is
-        stored, -0.0 is not).  Rows follow one another; sources with different genes are outer-joined: ids are those of the
+        ``tocsr`` does) or dense; of a dense one, what is not equal to zero is stored, as ``scipy.sparse.csr_matrix`` has it (NaN
+        is stored, -0.0 is not).  Rows follow one another; sources with different genes are outer-joined: ids are those of the
         union, in order of first appearance.
     target
         Folder to make.  A finished store of the same sources and options is opened and nothing is written; an unfinished one

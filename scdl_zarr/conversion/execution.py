@@ -35,6 +35,7 @@ from scdl_zarr.conversion.construction import (
 )
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.executors import Cluster, Crew, Executor, Processes, Threads, connected, threads_of_workers
+from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.id_maps import save_maps
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task, projected_bytes
 from scdl_zarr.conversion.problems import Problems, blamed
@@ -44,7 +45,7 @@ from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.conversion.sources.counts import known_counts, save_counts
 from scdl_zarr.conversion.sources.store import forget_stores
 from scdl_zarr.conversion.staging import TurnSizes, scratch_bytes
-from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
+from scdl_zarr.conversion.survey import Survey, digest_of, survey_sources
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, holds, union_stats
 from scdl_zarr.conversion.widen import WidenTask
 from scdl_zarr.errors import (
@@ -191,7 +192,11 @@ def prepare(
     with explained_errors(root):
         if root.is_symlink():  # what it points to is made or replaced, the link stays
             root = Path(os.path.realpath(root))
-        specs = find_sources(sources)
+        problems = Problems(skip=options.skip_bad)
+        specs = find_sources(sources, problems=problems, target=root)
+        if not specs:
+            problems.settle(0)
+        specs = select_features(specs, options.feature_type, problems=problems)
         if any(Path(spec.path) == root or root in Path(spec.path).parents for spec in specs):
             raise OptionError(f"{root} holds a source of this conversion; choose another target")
         if any(Path(spec.path) in root.parents for spec in specs):
@@ -199,14 +204,13 @@ def prepare(
         _require_outside(root)
         restore_interrupted(root)
         taken = _target_state(root, options)
-    problems = Problems()
     if options.skip_bad:
         names = {} if options.overwrite or not options.resume else _skipped_before(root, taken)
         for spec in specs:
             if bad and spec in bad:
-                problems.note(spec, bad[spec])
+                problems.blame(spec, bad[spec])
             elif spec.name in names:
-                problems.note(spec, SourceError(names[spec.name]))
+                problems.blame(spec, SourceError(names[spec.name]))
     survey = survey_sources(specs, options, problems=problems)
     return Prepared(root=root, taken=taken, survey=survey, plan=plan_record(survey, options))
 

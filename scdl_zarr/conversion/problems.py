@@ -47,13 +47,17 @@ class Problems:
         try:
             yield
         except ScdlZarrError as error:
-            self.note(spec, error)
+            self.blame(spec, error)
 
-    def note(self, spec: SourceSpec, error: ScdlZarrError) -> None:
-        """Add what is wrong with a source."""
-        self.found.append(Problem(path=spec.path, name=spec.name, reason=str(error)))
-        self._errors.append(error)
+    def blame(self, spec: SourceSpec, error: ScdlZarrError) -> None:
+        """Note what is wrong with a source."""
+        self.note(spec.path, spec.name, error)
         self._bad.add(spec)
+
+    def note(self, path: str, name: str, error: ScdlZarrError) -> None:
+        """Note what is wrong with what may be no source at all."""
+        self.found.append(Problem(path=path, name=name, reason=str(error)))
+        self._errors.append(error)
 
     def __contains__(self, spec: object) -> bool:
         return spec in self._bad
