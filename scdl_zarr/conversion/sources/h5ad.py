@@ -253,7 +253,9 @@ class H5adMatrix:
         if len(data) != len(indices):
             raise SourceError(f"{where} has {len(data)} values and {len(indices)} {there} ids")
         n_pointers = (n_vars if by_columns else n_obs) + 1
-        if min(n_obs, n_vars) < 0 or len(indptr) != n_pointers:
+        if by_columns and n_obs < 0:
+            raise SourceError(f"{where} has a shape of {n_obs} × {n_vars}")
+        if len(indptr) != n_pointers:
             raise SourceError(f"{where} has {len(indptr)} {self._axis} pointers for {n_pointers - 1} {self._axis}s")
         self._where, self._path = where, path
         self._parts = data, indices, indptr
