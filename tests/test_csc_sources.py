@@ -117,6 +117,7 @@ def same(reader: MatrixReader, matrix: Columns, start: int, stop: int) -> None:
 # ---- the same as SciPy
 
 
+@settings(max_examples=25)
 @given(
     data=st.data(),
     matrix=matrices(),
