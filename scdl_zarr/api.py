@@ -113,11 +113,12 @@ def convert(
     Parameters
     ----------
     sources
-        An H5AD file; an AnnData Zarr store (a local folder, Zarr v2 or v3), of this package, too; a folder that BioNeMo-SCDL made
-        (see Notes); or a list of these.  Matrices are stored by rows (CSR), by columns (CSC, turned into rows as SciPy's
-        ``tocsr`` does) or dense; of a dense one, what is not equal to zero is stored, as ``scipy.sparse.csr_matrix`` has it (NaN
-        is stored, -0.0 is not).  Rows follow one another; sources with different genes are outer-joined: ids are those of the
-        union, in order of first appearance.
+        H5AD files, 10x Genomics HDF5 files (Cell Ranger 2 and later), AnnData Zarr stores (Zarr v2, v3), stores of this package,
+        folders that BioNeMo-SCDL made (see Notes).  One, or a list of them; a folder, which is all of these below it; a pattern
+        such as ``"data/**/*.h5ad"``; a text file (``.txt``, ``.list``) with one of these on each line.  Matrices are stored by
+        rows (CSR), by columns (CSC, turned into rows as SciPy's ``tocsr`` does) or dense; of a dense one, what is not equal to
+        zero is stored, as ``scipy.sparse.csr_matrix`` has it (NaN is stored, -0.0 is not).  Rows follow one another; sources
+        with different genes are outer-joined: ids are those of the union, in order of first appearance.
     target
         Folder to make.  A finished store of the same sources and options is opened and nothing is written; an unfinished one
         is finished; anything else there is an error.
@@ -136,6 +137,8 @@ def convert(
         dtypes that holds every value exactly: integers for counts, float32 or float64 as in the source otherwise.
     dtype_tolerance
         Largest difference allowed where `dtype` is given.
+    feature_type
+        Which features of 10x Genomics files to take, such as ``"Gene Expression"``; by default all.
     width
         ``"plain"``: int32 ids and row pointers, as SciPy has them.  ``"narrow"``: uint16 where that is enough, which every Zarr
         reader reads and SciPy does not like.  ``"auto"``: plain up to 2**31 stored values.

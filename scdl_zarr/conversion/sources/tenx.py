@@ -27,6 +27,7 @@ import numpy.typing as npt
 from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, SourceSpec
 from scdl_zarr.conversion.sources.counts import RowCounts, forget_counts, keep_counts, known_counts
 from scdl_zarr.conversion.sources.h5ad import H5adMatrix, Hdf5Source, SparseParts, reading, refuse_undecodable
+from scdl_zarr.conversion.sources.row_readers import WholeArray, WholeTable
 from scdl_zarr.conversion.sources.rules import missing_matrix
 from scdl_zarr.errors import SourceError
 
@@ -156,6 +157,9 @@ class TenxSource(Hdf5Source):
             columns["genome"] = pd.Categorical.from_codes(np.zeros(self._n_obs, np.int8), categories=[genome])
         return pd.DataFrame(columns, index=pd.Index(barcodes))
 
+    def obs_table(self) -> WholeTable:
+        return WholeTable(self.obs())
+
     def var(self, key: str) -> pd.DataFrame:  # noqa: ARG002 (there is one matrix)
         import pandas as pd
 
@@ -182,6 +186,9 @@ class TenxSource(Hdf5Source):
 
     def element(self, path: str) -> Any:
         raise SourceError(f"{self.spec.path} has no {path}: a file of 10x Genomics has a matrix, barcodes and features alone")
+
+    def row_array(self, path: str) -> WholeArray:
+        return WholeArray(self.spec.path, path, self.element(path))
 
     def provenance(self) -> None:
         return None
@@ -275,7 +282,7 @@ class SelectedMatrix:
     def __init__(self, matrix: H5adMatrix, chosen: npt.NDArray[np.bool_], *, where: str, identity: Hashable) -> None:
         self._matrix, self._where, self._identity = matrix, where, identity
         self._numbers = np.where(chosen, np.cumsum(chosen) - 1, -1).astype(np.int32)
-        self._counts = self._accepted(known_counts(identity)) or self._count()
+        self._counts = known_counts(identity) or self._count()
         self._reached: _Position | None = None
         whole = matrix.header
         piece = PIECE_VALUES * (whole.dtype.itemsize + whole.index_dtype.itemsize + 4 + 8)  # and new ids, and positions
@@ -286,8 +293,8 @@ class SelectedMatrix:
             nnz=self._counts.total,
             dtype=whole.dtype,
             index_dtype=np.dtype(np.int32),
-            chunk_bytes=whole.chunk_bytes + -(-piece // 4),  # plans count four of these a task
             layout="selected",
+            chunk_bytes=whole.chunk_bytes + -(-piece // 4),  # plans count four of these a task
         )
 
     def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -343,10 +350,6 @@ class SelectedMatrix:
             )
         return ids
 
-    def _accepted(self, counts: RowCounts | None) -> RowCounts | None:
-        """Counts that may be of this matrix; whether they are shows when its values are selected."""
-        return counts if counts is not None and len(counts.counts) == self._matrix.header.n_obs else None
-
     def _count(self) -> RowCounts:
         n_obs = self._matrix.header.n_obs
         counts = np.zeros(n_obs, np.uint32)
@@ -365,7 +368,9 @@ class SelectedMatrix:
             starts[block + 1] = starts[block] + found.sum()
         if last != self._matrix.header.nnz:
             raise SourceError(f"{self._where}/indptr ends at {last}, but there are {self._matrix.header.nnz} stored values")
-        return keep_counts(self._identity, RowCounts(height=COUNTED_ROWS, counts=counts, starts=starts))
+        counted = RowCounts(height=COUNTED_ROWS, counts=counts, starts=starts)
+        keep_counts(self._identity, counted)
+        return counted
 
     def _check_pointers(self, pointers: npt.NDArray[np.int64], row: int, last: int) -> None:
         if pointers[0] != last:
