@@ -66,9 +66,11 @@ if TYPE_CHECKING:
 __all__ = [
     "ConversionSummary",
     "build_store",
+    "free_target",
     "plan_record",
     "projected_size",
     "run_conversion",
+    "same_store",
     "summarize",
     "worker_count",
 ]
@@ -139,24 +141,15 @@ def _run_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
     began = time.perf_counter()
     if not isinstance(target, (str, os.PathLike)):
         raise OptionError(f"target={target!r}; expected a path")
-    root = local_path(target)
-    with explained_errors(root):
-        if root.is_symlink():  # what it points to is made or replaced, the link stays
-            root = Path(os.path.realpath(root))
+    with explained_errors(local_path(target)):
         specs = find_sources(sources)
-        if any(Path(spec.path) == root or root in Path(spec.path).parents for spec in specs):
-            raise OptionError(f"{root} holds a source of this conversion; choose another target")
-        if any(Path(spec.path) in root.parents for spec in specs):
-            raise OptionError(f"{root} lies inside of a source of this conversion; choose another target")
-        _require_outside(root)
-        restore_interrupted(root)
-        taken = _target_state(root, options)
+    root, taken = free_target(target, [Path(spec.path) for spec in specs], options)
     survey = survey_sources(specs, options)
     plan = plan_record(survey, options)
     record = recorded_plan(plan)
     with explained_errors(root):
         if taken == "store" and not options.overwrite:
-            return _same_store(root, plan, survey)
+            return same_store(root, plan, survey)
         prepare_target(root)
         workers = worker_count(survey, options)
         check_room(root, projected_size(survey, options))
@@ -199,6 +192,23 @@ def _may_pass(error: BaseException) -> bool:
 
 
 # ---- the target
+
+
+def free_target(target: str | os.PathLike[str], sources: list[Path], options: ConversionOptions) -> tuple[Path, str | None]:
+    """Where the store goes, and what is there: see :func:`_target_state`.  What must not be written over is refused."""
+    if not isinstance(target, (str, os.PathLike)):
+        raise OptionError(f"target={target!r}; expected a path")
+    root = local_path(target)
+    with explained_errors(root):
+        if root.is_symlink():  # what it points to is made or replaced, the link stays
+            root = Path(os.path.realpath(root))
+        if any(path == root or root in path.parents for path in sources):
+            raise OptionError(f"{root} holds a source of this conversion; choose another target")
+        if any(path in root.parents for path in sources):
+            raise OptionError(f"{root} lies inside of a source of this conversion; choose another target")
+        _require_outside(root)
+        restore_interrupted(root)
+        return root, _target_state(root, options)
 
 
 def _require_outside(root: Path) -> None:
@@ -245,7 +255,7 @@ def _target_state(root: Path, options: ConversionOptions) -> str | None:
     return None
 
 
-def _same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
+def same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
     """A finished store met again: fine if it is what would be made, an error naming the difference if not."""
     import json
 

@@ -39,7 +39,7 @@ __all__ = ["DECIDED", "Survey", "choose_matrices", "find_sources", "survey_sourc
 POINTER_BLOCK = 1 << 20
 PROBE_VALUES = 1 << 16
 SAMPLE_VALUES = 4096
-DECIDED = ("scdl", "store")  # kinds that have one X and do not know of raw: what it is was decided when they were made
+DECIDED = ("scdl", "store", "view")  # kinds that have one X and do not know of raw: what it is was decided when they were made
 SHOWN_SOURCES = 3  # in a message that names sources
 
 

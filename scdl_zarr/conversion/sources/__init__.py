@@ -20,6 +20,8 @@ from scdl_zarr.storage.schema import ATTRIBUTE
 if TYPE_CHECKING:
     import pandas as pd
 
+    from scdl_zarr.conversion.sources.order import View
+
 __all__ = [
     "ABSENT",
     "EmptyMatrix",
@@ -34,7 +36,7 @@ __all__ = [
     "read_matrix",
 ]
 
-SourceKind = Literal["h5ad", "anndata-zarr", "scdl", "store"]
+SourceKind = Literal["h5ad", "anndata-zarr", "scdl", "store", "view"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +53,19 @@ class SourceSpec:
     mtime_ns: int
     kind: SourceKind = "h5ad"
     part: int = 0
+    view: View | None = None  # which rows and genes of a store, in which order, for the kind "view"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """What is recorded of a source that comes out of a store: which matrix of its file was taken, and the sum of its values."""
+    """What is recorded of a source that comes out of a store: which matrix of its file was taken, and the sum of its values.
+
+    ``checksum`` is None where only a part of the source is there, whose own sum is found out now.
+    """
 
     matrix: str
     size_bytes: int
-    checksum: int
+    checksum: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +217,10 @@ def open_source(spec: SourceSpec) -> AbstractContextManager[Source]:
         from scdl_zarr.conversion.sources.store import StoreSource
 
         return StoreSource(spec)
+    if spec.kind == "view":
+        from scdl_zarr.conversion.sources.view import ViewSource
+
+        return ViewSource(spec)
     if spec.kind == "anndata-zarr":
         from scdl_zarr.conversion.sources.anndata_zarr import AnnDataZarrSource
 
