@@ -633,7 +633,9 @@ class SingleCellZarrDataset:
         chunk_values: int | None = None,
         shard_values: int | None = None,
         memory_budget: str | int = "2GB",
+        threads: int | None = None,
         workers: int | None = None,
+        client: Any = None,
         resume: bool = True,
         overwrite: bool = False,
         progress: bool = True,
@@ -661,7 +663,7 @@ class SingleCellZarrDataset:
             Dtype to store the values in (``"auto"``: as narrow as holds them all); by default the store's own.
         profile, width, chunk_values, shard_values
             As in :func:`scdl_zarr.convert`; by default as this store has them, or with another `profile` as that one has them.
-        memory_budget, workers, resume, overwrite, progress
+        memory_budget, threads, workers, client, resume, overwrite, progress
             As in :func:`scdl_zarr.convert`.
 
         Returns
@@ -684,7 +686,7 @@ class SingleCellZarrDataset:
 
         The same call gives the same bytes.  Killed at any moment, it goes on when it is called again.  A shuffle takes no memory
         that grows with the rows but what obs and the origins take; row numbers take 8 bytes each, a sort 24.  Values come from
-        random reads of this store.  With fewer genes, and of an obsp with fewer rows, all values are read once more to count them.
+        random reads of this store.  With fewer genes, and of an obsp with fewer rows, values are read once more to count them.
 
         Examples
         --------
@@ -705,7 +707,9 @@ class SingleCellZarrDataset:
             "chunk_values": chunk_values,
             "shard_values": shard_values,
             "memory_budget": memory_budget,
+            "threads": threads,
             "workers": workers,
+            "client": client,
             "resume": resume,
             "overwrite": overwrite,
             "progress": progress,
@@ -722,7 +726,9 @@ class SingleCellZarrDataset:
         matrix: str | Mapping[str, str] | None = None,
         dtype: npt.DTypeLike | Literal["auto"] | None = None,
         memory_budget: str | int = "2GB",
+        threads: int | None = None,
         workers: int | None = None,
+        client: Any = None,
         progress: bool = True,
     ) -> None:
         """Append the rows of further sources; this object then reads the longer store.
@@ -738,7 +744,7 @@ class SingleCellZarrDataset:
         dtype
             Dtype to store the values in from now on; by default the store's own, made wider if values need that and the store
             was made with ``dtype="auto"``.
-        memory_budget, workers, progress
+        memory_budget, threads, workers, client, progress
             As in :func:`scdl_zarr.convert`.
 
         Raises
@@ -760,7 +766,8 @@ class SingleCellZarrDataset:
         """
         from scdl_zarr.conversion.append import append_sources
 
-        options = {"matrix": matrix, "dtype": dtype, "memory_budget": memory_budget, "workers": workers, "progress": progress}
+        chosen = {"matrix": matrix, "dtype": dtype, "memory_budget": memory_budget, "progress": progress}
+        options = {**chosen, "threads": threads, "workers": workers, "client": client}
         summary = append_sources(self._location, _paths_of(sources), options)
         self._open()
         if progress:

@@ -81,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(folder: Path, careless_disk: None) -> Path:  # noqa: ARG001
+def store(folder: Path, careless_disk: None) -> Path:
     """Four files, one of them without cells, with genes of their own."""
     files = [folder / f"s{k}.h5ad" for k in range(4)]
     for k, path in enumerate(files):
@@ -372,7 +372,7 @@ def test_anndata_opens_it(data: SingleCellZarrDataset, tmp_path: Path) -> None:
     written = data.write(tmp_path / "w.zarr", order="shuffle", progress=False)
     found = ad.read_zarr(tmp_path / "w.zarr")
     rows = np.asarray(found.uns["scdl"]["origin_rows"])
-    assert (found.X != data.read_rows(rows).to_scipy()).nnz == 0
+    assert (data.read_rows(rows).to_scipy() != found.X).nnz == 0
     assert found.uns["scdl"]["origins"]["n_obs"].tolist() == list(ROWS)
     assert len(written) == N
 
@@ -423,13 +423,13 @@ def dying_sync(descriptor):
     if next(calls) == at:
         os.kill(os.getpid(), signal.SIGKILL)
 os.fsync = dying_sync
-scdl_zarr.open(store).write(target, rows="count < 4", genes=["f", "x", "a"], order="shuffle", workers=1, progress=False)
+scdl_zarr.open(store).write(target, rows="count < 4", genes=["f", "x", "a"], order="shuffle", threads=1, progress=False)
 """
 
 
 def test_killed_it_goes_on_and_gives_the_same_bytes(data: SingleCellZarrDataset, tmp_path: Path) -> None:
     selection: dict[str, Any] = {"rows": "count < 4", "genes": ["f", "x", "a"], "order": "shuffle", "progress": False}
-    data.write(tmp_path / "whole.zarr", workers=2, **selection)
+    data.write(tmp_path / "whole.zarr", threads=2, **selection)
     target = tmp_path / "killed.zarr"
     done = subprocess.run([sys.executable, "-c", CHILD, data.path, str(target), "14"], timeout=60, check=False)
     assert done.returncode == -9

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -30,49 +31,46 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scdl_zarr.conversion.assembly import encode_tables, recorded_plan
-from scdl_zarr.conversion.construction import (
-    Construction,
-    check_room,
-    exclusive,
-    explained_errors,
-    prepare_target,
-    restore_interrupted,
-    swap_folders,
-)
+from scdl_zarr.conversion.construction import Construction, check_room, committed_plan, explained_errors, prepare_target
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.execution import (
     ConversionSummary,
     build_store,
-    free_target,
+    hired,
     plan_record,
     projected_size,
     same_store,
     summarize,
-    worker_count,
+    target_folder,
+    target_state,
+    write_store,
 )
 from scdl_zarr.conversion.files import partial_path, sync_folder
-from scdl_zarr.conversion.plan import ConversionOptions
+from scdl_zarr.conversion.gene_lists import described_genes, listed_genes
+from scdl_zarr.conversion.plan import ConversionOptions, asked_dtype
 from scdl_zarr.conversion.sources import SourceSpec, open_source
 from scdl_zarr.conversion.sources.order import RowOrder, View
 from scdl_zarr.conversion.sources.store import forget_stores, store_specs
 from scdl_zarr.conversion.sources.view import ViewSource, gene_numbers
-from scdl_zarr.conversion.survey import Survey, survey_sources
-from scdl_zarr.errors import CorruptStoreError, OptionError
+from scdl_zarr.conversion.survey import Survey, find_sources, survey_sources
+from scdl_zarr.errors import CorruptStoreError, OptionError, ScdlZarrError, StoreExistsError
 from scdl_zarr.reading.blocks import Blocks
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.reading.plan import Int64Array, resolve_rows
-from scdl_zarr.reading.queries import query_rows, sort_rows_by
+from scdl_zarr.reading.queries import named_columns, query_rows, sort_rows_by
 from scdl_zarr.reading.tables import LazyTable
 from scdl_zarr.resources import usable_cores
-from scdl_zarr.storage.location import StoreLocation, local_path, read_metadata, replacement_path
+from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, local_path, read_metadata, replacement_path
 from scdl_zarr.storage.metadata import StoreMetadata
 from scdl_zarr.storage.schema import BUILD_FOLDER, PROFILES
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ORDERS", "Selection", "listed_genes", "select", "write_view"]
+__all__ = ["ORDERS", "Selection", "convert_view", "select", "write_view"]
 
+JOINED = "joined sources"  # the name of the source of a store whose rows are not in the order of its files
+JOINED_FOLDER = "joined"
 ORDERS = ("source", "shuffle")  # anything else is a column of obs
 COUNTED_ROWS = 1 << 14  # by one thread at a time
 ORIGIN_COLUMNS = ["name", "matrix", "n_obs", "nnz", "checksum", "size_bytes"]
@@ -97,36 +95,110 @@ def write_view(
         base = _Base(location)
         chosen = base.options({name: value for name, value in (options or {}).items() if value is not None})
         selection = select(base.location, base.metadata, rows=rows, genes=genes, order=order, seed=seed)
-        root, taken = free_target(target, [base.root], chosen)
+        root = target_folder(target)
+        taken = target_state(root, [base.root], chosen)
         place = replacement_path(root) if taken == "store" else root
         with _nothing_left(place), explained_errors(place):
             view = _View(base, selection, chosen, place)
             survey = view.survey()
-            plan = plan_record(survey, chosen)
+            plan = plan_record(survey, view.options)
             plan["options"] |= selection.described()
             if taken == "store" and not chosen.overwrite:
                 return same_store(root, plan, survey)
-            written = _write(view, survey, plan, root, replaces=taken == "store")
+            prepare_target(root)
+            check_room(root, projected_size(survey, view.options))
+            written = write_store(root, survey, view.options, plan, replaces=taken == "store", tables=view.tables)
         return summarize(root, survey, time.perf_counter() - began, written)
     finally:
         forget_stores()
 
 
-def _write(view: _View, survey: Survey, plan: Mapping[str, Any], root: Path, *, replaces: bool) -> int:
-    options = view.options
-    prepare_target(root)
-    workers = worker_count(survey, options)
-    check_room(root, projected_size(survey, options))
-    tables = encode_tables(survey)
-    view.add_origins(tables)
-    resume = options.resume and not options.overwrite
-    if not replaces:
-        return build_store(Construction(root, plan, resume=resume), survey, options, workers, tables, recorded_plan(plan))
-    with exclusive(root):
-        construction = Construction(view.place, plan, resume=False, replaces=True)
-        written = build_store(construction, survey, options, workers, tables, recorded_plan(plan))
-        swap_folders(construction.root, root)
-    return written
+def convert_view(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> ConversionSummary:
+    """Convert sources into a store of rows and genes that the options choose: see :func:`scdl_zarr.convert`.
+
+    ::
+
+        sources ──► target/.scdl-build/joined/... (all rows and genes, in the order of the sources) ──► view of it ──► target
+
+    Killed at any moment, it goes on: a joined store that is whole is not made again.
+    """
+    began = time.perf_counter()
+    root = target_folder(target)
+    with explained_errors(root):
+        specs = find_sources(sources)
+    taken = target_state(root, [Path(spec.path) for spec in specs], options)
+    plain = dataclasses.replace(options, rows=None, genes=None, order="source")
+    whole = survey_sources(specs, plain)
+    _require_known(whole, options)
+    plan = plan_record(whole, options)
+    if taken == "store" and not options.overwrite:
+        with explained_errors(root):
+            return _as_stored(same_store(root, plan, whole), root)
+    place = replacement_path(root) if taken == "store" else root
+    with explained_errors(root):
+        prepare_target(root)
+        check_room(root, 2 * projected_size(whole, options))
+    scratch = _scratch(place, options.scratch_dir, plan)
+    with _nothing_left(place), explained_errors(place):
+        _join(scratch, whole, dataclasses.replace(plain, profile="fast", chunk_values=None, shard_values=None))
+        base = _Base(StoreLocation(path=scratch))
+        selection = select(
+            base.location, base.metadata, rows=options.rows, genes=options.genes, order=options.order, seed=options.seed
+        )
+        keeps_dtypes = options.rows is None and options.genes is None
+        view = _View(base, selection, plain, place, name=JOINED, keeps_dtypes=keeps_dtypes)
+        survey = view.survey()
+        survey.skipped = whole.skipped
+        survey.hints = whole.hints
+        written = write_store(root, survey, view.options, plan, replaces=taken == "store", tables=view.tables)
+    if options.scratch_dir is not None:
+        shutil.rmtree(scratch, ignore_errors=True)
+    summary = summarize(root, survey, time.perf_counter() - began, written)
+    return dataclasses.replace(summary, n_sources=len(whole.specs), matrices=tuple(dict.fromkeys(whole.matrix_names)))
+
+
+def _scratch(place: Path, scratch_dir: Any, plan: Mapping[str, Any]) -> Path:
+    """Where the joined store is made: the same place for the same conversion."""
+    digest = _digest(repr((str(place), plan["digest"])).encode())[:16]
+    if scratch_dir is None:
+        return place / BUILD_FOLDER / JOINED_FOLDER / digest
+    if not isinstance(scratch_dir, (str, os.PathLike)):
+        raise OptionError(f"scratch_dir={scratch_dir!r} (--scratch-dir); expected a folder")
+    return local_path(scratch_dir) / f"{place.name}.scdl-joined-{digest}"
+
+
+def _join(scratch: Path, survey: Survey, options: ConversionOptions) -> None:
+    """Make the joined store, unless it is there."""
+    plan = plan_record(survey, options)
+    record = recorded_plan(plan)
+    if (scratch / ROOT_KEY).is_file():
+        with contextlib.suppress(ScdlZarrError):
+            if committed_plan(scratch) == json.loads(json.dumps(record)):
+                return
+        shutil.rmtree(scratch)
+    with hired(survey, options) as executor:
+        tables = encode_tables(survey)
+        try:
+            build_store(Construction(scratch, plan, resume=options.resume), survey, options, executor, tables, record)
+        except StoreExistsError:  # begun by a conversion with other options
+            build_store(Construction(scratch, plan, resume=False), survey, options, executor, tables, record)
+
+
+def _require_known(survey: Survey, options: ConversionOptions) -> None:
+    """Refuse names that no source has before all of them are converted."""
+    columns = list(dict.fromkeys(str(name) for frame in survey.obs for name in frame.columns))
+    if options.order not in (*ORDERS, *columns):
+        raise OptionError(_no_order(options.order, columns))
+    if options.rows is not None:
+        named_columns(options.rows, columns)
+    if options.genes is not None:
+        gene_numbers(survey.vocabulary.frame().index, options.genes)
+
+
+def _as_stored(summary: ConversionSummary, root: Path) -> ConversionSummary:
+    """A summary with the numbers of the store that is there."""
+    matrix = read_metadata(StoreLocation(path=root)).matrices["X"]
+    return dataclasses.replace(summary, n_obs=matrix.n_obs, n_vars=matrix.n_vars, nnz=matrix.nnz, dtype=matrix.data_dtype.name)
 
 
 @contextlib.contextmanager
@@ -198,7 +270,7 @@ class Selection:
         if self.numbers is not None:
             told["rows"] = f"{len(self.numbers)} rows, {_digest(self.numbers.astype('<i8').tobytes())}"
         if self.genes is not None:
-            told["genes"] = f"{len(self.genes)} genes, {_digest(chr(10).join(self.genes).encode())}"
+            told["genes"] = described_genes(self.genes)
         return told
 
 
@@ -216,8 +288,7 @@ def select(location: StoreLocation, metadata: StoreMetadata, *, rows: Any, genes
     """
     obs = LazyTable(location, "obs", metadata.nodes, metadata.n_obs)
     if not isinstance(order, str) or (order not in ORDERS and order not in obs):
-        listed = ", ".join(obs.columns) or "none"
-        raise OptionError(f"order={order!r} (--order); choose 'source', 'shuffle' or a column of obs: {listed}")
+        raise OptionError(_no_order(order, obs.columns))
     if order == "shuffle":
         KeyedPermutation(n=0, seed=seed)  # refuses what is no seed
     numbers = None if rows is None else query_rows(obs, rows) if isinstance(rows, str) else resolve_rows(rows, metadata.n_obs)
@@ -229,35 +300,8 @@ def select(location: StoreLocation, metadata: StoreMetadata, *, rows: Any, genes
     return Selection(n_obs=metadata.n_obs, numbers=numbers, genes=names, order=order, seed=seed)
 
 
-def listed_genes(genes: Any) -> tuple[str, ...]:
-    """Names of genes from a list of them, or from a text file with a name in each line (empty lines are passed over).
-
-    Raises
-    ------
-    OptionError
-        A name is listed twice, is no text or empty, or the file cannot be read.
-    """
-    where, names = "genes=", genes
-    if isinstance(genes, (str, os.PathLike)):
-        where = f"{os.fspath(genes)}"
-        try:
-            lines = Path(genes).expanduser().read_text("utf-8-sig").splitlines()
-        except (OSError, ValueError) as error:
-            raise OptionError(f"genes={where!r} (--genes): expected names, or a text file with one in each line: {error}") from error
-        names = [line.strip() for line in lines if line.strip()]
-    try:
-        names = [str(name) if isinstance(name, str) else name for name in names]
-    except TypeError:
-        raise OptionError(f"genes={genes!r}; expected a list of names, or the path of a text file") from None
-    odd = [name for name in names if not isinstance(name, str) or not name]
-    if odd:
-        raise OptionError(f"{where} lists {odd[0]!r}; expected names of genes")
-    first: dict[str, int] = {}
-    for place, name in enumerate(names):
-        if name in first:
-            raise OptionError(f"{where} lists gene {name!r} twice, at {first[name]} and {place}; list every gene once")
-        first[name] = place
-    return tuple(names)
+def _no_order(order: Any, columns: list[str]) -> str:
+    return f"order={order!r} (--order); choose 'source', 'shuffle' or a column of obs: {', '.join(columns) or 'none'}"
 
 
 # ---- the store that is read
@@ -317,8 +361,18 @@ class _Base:
 class _View:
     """The sources that a selection of a store is, and the files that describe it."""
 
-    def __init__(self, base: _Base, selection: Selection, options: ConversionOptions, place: Path) -> None:
-        self.base, self.selection, self.options, self.place = base, selection, options, place
+    def __init__(
+        self,
+        base: _Base,
+        selection: Selection,
+        options: ConversionOptions,
+        place: Path,
+        *,
+        name: str | None = None,
+        keeps_dtypes: bool = True,
+    ) -> None:
+        self.base, self.selection, self.options = base, selection, options
+        self._name, self._keeps_dtypes = name or base.root.name, keeps_dtypes
         if selection.genes is not None and options.var_key is not None:
             self._require_keys()
         if options.obsp and selection.numbers is not None and len(np.unique(selection.numbers)) < len(selection.numbers):
@@ -370,17 +424,13 @@ class _View:
     def _specs(self) -> list[SourceSpec]:
         selection = self.selection
         run = selection.run
-        files = {} if run is not None else self._row_files()
+        files: dict[str, Any] = {} if run is not None else self._row_files()
         if not selection.keeps_sources:
             start, stop = (0, len(selection)) if run is None else (run.start, run.stop)
             order = RowOrder(start=start, stop=stop, permutation=selection.permutation, **files)
             spec = self.base.specs[0]
             view = View(order=order, genes=selection.genes, folder=str(self.folder))
-            return [
-                SourceSpec(
-                    path=spec.path, name=self.base.root.name, size=spec.size, mtime_ns=spec.mtime_ns, kind="view", view=view
-                )
-            ]
+            return [SourceSpec(path=spec.path, name=self._name, size=spec.size, mtime_ns=spec.mtime_ns, kind="view", view=view)]
         return [self._part(number, rows, files) for number, rows in enumerate(self._parts())]
 
     def _parts(self) -> Iterator[range]:
@@ -388,7 +438,7 @@ class _View:
         stops = np.cumsum(np.asarray(self.base.blocks.sources()["n_obs"], np.int64)).tolist()
         yield from (range(start, stop) for start, stop in zip([0, *stops[:-1]], stops, strict=True))
 
-    def _part(self, number: int, rows: range, files: Mapping[str, str]) -> SourceSpec:
+    def _part(self, number: int, rows: range, files: dict[str, Any]) -> SourceSpec:
         """The rows of one source that are chosen, as a source."""
         run, numbers = self.selection.run, self.selection.numbers
         if run is not None:
@@ -402,7 +452,7 @@ class _View:
         view = View(order=RowOrder(start=start, stop=stop, **files), source=number, first=first, folder=str(self.folder))
         return dataclasses.replace(self.base.specs[number], kind="view", view=view)
 
-    def _row_files(self) -> dict[str, str]:
+    def _row_files(self) -> dict[str, Any]:
         numbers = self.selection.numbers
         assert numbers is not None
         files = {"file": self._save("rows", numbers)}
@@ -453,7 +503,7 @@ class _View:
             if spec.view is not None
             for start in range(0, len(spec.view.order), COUNTED_ROWS)
         ]
-        with ThreadPoolExecutor(self.options.workers or usable_cores(), thread_name_prefix="scdl-zarr-count") as pool:
+        with ThreadPoolExecutor(self.options.threads or usable_cores(), thread_name_prefix="scdl-zarr-count") as pool:
             for done in [pool.submit(count, *run) for run in runs]:
                 done.result()
         counts.flush()
@@ -470,19 +520,21 @@ class _View:
     def _keep_dtypes(self, survey: Survey) -> None:
         """Values keep the dtypes that the store has, unless another one was asked for."""
         for path, plan in survey.plans.items():
-            if plan.asked_dtype(self.options) == "auto":
+            if self._keeps_dtypes and asked_dtype(path, self.options) == "auto":
                 dtype = self.base.metadata.matrices[path].data_dtype
                 survey.kept_dtypes[path] = dtype
                 survey.plans[path] = plan.with_dtype(dtype)
 
-    def add_origins(self, elements: EncodedElements) -> None:
-        """Where each row came from, where the sources do not say it."""
+    def tables(self, survey: Survey) -> EncodedElements:
+        """The tables of the store, and where each row came from, where the sources do not say it."""
+        elements = encode_tables(survey)
         known = self.base.blocks.origins()
         if known is None and self.selection.keeps_sources:
-            return
+            return elements
         origins: pd.DataFrame = self.base.blocks.sources()[ORIGIN_COLUMNS] if known is None else known
         elements.add_frame("uns/scdl/origins", origins)
         elements.add_array("uns/scdl/origin_rows", self._origin_rows())
+        return elements
 
     def _origin_rows(self) -> Int64Array:
         n_obs = self.selection.n_obs

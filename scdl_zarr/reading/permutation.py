@@ -11,7 +11,8 @@ of it one of 0 .. n-1 (Black and Rogaway, "Ciphers with Arbitrary Finite Domains
 n, so a position takes less than two walks on average.  The keys are blake2b of the seed, the stream (an epoch, say) and n: the
 same numbers on every machine and in every version.
 
-A network on 2**b words with b > 3 gives even permutations only, which shows in no statistic but the parity of all n rows where n is 2**b.
+A network on 2**b words with b > 3 gives even permutations only, which shows in nothing but the parity of all n rows, where n is
+2**b.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import hashlib
 import operator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt

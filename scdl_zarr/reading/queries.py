@@ -15,9 +15,8 @@ from scdl_zarr.reading.plan import Int64Array
 if TYPE_CHECKING:
     from scdl_zarr.reading.tables import LazyTable
 
-__all__ = ["query_rows", "sort_rows_by"]
+__all__ = ["named_columns", "query_rows", "sort_rows_by"]
 
-WORDS = frozenset(keyword.kwlist) | {"index"}
 BACKTICK = "`"
 
 
@@ -44,10 +43,9 @@ def query_rows(table: LazyTable, query: str) -> Int64Array:
     """
     import pandas as pd
 
-    names, plain = _names(query, table)
-    used = [name for name in names if name in table]
+    used, takes_index = named_columns(query, table.columns)
     frame = pd.DataFrame({name: table[name] for name in used}, index=pd.RangeIndex(len(table)))
-    if "index" in plain and "index" not in used:
+    if takes_index:
         frame.index = table.names
     try:
         found = frame.eval(query, engine="python", local_dict={}, global_dict={})
@@ -58,8 +56,8 @@ def query_rows(table: LazyTable, query: str) -> Int64Array:
     return np.flatnonzero(found.fillna(False).to_numpy(bool)).astype(np.int64)
 
 
-def _names(query: str, table: LazyTable) -> tuple[list[str], set[str]]:
-    """The columns that a query names, in order; which names stand there without backticks.  An unknown one is an error."""
+def named_columns(query: str, columns: list[str]) -> tuple[list[str], bool]:
+    """The columns that a query names, and whether it asks for the index.  A name of something else is an error."""
     if not query.strip():
         raise OptionError("rows='' is an empty query; leave it out for all rows")
     if "@" in query:
@@ -69,11 +67,12 @@ def _names(query: str, table: LazyTable) -> tuple[list[str], set[str]]:
         raise OptionError(f"rows={query!r} has a backtick without its partner")
     plain = _identifiers(" _ ".join(outside)) - ({"_"} if quoted else set())
     wanted = list(dict.fromkeys([*quoted, *sorted(plain)]))
-    missing = [name for name in wanted if name not in table and not (name in plain and name in WORDS)]
+    takes_index = "index" in plain and "index" not in columns
+    missing = [name for name in wanted if name not in columns and not (name == "index" and takes_index)]
     if missing:
-        listed = ", ".join(table.columns) or "none"
+        listed = ", ".join(columns) or "none"
         raise FeatureNameError(f"rows={query!r} names {missing[0]!r}, which is no column of obs; it has: {listed}")
-    return wanted, plain
+    return [name for name in wanted if name in columns], takes_index
 
 
 def _identifiers(text: str) -> set[str]:
@@ -107,10 +106,12 @@ def sort_rows_by(table: LazyTable, column: str, rows: Int64Array | None) -> Int6
     if isinstance(values, pd.Categorical):
         codes = np.asarray(values.codes, np.int64)[numbers]
         codes[codes < 0] = len(values.categories)
-        return numbers[np.argsort(codes, kind="stable")]
+        by_code: Int64Array = numbers[np.argsort(codes, kind="stable")]
+        return by_code
     series = pd.Series(values).iloc[numbers].reset_index(drop=True)
     try:
         ordered = series.sort_values(kind="stable", na_position="last")
     except TypeError as error:
         raise OptionError(f"order={column!r}: the values of this column have no order: {error}") from error
-    return numbers[ordered.index.to_numpy(np.int64)]
+    by_value: Int64Array = numbers[ordered.index.to_numpy(np.int64)]
+    return by_value

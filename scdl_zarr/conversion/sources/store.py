@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.kernels import map_rows, sort_rows
-from scdl_zarr.conversion.sources import MatrixHeader, Provenance, SourceSpec
+from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, Provenance, SourceSpec
 from scdl_zarr.errors import CorruptStoreError, SourceError
 from scdl_zarr.reading.blocks import Blocks
 from scdl_zarr.reading.csr import Columns, open_columns, row_of, value_dtype
@@ -167,7 +167,7 @@ class StoreSource:
     def kind(self, key: str) -> str | None:
         return "csr" if key in self._store.metadata.matrices else None
 
-    def matrix(self, key: str) -> StoreMatrix:
+    def matrix(self, key: str) -> MatrixReader:
         layout = self._store.metadata.matrices.get(key)
         if layout is None:
             listed = ", ".join(self.matrices())

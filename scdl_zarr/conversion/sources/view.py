@@ -54,7 +54,9 @@ def gene_numbers(names: pd.Index, wanted: tuple[str, ...]) -> Int64Array:
             if name in repeated:
                 found = np.flatnonzero(names == name)
                 at = ", ".join(map(str, found[:10].tolist())) + (", ..." if len(found) > 10 else "")
-                raise FeatureNameError(f"gene {name!r} is there {len(found)} times, at {at}: its name does not say which is meant")
+                raise FeatureNameError(
+                    f"gene {name!r} is there {len(found)} times, at {at}: its name does not say which is meant"
+                )
         places = {name: place for place, name in reversed(list(enumerate(names)))}
         return np.array([places.get(name, -1) for name in wanted], np.int64)
     return np.asarray(names.get_indexer(list(wanted)), np.int64)
@@ -89,10 +91,9 @@ class ViewSource(StoreSource):
             unsorted = None if genes is None or genes[1] else self._store.unsorted_rows(key)
             columns = None if genes is None else _Columns(lookup=genes[0].__getitem__, rising=genes[1], unsorted=unsorted)
             return ViewMatrix(self._store, layout, self._view, len(self._store.table(table)), columns)
-        columns = None if self._view.genes is None else self._chosen_genes()
-        return ViewMatrix(
-            self._store, layout, self._view, self._store.metadata.n_vars if self._view.genes is None else len(self._view.genes), columns
-        )
+        if self._view.genes is None:
+            return ViewMatrix(self._store, layout, self._view, self._store.metadata.n_vars, None)
+        return ViewMatrix(self._store, layout, self._view, len(self._view.genes), self._chosen_genes())
 
     def _chosen_genes(self) -> _Columns | None:
         numbers = self._gene_numbers()
@@ -204,9 +205,7 @@ class _Columns:
 class ViewMatrix:
     """A matrix of the view, by ranges."""
 
-    def __init__(
-        self, store: OpenedStore, layout: MatrixLayout, view: View, n_vars: int, columns: _Columns | None
-    ) -> None:
+    def __init__(self, store: OpenedStore, layout: MatrixLayout, view: View, n_vars: int, columns: _Columns | None) -> None:
         assert layout.data is not None and layout.indices is not None
         self._store, self._layout, self._view, self._map = store, layout, view, columns
         self._order: RowOrder = view.order
@@ -319,7 +318,7 @@ class ViewMatrix:
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """The values and ids of whole rows as the view has them."""
         assert self._map is not None
-        values, ids, mapped, in_order, pointers = self._read_mapped(starts, lengths)
+        values, mapped, in_order, pointers = self._read_mapped(starts, lengths)
         kept = np.empty(len(rows), np.int64)
         total = drop_unmapped(values.view(f"u{values.dtype.itemsize}"), mapped, pointers, kept)
         if expected is not None and not np.array_equal(kept, expected):
@@ -340,8 +339,8 @@ class ViewMatrix:
 
     def _read_mapped(
         self, starts: Int64Array, lengths: Int64Array
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.bool_], Int64Array]:
-        """Values, ids of the store, ids of the view (-1: not in it), which rows are sorted in the store, and row pointers."""
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.bool_], Int64Array]:
+        """Values, ids of the view (-1: not in it), which rows are sorted in the store, and row pointers."""
         assert self._map is not None
         plan = plan_rows(starts, lengths)
         values, ids = np.empty(plan.total, self.header.dtype), np.empty(plan.total, self._id_dtype)
@@ -349,7 +348,7 @@ class ViewMatrix:
         in_order = np.empty(len(starts), np.bool_)
         map_rows(ids, plan.indptr, np.empty(self._layout.n_vars, np.bool_), True, np.empty_like(ids), in_order)
         mapped = self._map.lookup(ids).astype(self._id_dtype)
-        return values, ids, mapped, in_order, plan.indptr
+        return values, mapped, in_order, plan.indptr
 
     def kept_counts(self, start: int, stop: int) -> Int64Array:
         """How many values of the rows [start, stop) are in the view: read, not looked up."""
@@ -358,7 +357,7 @@ class ViewMatrix:
             return lengths
         counts: Int64Array = np.empty(stop - start, np.int64)
         for a, b in _batches(lengths):
-            values, _, mapped, _, pointers = self._read_mapped(starts[a:b], lengths[a:b])
+            values, mapped, _, pointers = self._read_mapped(starts[a:b], lengths[a:b])
             drop_unmapped(values.view(f"u{values.dtype.itemsize}"), mapped, pointers, counts[a:b])
         return counts
 
