@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -19,11 +20,15 @@ from hypothesis import strategies as st
 
 import scdl_zarr
 from scdl_zarr import SingleCellZarrDataset
-from scdl_zarr.conversion.sources import SourceSpec, open_source, view
+from scdl_zarr.cli import main
+from scdl_zarr.conversion import rewrite
+from scdl_zarr.conversion.sources import SourceSpec, describe_path, view
 from scdl_zarr.conversion.sources.order import RowOrder, View
 from scdl_zarr.conversion.sources.store import forget_stores
 from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError, SourceError, StoreExistsError
 from scdl_zarr.reading.permutation import KeyedPermutation
+from scdl_zarr.reading.queries import query_rows, sort_rows_by
+from tests.stores_of_others import write_by_node
 from tests.toys import csr, write_h5ad
 
 pytestmark = [
@@ -53,7 +58,7 @@ def make_file(path: Path, number: int) -> ad.AnnData:
     n, genes = ROWS[number], GENES[number]
     obs = pd.DataFrame(
         {
-            "batch": pd.Categorical(rng.choice(["z", "m", None], n), categories=["z", "m", "k"]),  # type: ignore[list-item]
+            "batch": pd.Categorical.from_codes(rng.integers(-1, 2, n), categories=["z", "m", "k"]),
             "count": rng.integers(0, 5, n),
             "share of all": rng.choice([0.5, 0.25, np.nan], n),
             "note": rng.choice(["ü", "", "w"], n).astype(object),
@@ -113,8 +118,6 @@ def check(
     written: SingleCellZarrDataset, data: SingleCellZarrDataset, rows: npt.NDArray[np.int64], genes: list[str] | None = None
 ) -> None:
     """Everything in `written` is what is in `data` at these rows and genes."""
-    report = written.verify()
-    assert report, str(report)
     names = data.var_names.tolist()
     chosen = names if genes is None else genes
     new_gene = {names.index(name): k for k, name in enumerate(chosen) if name in names}
@@ -149,21 +152,12 @@ N = sum(ROWS)
 SOME = np.random.default_rng(8).permutation(N)[:23]
 SELECTIONS: dict[str, dict[str, Any]] = {
     "all": {},
-    "run": {"rows": slice(9, 33)},
-    "every other": {"rows": slice(None, None, 2)},
     "mask": {"rows": np.random.default_rng(7).random(N) < 0.4},
     "none": {"rows": []},
-    "one source": {"rows": range(17, 20)},
-    "backwards": {"rows": slice(None, None, -1)},
-    "any": {"rows": SOME},
-    "shuffled": {"order": "shuffle", "seed": -3},
     "some shuffled": {"rows": np.sort(SOME), "order": "shuffle", "seed": 2**70},
-    "run shuffled": {"rows": slice(4, 30), "order": "shuffle"},
-    "none shuffled": {"rows": np.zeros(N, bool), "order": "shuffle"},
+    "run shuffled": {"rows": slice(4, 30), "order": "shuffle", "genes": []},
     "genes": {"genes": ["x", "b", "a", "new", "f"]},
     "all genes in another order": {"genes": ["y", "x", "f", "e", "d", "c", "b", "a", "new"]},
-    "no genes": {"genes": []},
-    "genes and rows": {"genes": ["b", "y", "c"], "rows": SOME},
     "everything": {"genes": ["f", "c", "x"], "rows": np.sort(SOME), "order": "shuffle", "seed": 5},
 }
 
@@ -181,6 +175,8 @@ def test_what_is_written_is_what_was_chosen(data: SingleCellZarrDataset, tmp_pat
     rows = expected_rows(selection)
     written = data.write(tmp_path / "w.zarr", progress=False, **selection)
     check(written, data, rows, selection.get("genes"))
+    report = written.verify()
+    assert report, str(report)
     assert not (tmp_path / "w.zarr" / ".scdl-build").exists()
     keeps = "genes" not in selection and "order" not in selection and bool((np.diff(rows) > 0).all())
     assert (written.blocks.origins() is None) == keeps
@@ -189,8 +185,6 @@ def test_what_is_written_is_what_was_chosen(data: SingleCellZarrDataset, tmp_pat
         assert written.sources["name"].tolist() == ["all.zarr"]
         assert len(written.blocks) == min(len(rows), 1)
     assert {m.data_dtype for m in written._metadata.matrices.values()} == {np.dtype(np.int32), np.dtype(np.float32)}
-    again = data.write(tmp_path / "w.zarr", progress=False, **selection)
-    assert len(again) == len(rows)
 
 
 @given(
@@ -200,7 +194,7 @@ def test_what_is_written_is_what_was_chosen(data: SingleCellZarrDataset, tmp_pat
     seed=st.integers(),
     rising=st.booleans(),
 )
-@settings(max_examples=12)
+@settings(max_examples=4)
 def test_any_rows_and_genes(
     store: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -262,12 +256,19 @@ def test_fewer_rows_are_what_fewer_rows_of_the_files_would_be(data: SingleCellZa
 
 
 @pytest.mark.parametrize("column", ["batch", "count", "share of all", "note", "flag"])
-def test_sorted_by_a_column(data: SingleCellZarrDataset, tmp_path: Path, column: str) -> None:
+def test_sorted_by_a_column(data: SingleCellZarrDataset, column: str) -> None:
     frame = data.obs.to_pandas()
     rows = np.flatnonzero(np.random.default_rng(4).random(N) < 0.8)
     values = pd.Series(frame[column].array).iloc[rows]
-    expected = values.sort_values(kind="stable", na_position="last").index.to_numpy()
-    check(data.write(tmp_path / "w.zarr", rows=rows, order=column, progress=False), data, expected)
+    expected = values.sort_values(kind="stable", na_position="last").index.tolist()
+    assert sort_rows_by(data.obs, column, rows).tolist() == expected
+    assert sort_rows_by(data.obs, column, None)[:3].tolist() == sort_rows_by(data.obs, column, np.arange(N))[:3].tolist()
+
+
+def test_written_in_the_order_of_a_column(data: SingleCellZarrDataset, tmp_path: Path) -> None:
+    rows = np.flatnonzero(data.obs["count"] > 0)
+    expected = sort_rows_by(data.obs, "batch", rows)
+    check(data.write(tmp_path / "w.zarr", rows="count > 0", order="batch", progress=False), data, expected)
 
 
 QUERIES = {
@@ -281,14 +282,12 @@ QUERIES = {
 
 
 @pytest.mark.parametrize("query", list(QUERIES))
-def test_rows_by_query(data: SingleCellZarrDataset, tmp_path: Path, query: str) -> None:
+def test_rows_by_query(data: SingleCellZarrDataset, query: str) -> None:
     expected = np.flatnonzero(np.asarray(QUERIES[query](data.obs.to_pandas()), bool))
-    check(data.write(tmp_path / "w.zarr", rows=query, layers=(), progress=False), data, expected)
+    assert query_rows(data.obs, query).tolist() == expected.tolist()
 
 
 def test_a_query_reads_the_columns_it_names(data: SingleCellZarrDataset) -> None:
-    from scdl_zarr.reading.queries import query_rows
-
     query_rows(data.obs, "count > 2 and `share of all` > 0")
     assert set(data.obs._kept) == {"count", "share of all"}
 
@@ -337,7 +336,7 @@ def test_genes_from_a_file(data: SingleCellZarrDataset, tmp_path: Path) -> None:
 
 
 def test_another_program_made_the_store(tmp_path: Path) -> None:
-    ad.AnnData(csr([([1], [0])], 2)).write_zarr(tmp_path / "other.zarr")
+    write_by_node(tmp_path / "other.zarr", csr([([1], [0])], 2))
     with pytest.raises(OptionError, match="convert it"):
         scdl_zarr.open(tmp_path / "other.zarr").write(tmp_path / "w.zarr")
 
@@ -355,26 +354,19 @@ def test_origins_lead_through_several_writings(data: SingleCellZarrDataset, tmp_
     columns = ["name", "matrix", "n_obs", "nnz", "checksum", "size_bytes"]
     pd.testing.assert_frame_equal(third.blocks.origins(), data.sources[columns])
     assert second.blocks.origin_rows([-1]).tolist() == [int(first.blocks.origin_rows()[29])]  # type: ignore[index, union-attr]
-    back = first.write(tmp_path / "4.zarr", rows=np.argsort(first.blocks.origin_rows()), progress=False)  # type: ignore[arg-type]
-    assert entries(back) == entries(data)
 
 
-def test_forged_origins_are_noticed(data: SingleCellZarrDataset, tmp_path: Path) -> None:
+def test_anndata_opens_it_and_forged_origins_are_noticed(data: SingleCellZarrDataset, tmp_path: Path) -> None:
     import zarr
 
-    written = data.write(tmp_path / "w.zarr", order="shuffle", progress=False)
-    array = zarr.open_array(tmp_path / "w.zarr/uns/scdl/origin_rows", mode="r+")
-    array[0] = N
-    assert "origin_rows" in str(scdl_zarr.open(written.path).verify())
-
-
-def test_anndata_opens_it(data: SingleCellZarrDataset, tmp_path: Path) -> None:
     written = data.write(tmp_path / "w.zarr", order="shuffle", progress=False)
     found = ad.read_zarr(tmp_path / "w.zarr")
     rows = np.asarray(found.uns["scdl"]["origin_rows"])
     assert (data.read_rows(rows).to_scipy() != found.X).nnz == 0
     assert found.uns["scdl"]["origins"]["n_obs"].tolist() == list(ROWS)
-    assert len(written) == N
+    array = zarr.open_array(tmp_path / "w.zarr/uns/scdl/origin_rows", mode="r+")
+    array[0] = N
+    assert "origin_rows" in str(scdl_zarr.open(written.path).verify())
 
 
 def test_it_can_be_appended_to_and_converted_again(data: SingleCellZarrDataset, folder: Path, tmp_path: Path) -> None:
@@ -443,6 +435,110 @@ def test_killed_it_goes_on_and_gives_the_same_bytes(data: SingleCellZarrDataset,
     assert all(path.stat().st_mtime_ns == before[path] for path in finished)
 
 
+# ---- while converting
+
+
+CARRIED: dict[str, Any] = {"layers": "half", "obsm": "X_pca", "obsp": "near", "progress": False, **SIZES}
+
+
+@pytest.fixture
+def files(folder: Path) -> list[Path]:
+    return [folder / f"s{k}.h5ad" for k in range(4)]
+
+
+def test_converted_and_chosen_at_once(data: SingleCellZarrDataset, files: list[Path], tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"rows": "count < 4", "genes": ["f", "new", "x", "a"], "order": "shuffle", "seed": -7}
+    target = tmp_path / "t.zarr"
+    found = scdl_zarr.convert(files, target, **chosen, **CARRIED)
+    rows = np.flatnonzero(data.obs["count"] < 4)
+    rows = rows[KeyedPermutation(n=len(rows), seed=-7).rows(0, len(rows))]
+    check(found, data, rows, chosen["genes"])
+    columns = ["name", "matrix", "n_obs", "nnz", "checksum", "size_bytes"]
+    pd.testing.assert_frame_equal(found.blocks.origins(), data.sources[columns])
+    assert [path.name for path in tmp_path.iterdir()] == ["t.zarr"]
+    assert not (target / ".scdl-build").exists()
+    before = (target / "zarr.json").stat().st_mtime_ns
+    assert len(scdl_zarr.convert(files, target, **chosen, **CARRIED)) == len(rows)
+    assert (target / "zarr.json").stat().st_mtime_ns == before
+    with pytest.raises(StoreExistsError, match="seed is '-7' there and '8' here"):
+        scdl_zarr.convert(files, target, **{**chosen, "seed": 8}, **CARRIED)
+    with pytest.raises(StoreExistsError, match="only there"):
+        scdl_zarr.convert(files[:2], target, **chosen, **CARRIED)
+
+
+def test_rows_alone_keep_the_sources(data: SingleCellZarrDataset, files: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    options = {**CARRIED, "scratch_dir": tmp_path / "scratch"}
+    found = scdl_zarr.convert(files, tmp_path / "t.zarr", rows="note == 'w'", **options)
+    written = data.write(tmp_path / "w.zarr", rows="note == 'w'", progress=False)
+    assert entries(found) == entries(written)
+    pd.testing.assert_frame_equal(found.sources, written.sources)
+    assert list((tmp_path / "scratch").iterdir()) == []
+    found.append(files[0], progress=False)
+    assert len(found) == len(written) + ROWS[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [({"rows": "cuont > 2"}, "cuont.*batch, count"), ({"order": "cuont"}, "or a column of obs: batch"), ({"rows": [1]}, "query")],
+)
+def test_nothing_is_converted_for_a_name_that_is_not_there(
+    files: list[Path], tmp_path: Path, wrong: dict[str, Any], says: str
+) -> None:
+    with pytest.raises((FeatureNameError, OptionError), match=says):
+        scdl_zarr.convert(files, tmp_path / "t.zarr", **wrong, **CARRIED)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Stopped(BaseException):
+    """What a conversion is not prepared for."""
+
+
+def test_stopped_in_either_stage_a_conversion_goes_on(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(target: Path, dies_at: int, beginning: str = "") -> None:
+        """Stop at that fsync after a file has appeared in the build folder."""
+        calls = 0
+
+        def dying_sync(_descriptor: int) -> None:
+            nonlocal calls
+            calls += (target / ".scdl-build" / beginning).exists()
+            if calls == dies_at:
+                raise Stopped
+
+        monkeypatch.setattr(os, "fsync", dying_sync)
+        scdl_zarr.convert(files[1:], target, order="shuffle", rows="count < 4", threads=1, progress=False, **SIZES)
+
+    convert(tmp_path / "whole.zarr", 0)
+    target = tmp_path / "stopped.zarr"
+    with pytest.raises(Stopped):
+        convert(target, 16)
+    assert list(target.glob(".scdl-build/joined/*/.scdl-build/done/*.json"))
+    assert not list(target.glob(".scdl-build/joined/*/zarr.json"))
+    with pytest.raises(Stopped):
+        convert(target, 12, "plan.json")
+    assert list(target.glob(".scdl-build/done/*.json"))
+    monkeypatch.setattr(rewrite, "build_store", None)  # the joined store is whole
+    convert(target, 0)
+    assert contents(target) == contents(tmp_path / "whole.zarr")
+
+
+def test_the_command_line(data: SingleCellZarrDataset, files: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "genes.txt").write_text("x\nb\n")
+    choice = ["--rows", "count > 1", "--genes", str(tmp_path / "genes.txt"), "--order", "shuffle", "--seed", "-4", "-q"]
+    for arguments in (
+        ["write", data.path, str(tmp_path / "w.zarr"), *choice],
+        ["convert", *map(str, files), str(tmp_path / "c.zarr"), *choice],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
+    written, converted = scdl_zarr.open(tmp_path / "w.zarr"), scdl_zarr.open(tmp_path / "c.zarr")
+    assert entries(written) == entries(converted)
+    rows = np.flatnonzero(data.obs["count"] > 1)
+    rows = rows[KeyedPermutation(n=len(rows), seed=-4).rows(0, len(rows))]
+    check(written, data, rows, ["x", "b"])
+
+
 # ---- memory, and files that are not ours
 
 
@@ -459,11 +555,11 @@ def test_a_shuffle_takes_no_memory_that_grows_with_the_rows() -> None:
 
 def test_row_pointers_take_8_bytes_a_block(data: SingleCellZarrDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(view, "BLOCK_ROWS", 4)
-    spec = scdl_zarr.conversion.sources.describe_path(data.path)[0]
+    spec = describe_path(data.path)[0]
     order = RowOrder(start=0, stop=N, permutation=KeyedPermutation(n=N, seed=1))
     spec = SourceSpec(path=spec.path, name="v", size=spec.size, mtime_ns=spec.mtime_ns, kind="view", view=View(order=order))
     forget_stores()
-    with open_source(spec) as source:
+    with view.ViewSource(spec) as source:
         matrix = source.matrix("X")
         assert isinstance(matrix, view.ViewMatrix)
         assert len(matrix._borders) == N // 4 + 1

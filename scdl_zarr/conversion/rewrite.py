@@ -53,7 +53,17 @@ from scdl_zarr.conversion.sources.order import RowOrder, View
 from scdl_zarr.conversion.sources.store import forget_stores, store_specs
 from scdl_zarr.conversion.sources.view import ViewSource, gene_numbers
 from scdl_zarr.conversion.survey import Survey, find_sources, survey_sources
-from scdl_zarr.errors import CorruptStoreError, OptionError, ScdlZarrError, StoreExistsError
+from scdl_zarr.errors import (
+    CorruptStoreError,
+    FeatureNameError,
+    InexactValueError,
+    NotAStoreError,
+    OptionError,
+    RowIndexError,
+    ScdlZarrError,
+    SourceError,
+    StoreExistsError,
+)
 from scdl_zarr.reading.blocks import Blocks
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.reading.plan import Int64Array, resolve_rows
@@ -203,16 +213,22 @@ def _as_stored(summary: ConversionSummary, root: Path) -> ConversionSummary:
 
 @contextlib.contextmanager
 def _nothing_left(place: Path) -> Iterator[None]:
-    """What is refused before a conversion begins leaves nothing behind; one that has begun looks after itself."""
+    """What is refused leaves nothing behind that was not there before; what was stopped goes on from what is there."""
     begun = (place / BUILD_FOLDER).exists()
-    try:
-        yield
-    finally:
+
+    def clear() -> None:
         build = place / BUILD_FOLDER
         if not begun and build.exists() and not (build / "plan.json").exists():
             shutil.rmtree(build, ignore_errors=True)
             with contextlib.suppress(OSError):
                 place.rmdir()
+
+    try:
+        yield
+    except (SourceError, InexactValueError, OptionError, RowIndexError, FeatureNameError):
+        clear()
+        raise
+    clear()
 
 
 # ---- what is chosen
@@ -315,9 +331,13 @@ class _Base:
             raise OptionError(f"{location} is no local folder; this version writes the rows of local stores")
         self.root = Path(os.path.realpath(location.path))
         self.location = StoreLocation(path=self.root)
-        self.metadata: StoreMetadata = read_metadata(self.location)
-        if not self.metadata.ours or any(m.data is None or m.indices is None for m in self.metadata.matrices.values()):
-            raise OptionError(f"{self.root} was written by another program; convert it into a store first")
+        try:
+            self.metadata: StoreMetadata = read_metadata(self.location)
+        except NotAStoreError as error:
+            raise OptionError(f"{self.root} was written by another program; convert it into a store first") from error
+        foreign = [path for path, matrix in self.metadata.matrices.items() if matrix.data is None or matrix.indices is None]
+        if foreign:
+            raise OptionError(f"{self.root}: another program encoded {foreign[0]} anew; convert the sources again")
         self.blocks = Blocks(self.location, self.metadata)
         self.specs = store_specs(self.root)
 
