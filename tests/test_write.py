@@ -560,6 +560,7 @@ def test_row_pointers_take_8_bytes_a_block(data: SingleCellZarrDataset, monkeypa
     spec = SourceSpec(path=spec.path, name="v", size=spec.size, mtime_ns=spec.mtime_ns, kind="view", view=View(order=order))
     forget_stores()
     with view.ViewSource(spec) as source:
+        assert isinstance(source, view.ViewSource)
         matrix = source.matrix("X")
         assert isinstance(matrix, view.ViewMatrix)
         assert len(matrix._borders) == N // 4 + 1
