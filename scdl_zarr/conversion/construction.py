@@ -69,7 +69,7 @@ __all__ = [
 
 PLAN_VERSION = 2
 SYNC_THREADS = 8  # they wait, they do not work
-ABOUT_SOURCES = {"sources", "n_sources", "digest", "sources_digest"}  # what a plan says of them
+ABOUT_SOURCES = {"sources", "n_sources", "digest", "sources_digest", "matrices", "width"}  # what a plan says of them
 # what a conversion makes at its target: nothing else there is ever removed
 OWN_NAMES = {"X", "layers", "obs", "var", "obsm", "obsp", "varm", "varp", "uns", "zarr.json"}
 

@@ -65,10 +65,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConversionSummary",
+    "Prepared",
     "Written",
     "build_store",
     "hired",
     "plan_record",
+    "prepare",
     "projected_memory",
     "projected_size",
     "run_conversion",
@@ -160,14 +162,30 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
         forget_stores()
 
 
-def _run_conversion(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> ConversionSummary:
-    began = time.perf_counter()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A conversion that can begin: everything was looked at, and nothing was written."""
+
+    root: Path
+    taken: str | None  # what is at the target: nothing, a "store", or an unfinished "build"
+    survey: Survey
+    plan: dict[str, Any]
+
+
+def prepare(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> Prepared:
+    """Look at the target and survey the sources; the errors of :func:`run_conversion` that come before anything is written."""
     root = target_folder(target)
     with explained_errors(root):
         specs = find_sources(sources)
     taken = target_state(root, [Path(spec.path) for spec in specs], options)
     survey = survey_sources(specs, options)
-    plan = plan_record(survey, options)
+    return Prepared(root=root, taken=taken, survey=survey, plan=plan_record(survey, options))
+
+
+def _run_conversion(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> ConversionSummary:
+    began = time.perf_counter()
+    prepared = prepare(sources, target, options)
+    root, taken, survey, plan = prepared.root, prepared.taken, prepared.survey, prepared.plan
     with explained_errors(root):
         if taken == "store" and not options.overwrite:
             return same_store(root, plan, survey)
@@ -343,7 +361,18 @@ def plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
     if len(set(content["matrix"])) == 1:
         content["matrix"] = content["matrix"][0]
     sources = [{"name": spec.name, "size": spec.size, "mtime_ns": spec.mtime_ns} for spec in survey.specs]
-    return {"plan_version": PLAN_VERSION, "options": content, "sources": sources, "digest": digest_of(survey.digests)}
+    matrices = {
+        path: {"shape": [plan.layout.n_obs, plan.layout.n_vars], "values": plan.layout.nnz, "shards": len(plan.cuts)}
+        for path, plan in survey.plans.items()
+    }
+    return {
+        "plan_version": PLAN_VERSION,
+        "options": content,
+        "width": survey.width,
+        "matrices": matrices,
+        "sources": sources,
+        "digest": digest_of(survey.digests),
+    }
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ from scdl_zarr.conversion.execution import (
     build_store,
     hired,
     plan_record,
+    prepare,
     projected_size,
     same_store,
     summarize,
@@ -52,7 +53,7 @@ from scdl_zarr.conversion.sources import SourceSpec, open_source
 from scdl_zarr.conversion.sources.order import RowOrder, View
 from scdl_zarr.conversion.sources.store import forget_stores, store_specs
 from scdl_zarr.conversion.sources.view import ViewSource, gene_numbers
-from scdl_zarr.conversion.survey import Survey, find_sources, survey_sources
+from scdl_zarr.conversion.survey import Survey, survey_sources
 from scdl_zarr.errors import (
     CorruptStoreError,
     FeatureNameError,
@@ -77,7 +78,7 @@ from scdl_zarr.storage.schema import BUILD_FOLDER, PROFILES
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ORDERS", "Selection", "convert_view", "select", "write_view"]
+__all__ = ["ORDERS", "Selection", "convert_view", "require_known", "select", "write_view"]
 
 JOINED = "joined sources"  # the name of the source of a store whose rows are not in the order of its files
 JOINED_FOLDER = "joined"
@@ -133,14 +134,10 @@ def convert_view(sources: Any, target: str | os.PathLike[str], options: Conversi
     Killed at any moment, it goes on: a joined store that is whole is not made again.
     """
     began = time.perf_counter()
-    root = target_folder(target)
-    with explained_errors(root):
-        specs = find_sources(sources)
-    taken = target_state(root, [Path(spec.path) for spec in specs], options)
+    prepared = prepare(sources, target, options)
+    root, taken, whole, plan = prepared.root, prepared.taken, prepared.survey, prepared.plan
     plain = dataclasses.replace(options, rows=None, genes=None, order="source")
-    whole = survey_sources(specs, plain)
-    _require_known(whole, options)
-    plan = plan_record(whole, options)
+    require_known(whole, options)
     if taken == "store" and not options.overwrite:
         with explained_errors(root):
             return _as_stored(same_store(root, plan, whole), root)
@@ -194,7 +191,7 @@ def _join(scratch: Path, survey: Survey, options: ConversionOptions) -> None:
             build_store(Construction(scratch, plan, resume=False), survey, options, executor, tables, record)
 
 
-def _require_known(survey: Survey, options: ConversionOptions) -> None:
+def require_known(survey: Survey, options: ConversionOptions) -> None:
     """Refuse names that no source has before all of them are converted."""
     columns = list(dict.fromkeys(str(name) for frame in survey.obs for name in frame.columns))
     if options.order not in (*ORDERS, *columns):

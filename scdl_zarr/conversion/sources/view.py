@@ -213,7 +213,7 @@ class ViewMatrix:
         self._id_dtype = np.dtype(np.int32 if max(layout.n_vars, n_vars) <= 1 << 31 else np.int64)
         self._blocks: dict[int, Int64Array] = {}
         self._borders = self._known_borders()
-        read = layout.data_dtype.itemsize + self._id_dtype.itemsize + 8
+        read = layout.data_dtype.itemsize + self._id_dtype.itemsize + 32  # bytes for each: values, ids, and what maps them
         self.header = MatrixHeader(
             key=layout.path,
             n_obs=len(view.order),
