@@ -78,7 +78,8 @@ def convert(
         list[Path],
         typer.Argument(
             metavar="SOURCE... TARGET",
-            help="H5AD files, AnnData Zarr stores or BioNeMo-SCDL archives, then the store to make (a new folder).",
+            help="H5AD and 10x HDF5 files, AnnData Zarr stores, BioNeMo-SCDL archives, folders or text files of these, patterns; "
+            "then the store to make (a new folder).",
         ),
     ],
     matrix: Annotated[
@@ -91,7 +92,11 @@ def convert(
     ] = None,
     layer: Annotated[list[str] | None, typer.Option("--layer", help="Carry this layer along (may be repeated).")] = None,
     obsm: Annotated[list[str] | None, typer.Option("--obsm", help="Carry this obsm along (may be repeated).")] = None,
-    obsp: Annotated[list[str] | None, typer.Option("--obsp", help="Carry this obsp along, stored CSR (may be repeated).")] = None,
+    obsp: Annotated[list[str] | None, typer.Option("--obsp", help="Carry this sparse obsp along (may be repeated).")] = None,
+    feature_type: Annotated[
+        list[str] | None,
+        typer.Option("--feature-type", help="Features of 10x Genomics files to take (may be repeated). [default: all]"),
+    ] = None,
     var_key: Annotated[str | None, typer.Option(help="Column of var to match genes by (default: their names).")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the values; auto holds every value exactly.")] = "auto",
     dtype_tolerance: Annotated[float, typer.Option(help="Largest difference allowed where --dtype is given.")] = 0.0,
@@ -139,6 +144,7 @@ def convert(
             "layers": layer or (),
             "obsm": obsm or (),
             "obsp": obsp or (),
+            "feature_type": feature_type or (),
             "var_key": var_key,
             "dtype": dtype,
             "dtype_tolerance": dtype_tolerance,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
+import zarr
 from typer.testing import CliRunner
 
 import scdl_zarr
@@ -18,7 +21,7 @@ from scdl_zarr.conversion.execution import run_conversion
 from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.preview import plan_conversion
 from scdl_zarr.errors import OptionError, SourceError
-from tests.toys import encoded_rows, write_h5ad
+from tests.toys import contents, encoded_rows, write_h5ad
 
 
 @pytest.fixture
@@ -81,8 +84,6 @@ def bad(tmp_path: Path) -> list[Path]:
     truncated.write_bytes(truncated.read_bytes()[:-2000])
     text = tmp_path / "text.h5ad"
     text.write_text("no HDF5")
-    import h5py
-
     pointers = write_h5ad(tmp_path / "pointers.h5ad", encoded_rows(24, 30, 5))
     with h5py.File(pointers, "r+") as file:
         file["X/indptr"][3] = 0
@@ -115,7 +116,7 @@ def test_bad_sources_are_skipped_and_recorded(files: list[Path], bad: list[Path]
     summary = run_conversion(mixed, tmp_path / "s.zarr", options)
     assert summary.n_sources == 2 and len(summary.skipped) == 3
     assert "skipped: " in str(summary)
-    skipped = anndata.io.read_elem(__import__("zarr").open(tmp_path / "s.zarr", mode="r")["uns/scdl/skipped"])
+    skipped = anndata.io.read_elem(zarr.open_group(tmp_path / "s.zarr", mode="r")["uns/scdl/skipped"])
     assert sorted(skipped["name"]) == ["cut.h5ad", "pointers.h5ad", "text.h5ad"]
     assert "run backwards" in " ".join(skipped["reason"])
     found = scdl_zarr.open(tmp_path / "s.zarr")
@@ -124,6 +125,23 @@ def test_bad_sources_are_skipped_and_recorded(files: list[Path], bad: list[Path]
     assert (found.read_rows(slice(None)).to_scipy() != good.read_rows(slice(None)).to_scipy()).nnz == 0
     assert found.obs_names.tolist() == good.obs_names.tolist()
     assert not run_conversion(mixed, tmp_path / "s.zarr", options).written
+
+
+@pytest.mark.parametrize("crew", [{"threads": 1}, {"workers": 1}])
+def test_what_turns_out_to_be_bad_when_it_is_read_is_skipped(files: list[Path], tmp_path: Path, crew: dict[str, int]) -> None:
+    bad = write_h5ad(tmp_path / "ids.h5ad", encoded_rows(200, 30, 20))
+    with h5py.File(bad, "r+") as file:
+        file["X/indices"][3000] = 30  # which only reading every value tells
+    mixed = [files[0], bad, files[1]]
+    options: dict[str, Any] = {"progress": False, "chunk_values": 16, "shard_values": 32, **crew}
+    with pytest.raises(SourceError, match="gene id 30, but there are 30 genes"):
+        scdl_zarr.convert(mixed, tmp_path / "s.zarr", **options)
+    summary = run_conversion(mixed, tmp_path / "s.zarr", ConversionOptions(skip_bad=True, **options))
+    assert summary.n_sources == 2 and "gene id 30" in summary.skipped[0]
+    scdl_zarr.convert(files, tmp_path / "good.zarr", progress=False, chunk_values=16, shard_values=32)
+    assert contents(tmp_path / "s.zarr/X") == contents(tmp_path / "good.zarr/X")
+    again = run_conversion(mixed, tmp_path / "s.zarr", ConversionOptions(skip_bad=True, **options))
+    assert not again.written and again.skipped == summary.skipped
 
 
 def test_nothing_is_made_of_bad_sources_alone(bad: list[Path], tmp_path: Path) -> None:

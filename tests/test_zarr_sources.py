@@ -279,11 +279,6 @@ def test_lengths_that_do_not_agree(source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path / "x.zarr", "raw/X (csr_matrix, 12 × 9) has 36 values, 7 ids")
 
 
-def test_a_matrix_by_columns(tmp_path: Path) -> None:
-    source = write_by_node(tmp_path / "a.zarr", encoded_rows(6, 5, 2), encoding="csc_matrix")
-    refused(source, tmp_path / "x.zarr", "X is stored csc", "csr_matrix")
-
-
 def test_a_dense_obsp(tmp_path: Path) -> None:
     adata = rich()
     adata.obsp["near"] = np.eye(12)

@@ -40,15 +40,17 @@ from scdl_zarr.conversion.execution import (
     build_store,
     hired,
     plan_record,
+    projected_scratch,
     projected_size,
     summarize,
 )
 from scdl_zarr.conversion.files import link_file
+from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.conversion.sources.store import forget_stores, store_specs
-from scdl_zarr.conversion.survey import DECIDED, Survey, choose_matrices, digest_of, find_sources, survey_sources
+from scdl_zarr.conversion.survey import DECIDED, Survey, choose_matrices, digest_of, survey_sources
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.errors import CorruptStoreError, NotAStoreError, OptionError, StoreExistsError
 from scdl_zarr.reading.blocks import Blocks
@@ -94,10 +96,11 @@ def append_sources(
         with explained_errors(root):
             restore_interrupted(root)
             prepare_target(root.parent)
-            new = find_sources(sources, repeats=repeat)
+            new = find_sources(sources, repeats=repeat, target=root)
             with exclusive(root):
                 base = _Base(root)
                 options = base.options(overrides)
+                new = select_features(new, options.feature_type, appended=True)
                 keys = ["X"] * len(base.specs) + base.matrices(new, options, asked="matrix" in overrides)
                 survey = survey_sources([*base.specs, *new], options, keys)
                 base.require_same_genes(survey)
@@ -117,7 +120,7 @@ def _extend(base: _Base, survey: Survey, options: ConversionOptions, record: Map
     base.keep_dtypes(survey, options)
     total = sum(plan.layout.nnz for plan in survey.plans.values())
     new = total - sum(base.metadata.matrices[path].nnz for path in survey.plans if path in base.metadata.matrices)
-    check_room(base.root, projected_size(survey, options) * new // max(total, 1))
+    check_room(base.root, projected_size(survey, options) * new // max(total, 1) + projected_scratch(survey))
     place, plan = replacement_path(base.root), plan_record(survey, options)
     with hired(survey, options) as executor:
         tables = encode_tables(survey)

@@ -5,6 +5,8 @@
     target/.scdl-build/lock           held by the process that builds
     target/.scdl-build/plan.json      what is being built: the same plan goes on, another one is refused
     target/.scdl-build/done/*.json    one mark per finished shard, with what its task reported
+    target/.scdl-build/counts/*       what rows store, for processes that did not count (counts.py)
+    target/.scdl-build/scratch/*      columns on their way to rows (transpose.py)
     target/X/data/c/0 ...             shards, each renamed into place when it is whole
     target/zarr.json                  the commit: before it nothing opens, after it everything is there
     target/X/zarr.json ...            for readers that open a part directly; written last
@@ -30,7 +32,9 @@ from typing import TYPE_CHECKING, Any
 from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, sync_folder
 from scdl_zarr.conversion.plan import ShardTask, Task
 from scdl_zarr.conversion.shards import ShardResult, write_shard
+from scdl_zarr.conversion.staging import SCRATCH, TransposeTask, scratch_folder
 from scdl_zarr.conversion.stopping import STATE, state_document
+from scdl_zarr.conversion.transpose import stage_run
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.conversion.widen import WidenTask, widen_shard
 from scdl_zarr.errors import (
@@ -64,12 +68,13 @@ __all__ = [
     "read_mark",
     "restore_interrupted",
     "run_task",
+    "skipped_in_plan",
     "swap_folders",
 ]
 
 PLAN_VERSION = 2
 SYNC_THREADS = 8  # they wait, they do not work
-ABOUT_SOURCES = {"sources", "n_sources", "digest", "sources_digest", "matrices", "width"}  # what a plan says of them
+ABOUT_SOURCES = {"skipped", "sources", "n_sources", "digest", "sources_digest", "matrices", "width"}  # what a plan says of them
 # what a conversion makes at its target: nothing else there is ever removed
 OWN_NAMES = {"X", "layers", "obs", "var", "obsm", "obsp", "varm", "varp", "uns", "zarr.json"}
 
@@ -98,6 +103,8 @@ def run_task(task: Task) -> ShardResult:
 def _perform(task: Task) -> ShardResult:
     if isinstance(task, ShardTask):
         return write_shard(task)
+    if isinstance(task, TransposeTask):
+        return ShardResult(name=task.name, dtype=task.dtype, stats=ValueStats(), bytes_in=stage_run(task))
     assert isinstance(task, WidenTask), type(task)
     try:
         return widen_shard(task)
@@ -208,7 +215,7 @@ class Construction:
             for path in self.root.iterdir():
                 if path.name in OWN_NAMES:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            for name in ("done", "maps", "scratch"):
+            for name in ("done", "maps", "counts", SCRATCH):
                 shutil.rmtree(self._build / name, ignore_errors=True)
 
     # ---- state
@@ -234,6 +241,10 @@ class Construction:
     def outgrown(self, task: Task) -> ShardResult | None:
         """What the task reported when it was done, in whatever dtype that was."""
         return read_mark(self.root, task, any_dtype=True)
+
+    def remove_scratch(self, matrix: str) -> None:
+        """What the shards of a matrix were made from goes when they are all there: it may be several times their size."""
+        shutil.rmtree(self.root / scratch_folder(matrix), ignore_errors=True)
 
     # ---- the end
 
@@ -297,6 +308,13 @@ def remove_partial_files(root: Path) -> None:
     for path in root.rglob("*.part"):
         if path.is_file() and is_partial(path):
             path.unlink(missing_ok=True)
+
+
+def skipped_in_plan(root: Path) -> dict[str, str]:
+    """Sources that an unfinished conversion goes without, with the reasons."""
+    found = (_read_json(root / BUILD_FOLDER / "plan.json") or {}).get("skipped")
+    listed = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return {str(one.get("name")): str(one.get("reason")) for one in listed}
 
 
 def describe_options(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -30,16 +30,22 @@ from scdl_zarr.conversion.construction import (
     open_blocks,
     prepare_target,
     restore_interrupted,
+    skipped_in_plan,
     swap_folders,
 )
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.executors import Cluster, Crew, Executor, Processes, Threads, connected, threads_of_workers
+from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.id_maps import save_maps
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task, projected_bytes
+from scdl_zarr.conversion.problems import Problems, blamed
 from scdl_zarr.conversion.progress import Progress
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
+from scdl_zarr.conversion.sources import SourceSpec
+from scdl_zarr.conversion.sources.counts import known_counts, save_counts
 from scdl_zarr.conversion.sources.store import forget_stores
-from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
+from scdl_zarr.conversion.staging import TurnSizes, scratch_bytes
+from scdl_zarr.conversion.survey import Survey, digest_of, survey_sources
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, holds, union_stats
 from scdl_zarr.conversion.widen import WidenTask
 from scdl_zarr.errors import (
@@ -72,6 +78,7 @@ __all__ = [
     "plan_record",
     "prepare",
     "projected_memory",
+    "projected_scratch",
     "projected_size",
     "run_conversion",
     "same_store",
@@ -152,12 +159,20 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     An error in the sources or options leaves nothing at the target.  Anything else that stops a conversion (a kill, Ctrl-C, a
     full disk) leaves an unfinished one, which nothing opens and which the same call finishes.
     """
+    bad: dict[SourceSpec, SourceError] = {}  # what was found to be wrong with a source when its values were read
     try:
         if options.chooses:
-            from scdl_zarr.conversion.rewrite import convert_view  # which is made of what is here
-
-            return convert_view(sources, target, options)
-        return _run_conversion(sources, target, options)
+            from scdl_zarr.conversion.rewrite import convert_view as run  # which is made of what is here
+        else:
+            run = _run_conversion
+        while True:
+            try:
+                return run(sources, target, options, bad)
+            except SourceError as error:
+                spec = blamed(error)
+                if not options.skip_bad or spec is None or spec in bad or _may_pass(error):
+                    raise
+                bad[spec] = error
     finally:
         forget_stores()
 
@@ -172,25 +187,43 @@ class Prepared:
     plan: dict[str, Any]
 
 
-def prepare(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> Prepared:
-    """Look at the target and survey the sources; the errors of :func:`run_conversion` that come before anything is written."""
+def prepare(
+    sources: Any, target: str | os.PathLike[str], options: ConversionOptions, bad: Mapping[SourceSpec, SourceError] | None = None
+) -> Prepared:
+    """Look at the target and survey the sources; the errors of :func:`run_conversion` that come before anything is written.
+
+    `bad` are sources that are known not to be readable.
+    """
     root = target_folder(target)
     with explained_errors(root):
-        specs = find_sources(sources)
-    taken = target_state(root, [Path(spec.path) for spec in specs], options)
-    survey = survey_sources(specs, options)
+        problems = Problems(skip=options.skip_bad)
+        specs = find_sources(sources, problems=problems, target=root)
+        if not specs:
+            problems.settle(0)
+        specs = select_features(specs, options.feature_type, problems=problems)
+        taken = target_state(root, [Path(spec.path) for spec in specs], options)
+    if options.skip_bad:
+        names = {} if options.overwrite or not options.resume else _skipped_before(root, taken)
+        for spec in specs:
+            if bad and spec in bad:
+                problems.blame(spec, bad[spec])
+            elif spec.name in names:
+                problems.blame(spec, SourceError(names[spec.name]))
+    survey = survey_sources(specs, options, problems=problems)
     return Prepared(root=root, taken=taken, survey=survey, plan=plan_record(survey, options))
 
 
-def _run_conversion(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> ConversionSummary:
+def _run_conversion(
+    sources: Any, target: str | os.PathLike[str], options: ConversionOptions, bad: Mapping[SourceSpec, SourceError]
+) -> ConversionSummary:
     began = time.perf_counter()
-    prepared = prepare(sources, target, options)
+    prepared = prepare(sources, target, options, bad)
     root, taken, survey, plan = prepared.root, prepared.taken, prepared.survey, prepared.plan
     with explained_errors(root):
         if taken == "store" and not options.overwrite:
             return same_store(root, plan, survey)
         prepare_target(root)
-        check_room(root, projected_size(survey, options))
+        check_room(root, projected_size(survey, options) + projected_scratch(survey))
     written = write_store(root, survey, options, plan, replaces=taken == "store")
     return summarize(root, survey, time.perf_counter() - began, written)
 
@@ -216,6 +249,17 @@ def write_store(
             written = build_store(construction, survey, options, executor, encoded, record)
             swap_folders(construction.root, root)
             return written
+
+
+def _skipped_before(root: Path, taken: str | None) -> dict[str, str]:
+    """Sources that an earlier run of this conversion skipped, with the reasons: some of them only reading every value tells."""
+    if taken == "build":
+        return skipped_in_plan(root)
+    if taken != "store":
+        return {}
+    with contextlib.suppress(ScdlZarrError):
+        return open_blocks(root).skipped()
+    return {}
 
 
 def build_store(
@@ -370,6 +414,7 @@ def plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
         "options": content,
         "width": survey.width,
         "matrices": matrices,
+        "skipped": [{"name": problem.name, "reason": problem.reason} for problem in survey.skipped],
         "sources": sources,
         "digest": digest_of(survey.digests),
     }
@@ -404,7 +449,8 @@ def hired(survey: Survey, options: ConversionOptions) -> Iterator[Executor]:
 def _crew(kind: str, processes: int, threads: int, survey: Survey, options: ConversionOptions) -> Crew:
     """As many threads in each process as its memory holds, and no more of either than there are shards."""
     budget = parse_bytes(options.memory_budget)
-    shards = max(sum(len(plan.cuts) for plan in survey.plans.values()), 1)
+    staged = (TurnSizes.of(s.header.nnz).runs for plan in survey.plans.values() for s in plan.sources if scratch_bytes(s.header))
+    shards = max(sum(len(plan.cuts) for plan in survey.plans.values()), *staged, 1)
     threads = min(threads, shards)
     while threads > 1 and projected_memory(survey, threads) > budget:
         threads -= 1
@@ -447,12 +493,18 @@ def _frame_bytes(frame: pd.DataFrame, counted: set[int]) -> int:
 
 
 def projected_size(survey: Survey, options: ConversionOptions) -> int:
+    """Bytes of the store."""
     profile = profile_named(options.profile)
     size = 0.0
     for plan in survey.plans.values():
         assert plan.layout.indptr is not None
         size += plan.layout.nnz * profile.bytes_per_value + plan.layout.indptr.size * plan.layout.indptr.dtype.itemsize
     return int(size)
+
+
+def projected_scratch(survey: Survey) -> int:
+    """Bytes on the disk of the columns of one matrix at a time, on their way to rows."""
+    return max(sum(scratch_bytes(source.header) for source in plan.sources) for plan in survey.plans.values())
 
 
 # ---- the tasks
@@ -474,6 +526,7 @@ class _Run:
         while True:
             self.progress.position = begun
             tasks = self._tasks(path)
+            self._stage(path, tasks)
             try:
                 results = self.tasks(tasks)
                 seen |= union_stats(result.stats for result in results)
@@ -490,7 +543,17 @@ class _Run:
             self.progress.event("widened", matrix=path, was=had.name, dtype=wanted.name)
         if not results:
             raise SourceError(f"{path}: no dtype holds every value of these sources exactly; give dtype= (--dtype)")
+        self.construction.remove_scratch(path)
         return results
+
+    def _stage(self, path: str, tasks: Sequence[ShardTask]) -> None:
+        """Deal out the columns of the sources that shards which are not there yet need, where that is not done."""
+        staged = [task for task in tasks if task.kind == "values" and any(part.staging is not None for part in task.parts)]
+        missing = [task for task in staged if self.construction.finished(task) is None]
+        sources = sorted({part.source for task in missing for part in task.parts})
+        root, digest = str(self.construction.root), self.construction.plan_digest
+        todo = [task for source in sources for task in self.survey.plans[path].staging_tasks(source, root, digest)]
+        self.tasks([task for task in todo if self.construction.finished(task) is None])
 
     def _tasks(self, path: str) -> list[ShardTask]:
         survey, construction = self.survey, self.construction
@@ -530,8 +593,19 @@ def _run(
             survey.plans[path] = survey.plans[path].with_dtype(np.dtype(name))
     with explained_errors(construction.root):
         save_maps(construction.root, survey.vocabulary.maps)
+        _save_counts(construction, survey)
     run = _Run(construction=construction, survey=survey, options=options, executor=executor, progress=progress)
     return {path: run.matrix(path) for path in survey.plans}
+
+
+def _save_counts(construction: Construction, survey: Survey) -> None:
+    """What was counted, for tasks in other processes."""
+    for plan in survey.plans.values():
+        for s, source in enumerate(plan.sources):
+            path = plan.counts_path(s, str(construction.root))
+            counts = known_counts((source.spec, source.header.key)) if path else None
+            if counts is not None:
+                save_counts(Path(path), counts)
 
 
 def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: ValueStats) -> np.dtype[Any]:

@@ -39,6 +39,7 @@ from scdl_zarr.conversion.execution import (
     hired,
     plan_record,
     prepare,
+    projected_scratch,
     projected_size,
     same_store,
     summarize,
@@ -124,7 +125,9 @@ def write_view(
         forget_stores()
 
 
-def convert_view(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> ConversionSummary:
+def convert_view(
+    sources: Any, target: str | os.PathLike[str], options: ConversionOptions, bad: Mapping[SourceSpec, SourceError]
+) -> ConversionSummary:
     """Convert sources into a store of rows and genes that the options choose: see :func:`scdl_zarr.convert`.
 
     ::
@@ -134,7 +137,7 @@ def convert_view(sources: Any, target: str | os.PathLike[str], options: Conversi
     Killed at any moment, it goes on: a joined store that is whole is not made again.
     """
     began = time.perf_counter()
-    prepared = prepare(sources, target, options)
+    prepared = prepare(sources, target, options, bad)
     root, taken, whole, plan = prepared.root, prepared.taken, prepared.survey, prepared.plan
     plain = dataclasses.replace(options, rows=None, genes=None, order="source")
     require_known(whole, options)
@@ -144,7 +147,7 @@ def convert_view(sources: Any, target: str | os.PathLike[str], options: Conversi
     place = replacement_path(root) if taken == "store" else root
     with explained_errors(root):
         prepare_target(root)
-        check_room(root, 2 * projected_size(whole, options))
+        check_room(root, 2 * projected_size(whole, options) + projected_scratch(whole))
     scratch = _scratch(place, options.scratch_dir, plan)
     with _nothing_left(place), explained_errors(place):
         _join(scratch, whole, dataclasses.replace(plain, profile="fast", chunk_values=None, shard_values=None))
@@ -351,10 +354,12 @@ class _Base:
             raise OptionError(f"{', '.join(unknown)}: no options of writing a store")
         recorded = self.metadata.header.get("conversion")
         recorded = recorded.get("options", {}) if isinstance(recorded, dict) else {}
-        var_key = recorded.get("var_key") if isinstance(recorded, dict) else None
+        recorded = recorded if isinstance(recorded, dict) else {}
+        var_key, feature_type = recorded.get("var_key"), recorded.get("feature_type", ())
         kept: dict[str, Any] = {
             "matrix": "X",
             "var_key": var_key if isinstance(var_key, str) else None,
+            "feature_type": feature_type,  # of what is appended
             **{group: self.names(group) for group in ("layers", "obsm", "obsp")},
         }
         if "profile" not in overrides:

@@ -22,9 +22,9 @@ from scdl_zarr.conversion.sources import (
     Provenance,
     Source,
     SourceSpec,
-    describe_path,
     open_source,
     read_matrix,
+    stored_elements,
 )
 from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.values import choose_dtype, value_stats
@@ -36,12 +36,13 @@ from scdl_zarr.storage.schema import NARROW_FROM, matrix_layouts, profile_named
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["DECIDED", "Survey", "choose_matrices", "find_sources", "survey_sources"]
+__all__ = ["DECIDED", "Survey", "choose_matrices", "survey_sources"]
 
 POINTER_BLOCK = 1 << 20
 PROBE_VALUES = 1 << 16
 SAMPLE_VALUES = 4096
-DECIDED = ("scdl", "store", "view")  # kinds that have one X and do not know of raw: what it is was decided when they were made
+# kinds that have one X and do not know of raw: what it is was decided when they were made
+DECIDED = ("scdl", "store", "tenx", "view")
 SHOWN_SOURCES = 3  # in a message that names sources
 
 
@@ -78,39 +79,6 @@ class Survey:
     def maps(self, path: str) -> list[IdMap]:
         """What the column ids of a matrix go through: genes into the vocabulary, or rows to where they are in the store."""
         return self.row_maps if path.startswith("obsp/") else [IdMap.of(ids) for ids in self.vocabulary.maps]
-
-
-def find_sources(sources: Any, *, repeats: bool = False) -> list[SourceSpec]:
-    """Describe the files: one path or a list of them.  Two files of one name are told apart by their folders."""
-    if isinstance(sources, (str, os.PathLike)):
-        sources = [sources]
-    try:
-        paths = [Path(os.path.abspath(os.path.expanduser(os.fspath(p)))) for p in sources]
-    except TypeError:
-        raise OptionError(f"sources={sources!r}; expected a path or a list of paths") from None
-    if not paths:
-        raise OptionError("there are no sources to convert")
-    places = [os.path.realpath(p) for p in paths]
-    repeated = sorted({str(p) for p, place in zip(paths, places, strict=True) if places.count(place) > 1})
-    if repeated and not repeats:
-        raise OptionError(f"listed twice: {', '.join(repeated)}")
-    names = [p.name for p in paths]
-    common = Path(os.path.commonpath([p.parent for p in paths])) if len(set(names)) < len(names) else None
-    found = [spec for p in paths for spec in describe_path(p, p.relative_to(common).as_posix() if common else p.name)]
-    return _told_apart(found)
-
-
-def _told_apart(specs: list[SourceSpec]) -> list[SourceSpec]:
-    """Stores may be made of files of one name: those are told apart by their stores' names."""
-    paths_of: dict[str, set[str]] = {}
-    for spec in specs:
-        paths_of.setdefault(spec.name, set()).add(spec.path)
-    return [
-        replace(spec, name=f"{Path(spec.path).name}/{spec.name}")
-        if spec.kind == "store" and len(paths_of[spec.name]) > 1
-        else spec
-        for spec in specs
-    ]
 
 
 def survey_sources(
@@ -273,7 +241,7 @@ def choose_matrices(specs: list[SourceSpec], matrix: Any, problems: Problems | N
         raise OptionError(f"matrix={matrix!r}; expected a name such as 'X', 'raw' or 'layers/counts', or one per source")
     if matrix != "auto":
         key = _matrix_key(matrix)
-        return ["X" if spec.kind == "store" and key == "raw/X" else key for spec in specs]
+        return ["X" if spec.kind in ("store", "tenx") and key == "raw/X" else key for spec in specs]
     noted = Problems() if problems is None else problems
     has_raw, opened = [], []
     for spec in files:
@@ -490,7 +458,7 @@ def _likely_dtype(sources: tuple[SourceMatrix, ...], width: str) -> np.dtype[Any
     for source in sources:
         if source.header.nnz:
             with open_source(source.spec) as opened:
-                values, _ = opened.matrix(source.header.key).elements(0, min(source.header.nnz, PROBE_VALUES))
+                values, _ = stored_elements(opened.matrix(source.header.key), 0, min(source.header.nnz, PROBE_VALUES))
             return choose_dtype(value_stats(values), dtypes, width)
     return choose_dtype(value_stats(np.empty(0)), dtypes, width)
 
@@ -499,7 +467,7 @@ def _sample_values(matrix: MatrixReader, digest: Any) -> None:
     """Take the first, the last and some values between into the digest: what a source with the same header may differ in."""
     nnz = matrix.header.nnz
     for start in sorted({nnz * k // 8 for k in range(8)} | {max(nnz - SAMPLE_VALUES, 0)}):
-        for part in matrix.elements(start, min(start + SAMPLE_VALUES, nnz)):
+        for part in stored_elements(matrix, start, min(start + SAMPLE_VALUES, nnz)):
             digest.update(part.tobytes())
 
 

@@ -1,7 +1,8 @@
 """What a conversion needs to know of a source, whatever kind of file it is.
 
 A source is opened where it is read: what travels is a :class:`SourceSpec`.  A folder that was made of several files (a store of
-ours, an archive of BioNeMo-SCDL) is as many sources, so that each keeps its own genes and its name.
+ours, an archive of BioNeMo-SCDL) is as many sources, so that each keeps its own genes and its name; so is a file of 10x Genomics
+with several genomes.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ __all__ = [
     "describe_path",
     "open_source",
     "read_matrix",
+    "stored_elements",
 ]
 
-SourceKind = Literal["h5ad", "anndata-zarr", "scdl", "store", "view"]
+SourceKind = Literal["h5ad", "anndata-zarr", "scdl", "store", "tenx", "view"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ class SourceSpec:
     """Which file, and what identifies its content.
 
     ``name`` goes into the store; ``path`` and ``mtime_ns`` never do (the same sources give the same bytes anywhere).  ``part`` is
-    which of the sources at that path it is.
+    which of the sources at that path it is.  ``feature_types`` selects features of a file of 10x Genomics; none: all of them.
     """
 
     path: str
@@ -53,6 +55,7 @@ class SourceSpec:
     mtime_ns: int
     kind: SourceKind = "h5ad"
     part: int = 0
+    feature_types: tuple[str, ...] = ()
     view: View | None = None  # which rows and genes of a store, in which order, for the kind "view"
 
 
@@ -70,7 +73,7 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixHeader:
-    """A matrix of a source as CSR."""
+    """A matrix of a source as CSR, whatever its layout."""
 
     key: str  # "X", "raw/X", "layers/<name>" or "obsp/<name>"
     n_obs: int
@@ -79,6 +82,7 @@ class MatrixHeader:
     dtype: np.dtype[Any]
     index_dtype: np.dtype[Any]
     chunk_bytes: int  # decoded bytes of the largest chunk of data or indices
+    layout: Literal["csr", "csc", "dense", "selected"] = "csr"  # of all but the first, what rows store has to be counted
 
 
 class MatrixReader(Protocol):
@@ -134,6 +138,15 @@ def read_matrix(source: Source, key: str, n_obs: int) -> MatrixReader:
     return source.matrix(key) if key != ABSENT else EmptyMatrix.of(n_obs, n_obs)
 
 
+def stored_elements(matrix: MatrixReader, start: int, stop: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Values and ids of elements [start, stop) in the order of the file: for whoever does not ask which rows they are of.
+
+    For a matrix stored by columns that is cheap where :meth:`MatrixReader.elements` is not, and its ids are those of rows.
+    """
+    stored = getattr(matrix, "stored", None)
+    return stored(start, stop) if stored is not None else matrix.elements(start, stop)
+
+
 class Source(Protocol):
     """An opened source."""
 
@@ -146,9 +159,9 @@ class Source(Protocol):
         """What is stored under a key, such as "obsp/<name>": "csr", "csc", "dense", or None for anything else and nothing."""
 
     def matrix(self, key: str) -> MatrixReader:
-        """Open a matrix, by rows or dense; another kind, or an inconsistent one, is a SourceError.
+        """Open a matrix; one that cannot be converted, or is inconsistent, is a SourceError.
 
-        A dense one is read whole by the first opening in a process, which counts what its rows store.
+        One that is dense or stored by columns is read by the first opening in a process, which counts what its rows store.
         """
 
     def obs(self) -> pd.DataFrame:
@@ -197,8 +210,10 @@ def describe_path(path: str | os.PathLike[str], name: str | None = None) -> list
 
         return [anndata_zarr_spec(where, name)]
     from scdl_zarr.conversion.sources.h5ad import h5ad_spec
+    from scdl_zarr.conversion.sources.tenx import tenx_specs
 
-    return [h5ad_spec(where, name)]
+    spec = h5ad_spec(where, name)
+    return tenx_specs(spec) or [spec]
 
 
 def is_store(path: Path) -> bool:
@@ -229,6 +244,10 @@ def open_source(spec: SourceSpec) -> AbstractContextManager[Source]:
         from scdl_zarr.conversion.sources.scdl_memmap import ScdlSource
 
         return ScdlSource(spec)
+    if spec.kind == "tenx":
+        from scdl_zarr.conversion.sources.tenx import TenxSource
+
+        return TenxSource(spec)
     from scdl_zarr.conversion.sources.h5ad import H5adSource
 
     return H5adSource(spec)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, SourceSpec
+from scdl_zarr.conversion.sources.csc import CscMatrix
 from scdl_zarr.conversion.sources.dense import DenseMatrix
 from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible
 from scdl_zarr.errors import CorruptStoreError, NotAStoreError, SourceError, StoreAccessError, StoreReplacedError
@@ -122,9 +123,11 @@ class AnnDataZarrSource:
             layout = describe_matrix(key, self._nodes, self._where)
             if isinstance(layout, str):
                 raise SourceError(f"{self._where}: {matrix_name(key)} cannot be converted: {layout}")
-            if kind == "csr":
-                return ZarrCsrMatrix(self._location, layout)
             where = f"{self._where}: {matrix_name(key)}"
+            if kind == "csr":
+                return ZarrSparseMatrix(self._location, layout)
+            if kind == "csc":
+                return CscMatrix(ZarrSparseMatrix(self._location, layout), where=where, identity=(self.spec, key))
             return DenseMatrix(ZarrRows(self._location, layout), key=key, where=where, identity=(self.spec, key))
 
     # ---- tables and the rest
@@ -179,10 +182,11 @@ class AnnDataZarrSource:
         return 0  # the table will say what is wrong with its index
 
 
-class ZarrCsrMatrix:
-    """A CSR matrix of an opened store.  See :class:`scdl_zarr.conversion.sources.MatrixReader`."""
+class ZarrSparseMatrix:
+    """A sparse matrix of an opened store, by rows or by columns: pointers, and values with the ids of the other axis."""
 
     def __init__(self, location: StoreLocation, layout: MatrixLayout) -> None:
+        self._origin = location, layout
         arrays = MatrixArrays(location, layout, threads=1)
         self._parts = {part: _Part(arrays, f"{layout.path}/{part}", layout) for part in ("data", "indices", "indptr")}
         self.header = MatrixHeader(
@@ -195,6 +199,16 @@ class ZarrCsrMatrix:
             chunk_bytes=max(part.piece * part.dtype.itemsize for part in self._parts.values()),
         )
 
+    def another(self) -> ZarrSparseMatrix:
+        """The same for another thread, which holds pieces of its own."""
+        return ZarrSparseMatrix(*self._origin)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def ids(self, start: int, stop: int, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        return self._parts["indices"].read(start, stop, out)
+
     def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         return self._parts["indptr"].read(start, stop).astype(np.int64, copy=False)
 
@@ -206,7 +220,7 @@ class ZarrCsrMatrix:
 
 
 class _Part:
-    """One array of a CSR matrix, read in pieces of whole chunks; the last one is kept, because the next range starts in it."""
+    """One array of a sparse matrix, read in pieces of whole chunks; the last one is kept, because the next range starts in it."""
 
     def __init__(self, arrays: MatrixArrays, path: str, layout: MatrixLayout) -> None:
         node = layout.nodes[path]
