@@ -84,6 +84,9 @@ def convert(
     layers: Sequence[str] = (),
     obsm: Sequence[str] = (),
     obsp: Sequence[str] = (),
+    genes: str | os.PathLike[str] | Sequence[str] | None = None,
+    rows: str | None = None,
+    feature_type: str | Sequence[str] = (),
     var_key: str | None = None,
     dtype: npt.DTypeLike | Literal["auto"] = "auto",
     dtype_tolerance: float = 0.0,
@@ -91,11 +94,19 @@ def convert(
     profile: Literal["fast", "compact", "archive"] = "fast",
     chunk_values: int | None = None,
     shard_values: int | None = None,
+    order: str = "source",
+    seed: int = 0,
     memory_budget: str | int = "2GB",
+    threads: int | None = None,
     workers: int | None = None,
+    client: Any = None,
+    scratch_dir: str | os.PathLike[str] | None = None,
+    skip_bad: bool = False,
     resume: bool = True,
     overwrite: bool = False,
     progress: bool = True,
+    log_json: str | os.PathLike[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> SingleCellZarrDataset:
     """Convert H5AD files, AnnData Zarr stores and archives of BioNeMo-SCDL into one store, and open it.
 
@@ -133,20 +144,30 @@ def convert(
     chunk_values, shard_values
         Stored values per chunk and per shard file (default 2,048 and 2**24).
     memory_budget
-        Most memory this process may use; fewer workers run where it is tight.
+        Most memory a process may use; fewer tasks run at a time where it is tight.
+    threads
+        Shards written at a time by threads of this process (default: one per core), or of each of the `workers` (default: 1).
     workers
-        Threads (default: one per core).
+        Processes of this machine to write the shards instead.  They are fresh interpreters: no script is run again.
+    client
+        A ``dask.distributed.Client``, or the address of a scheduler, whose workers write the shards instead.  They must see the
+        sources and the target under the same paths.  A task of a worker that is lost is done by another one.
+    skip_bad
+        Convert the other sources where some cannot be: those are named in the summary and in ``uns/scdl/skipped``.
     resume
         Go on with an unfinished conversion of the same plan (False: start it over).
     overwrite
         Replace a store that is already there.  The old one stays in place until the new one is complete.
     progress
         Show a progress bar, and a summary at the end.
+    log_json
+        File to add a line of JSON to for each thing that happens: tasks with their values, bytes and seconds, the commit, errors.
 
     Raises
     ------
     SourceError
-        A source is neither HDF5 nor a Zarr store, truncated, has no such matrix, contradicts itself, or changes meanwhile.
+        A source is neither HDF5 nor a Zarr store, truncated, has no such matrix, contradicts itself, or changes meanwhile.  All
+        sources are looked at before anything is written, and all that is wrong with them is told at once.
     InexactValueError
         A value does not survive the `dtype` asked for; the message names file, row and value.
     StoreExistsError, StoreAccessError, StoreFullError, StoreBusyError
@@ -193,11 +214,22 @@ def convert(
         profile=profile,
         chunk_values=chunk_values,
         shard_values=shard_values,
+        genes=genes,
+        rows=rows,
+        feature_type=feature_type,
+        order=order,
+        seed=seed,
         memory_budget=memory_budget,
+        threads=threads,
         workers=workers,
+        client=client,
+        scratch_dir=scratch_dir,
+        skip_bad=skip_bad,
         resume=resume,
         overwrite=overwrite,
         progress=progress,
+        log_json=log_json,
+        storage_options=storage_options,
     )
     summary = run_conversion(sources, target, options)
     if progress:

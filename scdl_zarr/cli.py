@@ -40,6 +40,17 @@ class WidthChoice(StrEnum):
     narrow = "narrow"
 
 
+MemoryOption = Annotated[str, typer.Option(help="Most memory a process may use, such as 2GB.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(help="Shards written at a time, in this process or in each worker. [default: one per core; 1 in workers]"),
+]
+WorkersOption = Annotated[int | None, typer.Option(help="Processes of this machine that write the shards.")]
+SchedulerOption = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Scheduler of a Dask cluster, tcp://..., whose workers write the shards.")
+]
+
+
 def _show_version(asked: bool) -> None:
     if asked:
         typer.echo(f"scdl-zarr {__version__}")
@@ -87,8 +98,12 @@ def convert(
     ] = WidthChoice.auto,
     chunk_values: Annotated[int | None, typer.Option(help="Stored values per chunk [default: 2048].")] = None,
     shard_values: Annotated[int | None, typer.Option(help="Stored values per shard file [default: 16777216].")] = None,
-    memory_budget: Annotated[str, typer.Option(help="Most memory to use, such as 2GB.")] = "2GB",
-    workers: Annotated[int | None, typer.Option(help="Threads [default: one per core].")] = None,
+    memory_budget: MemoryOption = "2GB",
+    threads: ThreadsOption = None,
+    workers: WorkersOption = None,
+    scheduler: SchedulerOption = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Convert the other sources where some cannot be.")] = False,
+    log_json: Annotated[Path | None, typer.Option(help="File to add a line of JSON to for each thing that happens.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is already there.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Start an unfinished conversion over.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")] = False,
@@ -120,7 +135,11 @@ def convert(
             chunk_values=chunk_values,
             shard_values=shard_values,
             memory_budget=memory_budget,
+            threads=threads,
             workers=workers,
+            client=scheduler,
+            skip_bad=skip_bad,
+            log_json=log_json,
             overwrite=overwrite,
             resume=not restart,
             progress=not quiet,
@@ -139,8 +158,10 @@ def append(
         typer.Option("--matrix", help="X, raw, or the name of a layer; or SOURCE=NAME. [default: what the store was made with]"),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype to store the values in from now on [default: the store's].")] = None,
-    memory_budget: Annotated[str, typer.Option(help="Most memory to use, such as 2GB.")] = "2GB",
-    workers: Annotated[int | None, typer.Option(help="Threads [default: one per core].")] = None,
+    memory_budget: MemoryOption = "2GB",
+    threads: ThreadsOption = None,
+    workers: WorkersOption = None,
+    scheduler: SchedulerOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")] = False,
 ) -> None:
     """Append the rows of further sources to a store.
@@ -158,7 +179,9 @@ def append(
             matrix=_chosen_matrix(matrix, sources) if matrix else None,
             dtype=dtype,
             memory_budget=memory_budget,
+            threads=threads,
             workers=workers,
+            client=scheduler,
             progress=not quiet,
         )
     except KeyboardInterrupt:

@@ -246,7 +246,7 @@ class SingleCellCollection:
             raise StoreNotFoundError(f"There a no h5ad files in {directory_path}.")
         names = self._names(files, folder)
         at_once = max(1, min(max_workers, usable_cores(), len(files)))
-        options = {"workers": 1, "progress": False, **conversion} if at_once > 1 else {"progress": False, **conversion}
+        options = {"threads": 1, "progress": False, **conversion} if at_once > 1 else {"progress": False, **conversion}
         convert = functools.partial(call_apart, self._convert) if use_processes else self._convert
         done, failed = dict[str, Path](), list[tuple[Path, Exception]]()
         with ThreadPoolExecutor(at_once, thread_name_prefix="scdl-zarr-load") as pool:

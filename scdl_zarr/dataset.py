@@ -623,7 +623,9 @@ class SingleCellZarrDataset:
         matrix: str | Mapping[str, str] | None = None,
         dtype: npt.DTypeLike | Literal["auto"] | None = None,
         memory_budget: str | int = "2GB",
+        threads: int | None = None,
         workers: int | None = None,
+        client: Any = None,
         progress: bool = True,
     ) -> None:
         """Append the rows of further sources; this object then reads the longer store.
@@ -639,7 +641,7 @@ class SingleCellZarrDataset:
         dtype
             Dtype to store the values in from now on; by default the store's own, made wider if values need that and the store
             was made with ``dtype="auto"``.
-        memory_budget, workers, progress
+        memory_budget, threads, workers, client, progress
             As in :func:`scdl_zarr.convert`.
 
         Raises
@@ -661,7 +663,8 @@ class SingleCellZarrDataset:
         """
         from scdl_zarr.conversion.append import append_sources
 
-        options = {"matrix": matrix, "dtype": dtype, "memory_budget": memory_budget, "workers": workers, "progress": progress}
+        chosen = {"matrix": matrix, "dtype": dtype, "memory_budget": memory_budget, "progress": progress}
+        options = {**chosen, "threads": threads, "workers": workers, "client": client}
         summary = append_sources(self._location, _paths_of(sources), options)
         self._open()
         if progress:

@@ -225,7 +225,7 @@ def dying(function):
     return call
 
 os.fsync, os.link, os.replace = dying(os.fsync), dying(os.link), dying(os.replace)
-scdl_zarr.open(store).append(source, workers=2, progress=False)
+scdl_zarr.open(store).append(source, threads=2, progress=False)
 print(next(calls) - 1, flush=True)
 """
 

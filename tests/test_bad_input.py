@@ -686,12 +686,12 @@ def test_a_disk_that_fills_up_midway(
     whole = FailingSync(tmp_path / "whole.zarr")
     with monkeypatch.context() as patch:
         patch.setattr("scdl_zarr.conversion.encode.os.fsync", whole)
-        scdl_zarr.convert(good, tmp_path / "whole.zarr", workers=1, progress=False, **SIZES)
+        scdl_zarr.convert(good, tmp_path / "whole.zarr", threads=1, progress=False, **SIZES)
     assert whole.committed_at > 50
     failing = FailingSync(target, at=1 + int(share * (whole.committed_at - 2)))  # up to the last call before the commit
     with monkeypatch.context() as patch, refusal(errors.StoreFullError, "no space left", target, "goes on"):
         patch.setattr("scdl_zarr.conversion.encode.os.fsync", failing)
-        scdl_zarr.convert(good, target, workers=1, progress=False, **SIZES)
+        scdl_zarr.convert(good, target, threads=1, progress=False, **SIZES)
     with refusal(errors.UncommittedStoreError, target):
         scdl_zarr.open(target)
     assert not list(target.rglob("*.part"))

@@ -61,7 +61,7 @@ def dying_sync(descriptor):
 
 os.fsync = dying_sync
 print("ready", flush=True)
-scdl_zarr.convert(source, target, workers=2, overwrite=overwrite, progress=False, shard_values=1 << 15, chunk_values=1 << 10)
+scdl_zarr.convert(source, target, threads=2, overwrite=overwrite, progress=False, shard_values=1 << 15, chunk_values=1 << 10)
 print(next(calls) - 1, flush=True)
 """
 
@@ -230,7 +230,7 @@ def test_ctrl_c_ends_a_conversion_between_two_pieces_of_a_shard(
         patch.setattr(H5adMatrix, "elements", lambda *arguments, **named: interrupting(*arguments, **named))
         patch.setattr("scdl_zarr.conversion.shards.PIECE_VALUES", 512)  # about 64 pieces a shard
         with pytest.raises(KeyboardInterrupt) as caught:
-            scdl_zarr.convert(real_h5ad, target, workers=1, **SIZES)
+            scdl_zarr.convert(real_h5ad, target, threads=1, **SIZES)
     assert interrupting.calls <= 62
     assert capsys.readouterr().err.count("stopping; the shards under way are given up") == 1
     frames = traceback.format_exception(caught.value)
@@ -318,7 +318,7 @@ def test_an_error_at_every_eighth_file_of_a_replacement(tmp_path: Path, monkeypa
 
 def test_the_same_bytes_with_one_worker_and_with_four(real_h5ad: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
     for workers in (1, 4):
-        scdl_zarr.convert(real_h5ad, tmp_path / f"{workers}.zarr", workers=workers, progress=False, **SIZES)
+        scdl_zarr.convert(real_h5ad, tmp_path / f"{workers}.zarr", threads=workers, progress=False, **SIZES)
         assert contents(tmp_path / f"{workers}.zarr") == undisturbed.contents
 
 

@@ -200,7 +200,7 @@ def test_a_matrix_is_counted_once_and_blocks_are_not_read_twice_in_a_row(tmp_pat
             for start in range(0, reader.header.nnz, 7):
                 reader.elements(start, min(start + 7, reader.header.nnz))
             assert read == [(k, k + 10) for k in range(0, 200, 10)]
-        scdl_zarr.convert(source, tmp_path / "a.zarr", workers=2, **SIZES)
+        scdl_zarr.convert(source, tmp_path / "a.zarr", threads=2, **SIZES)
     assert counting.call_count == 1
 
 
@@ -323,5 +323,5 @@ def test_a_killed_conversion_goes_on(tmp_path: Path) -> None:
     process = child(source, tmp_path / "whole.zarr")
     syncs = int(ending(process))
     assert ending(child(source, tmp_path / "killed.zarr", dies_at_sync=syncs // 2)) == "killed"
-    scdl_zarr.convert(source, tmp_path / "killed.zarr", workers=2, progress=False, shard_values=1 << 15, chunk_values=1 << 10)
+    scdl_zarr.convert(source, tmp_path / "killed.zarr", threads=2, progress=False, shard_values=1 << 15, chunk_values=1 << 10)
     assert contents(tmp_path / "killed.zarr") == contents(tmp_path / "whole.zarr")

@@ -318,8 +318,8 @@ def test_the_same_source_gives_the_same_bytes_anywhere(real_h5ad: Path, tmp_path
     copy = tmp_path / "elsewhere" / real_h5ad.name
     copy.write_bytes(real_h5ad.read_bytes())
     options: dict[str, Any] = {"shard_values": 2048 * 64, "progress": False}
-    scdl_zarr.convert(real_h5ad, tmp_path / "a.zarr", workers=1, **options)
-    scdl_zarr.convert(copy, tmp_path / "b.zarr", workers=4, **options)
+    scdl_zarr.convert(real_h5ad, tmp_path / "a.zarr", threads=1, **options)
+    scdl_zarr.convert(copy, tmp_path / "b.zarr", threads=4, **options)
     assert tree_digest(tmp_path / "a.zarr") == tree_digest(tmp_path / "b.zarr")
 
 

@@ -19,7 +19,7 @@ from scdl_zarr.conversion.construction import remove_partial_files, run_task
 from scdl_zarr.conversion.encode import ShardEncoder
 from scdl_zarr.conversion.execution import ConversionSummary, run_conversion
 from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, sync_folder
-from scdl_zarr.conversion.plan import ConversionOptions, ShardTask
+from scdl_zarr.conversion.plan import ConversionOptions, Task
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.stopping import StoppedError, interruptible_pool, refuse_if_stopped
 from scdl_zarr.storage.location import StoreLocation, read_metadata, replaced_path, replacement_path
@@ -51,7 +51,7 @@ def source(tmp_path: Path) -> Path:
 def unfinished(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every shard is written and marked, and the commit failed at its first file."""
     target = tmp_path / "unfinished.zarr"
-    with failing_at(2, monkeypatch), pytest.raises(OSError, match="error"):  # 1 is the plan
+    with failing_at(4, monkeypatch), pytest.raises(OSError, match="error"):  # before it: the plan, and twice what is built by it
         converted(source, target)
     assert len(list((target / BUILD_FOLDER / "done").iterdir())) == 5  # 4 shards of 32 values, 1 of pointers
     return target
@@ -140,24 +140,43 @@ def test_a_mark_of_another_plan_is_not_trusted(source: Path, unfinished: Path, o
 
 
 def test_what_was_written_in_a_dtype_that_was_too_narrow_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three shards fit the dtype that the first values ask for, then the last one does not: all are written again."""
+    """Three shards fit the dtype that the first values ask for, then the last one does not: they are made of their own files."""
     rows: list[tuple[list[Any], list[int]]] = [([k % 7 + 1.0] * 8, list(range(8))) for k in range(1 << 14)]
     rows[-1] = ([0.5] * 8, list(range(8)))
     source = write_h5ad(tmp_path / "late.h5ad", csr(rows, 8))
     others = threading.Semaphore(0)
 
-    def in_order(task: ShardTask) -> ShardResult:
-        if task.kind == "values" and task.number == 3 and task.arrays[0].dtype.kind == "i":
+    done: list[str] = []
+
+    def in_order(task: Task) -> ShardResult:
+        if task.name == "X-values-000003" and task.dtype.startswith("int"):
             assert all(others.acquire(timeout=60) for _ in range(3))
         result = run_task(task)
-        if task.kind == "values":
+        done.append(f"{task.name} {task.dtype} {type(task).__name__}")
+        if "values" in task.name:
             others.release()
         return result
 
-    monkeypatch.setattr("scdl_zarr.conversion.execution.run_task", in_order)
-    summary = converted(source, tmp_path / "late.zarr", chunk_values=1 << 12, shard_values=1 << 15, workers=4)
+    monkeypatch.setattr("scdl_zarr.conversion.executors.run_task", in_order)
+    log = tmp_path / "log.json"
+    summary = converted(source, tmp_path / "late.zarr", chunk_values=1 << 12, shard_values=1 << 15, threads=4, log_json=log)
     assert summary.nnz == 4 << 15
     assert summary.written_values == 7 << 15
+    assert [name for name in sorted(done) if "values" in name] == [
+        "X-values-000000 float32 WidenTask",
+        "X-values-000000 int32 ShardTask",
+        "X-values-000001 float32 WidenTask",
+        "X-values-000001 int32 ShardTask",
+        "X-values-000002 float32 WidenTask",
+        "X-values-000002 int32 ShardTask",
+        "X-values-000003 float32 ShardTask",
+    ]
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {"widened", "committed"} < {event["event"] for event in events}
+    assert sum(event.get("widened") is True for event in events) == 3
+    converted(source, tmp_path / "at once.zarr", chunk_values=1 << 12, shard_values=1 << 15, dtype="float32")
+    shards = ("X/data/c", "X/indices/c", "X/indptr/c")
+    assert all(contents(tmp_path / "late.zarr" / part) == contents(tmp_path / "at once.zarr" / part) for part in shards)
 
 
 # ---- replacements

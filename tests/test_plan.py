@@ -174,7 +174,7 @@ def test_memory_budget_limits_the_workers_and_refuses_the_impossible(real_h5ad: 
 PEAK = """
 import sys
 import scdl_zarr
-scdl_zarr.convert(sys.argv[1], sys.argv[2], progress=False, workers=2, shard_values=1 << 20)
+scdl_zarr.convert(sys.argv[1], sys.argv[2], progress=False, threads=2, shard_values=1 << 20)
 status = open("/proc/self/status").read()  # ru_maxrss would count what the parent held when it forked
 print(1024 * int(status.split("VmHWM:")[1].split()[0]))
 """
@@ -188,7 +188,7 @@ def test_measured_memory_stays_under_what_is_projected(tmp_path: Path) -> None:
     for n in (1_500, 12_000):
         source = tmp_path / f"{n}.h5ad"
         make_atlas(source, n)
-        options = ConversionOptions(workers=2, shard_values=1 << 20)
+        options = ConversionOptions(threads=2, shard_values=1 << 20)
         survey = survey_sources(find_sources(source), options)
         from scdl_zarr.conversion.execution import table_bytes
 

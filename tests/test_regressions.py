@@ -106,7 +106,7 @@ def test_files_of_others_survive_a_conversion_that_fails(tmp_path: Path, monkeyp
         (target / "notes.txt").write_text("mine")
         return run_task(task)
 
-    monkeypatch.setattr("scdl_zarr.conversion.execution.run_task", leave_a_note)
+    monkeypatch.setattr("scdl_zarr.conversion.executors.run_task", leave_a_note)
     with pytest.raises(errors.InexactValueError):
         scdl_zarr.convert(source, target, dtype="uint8", progress=False)
     assert [path.name for path in target.iterdir()] == ["notes.txt"]
@@ -118,7 +118,7 @@ def test_a_machine_that_fails_for_a_moment_loses_no_shard(tmp_path: Path, monkey
     from scdl_zarr.conversion.hdf5_chunks import ElementReader
 
     source = write_h5ad(tmp_path / "a.h5ad", encoded_rows(20, 30, 10))
-    options: dict[str, Any] = {"chunk_values": 10, "shard_values": 50, "workers": 1, "progress": False}
+    options: dict[str, Any] = {"chunk_values": 10, "shard_values": 50, "threads": 1, "progress": False}
     failed = [False]
 
     def failing_once(read: Any) -> Any:
@@ -146,7 +146,7 @@ def test_a_column_that_cannot_be_stored_is_refused_before_writing(tmp_path: Path
         file["obs"].attrs["column-order"] = ["n/x"]
         file["obs/n/x"] = np.arange(3)
         file["obs/n/x"].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    monkeypatch.setattr("scdl_zarr.conversion.execution.run_task", lambda _: pytest.fail("a shard was written"))
+    monkeypatch.setattr("scdl_zarr.conversion.executors.run_task", lambda _: pytest.fail("a shard was written"))
     with pytest.raises(errors.SourceError, match="'n/x'"):
         scdl_zarr.convert(source, tmp_path / "s.zarr", progress=False)
     assert not (tmp_path / "s.zarr").exists()

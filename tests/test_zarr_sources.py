@@ -170,7 +170,7 @@ def test_sources_of_every_kind_in_one_store(tmp_path: Path) -> None:
     ad.AnnData(parts[2].X.toarray(), parts[2].obs, parts[2].var).write_h5ad(tmp_path / "c.h5ad")
     write_with_anndata(tmp_path / "d.zarr", ad.AnnData(parts[1].X.toarray(), parts[1].obs, parts[1].var))
     sources = [tmp_path / name for name in ("a.h5ad", "b.zarr", "c.h5ad", "d.zarr")]
-    made = scdl_zarr.convert(sources, tmp_path / "all.zarr", workers=2, **SIZES)
+    made = scdl_zarr.convert(sources, tmp_path / "all.zarr", threads=2, **SIZES)
     joined = ad.concat([*parts, parts[1]], join="outer", index_unique="-")
     assert made.sources["name"].tolist() == ["a.h5ad", "b.zarr", "c.h5ad", "d.zarr"]
     found = pd.DataFrame(made.read_rows(np.arange(67)).to_dense(), columns=made.var_names)
@@ -190,7 +190,7 @@ def test_a_killed_conversion_goes_on(tmp_path: Path) -> None:
     source = write_with_anndata(tmp_path / "a.zarr", ad.AnnData(encoded_rows(900, 300, 200)))
     syncs = int(ending(child(source, tmp_path / "whole.zarr")))
     assert ending(child(source, tmp_path / "killed.zarr", dies_at_sync=syncs // 2)) == "killed"
-    scdl_zarr.convert(source, tmp_path / "killed.zarr", workers=2, progress=False, shard_values=1 << 15, chunk_values=1 << 10)
+    scdl_zarr.convert(source, tmp_path / "killed.zarr", threads=2, progress=False, shard_values=1 << 15, chunk_values=1 << 10)
     assert contents(tmp_path / "killed.zarr") == contents(tmp_path / "whole.zarr")
 
 

@@ -49,3 +49,8 @@ def write_h5ad(
         var = pd.DataFrame(index=var_names if var_names is not None else [f"gene{k}" for k in range(n_vars)])
     ad.AnnData(matrix, obs=obs, var=var, **kwargs).write_h5ad(path)
     return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -100,7 +100,7 @@ class SingleCellCollection(Collection):
         if not os.path.exists(source):
             raise FileNotFoundError(f"Error: could not find h5ad path {source}")
         chosen = {"data_dtype": None, **options}
-        convert_files({source: chosen["use_X_not_raw"]}, target, chosen["data_dtype"], TOLERANCE, workers=chosen.get("workers"))
+        convert_files({source: chosen["use_X_not_raw"]}, target, chosen["data_dtype"], TOLERANCE, threads=chosen.get("threads"))
 
     def _open_dataset(self, path: Path) -> SingleCellMemMapDataset:
         return SingleCellMemMapDataset(path)

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         files = files_under(chosen.data_path)
         convert_files(
-            dict.fromkeys(files, chosen.use_X_not_raw), chosen.save_path, chosen.data_dtype, 1e-08, workers=chosen.num_workers
+            dict.fromkeys(files, chosen.use_X_not_raw), chosen.save_path, chosen.data_dtype, 1e-08, threads=chosen.num_workers
         )
     except (ScdlZarrError, FileNotFoundError, NotImplementedError) as error:
         print(f"convert_h5ad_to_scdl: {error}", file=sys.stderr)

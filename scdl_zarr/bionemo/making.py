@@ -47,7 +47,7 @@ def convert_files(
     tolerance: float,
     *,
     obsp: Sequence[str] = (),
-    workers: int | None = None,
+    threads: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Convert files (each with whether X is taken and not raw.X) into one store, in SCDL's dtype if every value survives that."""
@@ -63,7 +63,7 @@ def convert_files(
     options: dict[str, Any] = {
         "matrix": {spec.path: "raw" if key == "raw/X" else key for spec, key in keys.items()},
         "obsp": obsp,
-        "workers": workers,
+        "threads": threads,
         "overwrite": overwrite,
         "progress": False,
     }

@@ -36,14 +36,15 @@ from scdl_zarr.conversion.construction import (
 )
 from scdl_zarr.conversion.execution import (
     ConversionSummary,
+    Written,
     build_store,
+    hired,
     plan_record,
     projected_size,
     summarize,
-    worker_count,
 )
 from scdl_zarr.conversion.files import link_file
-from scdl_zarr.conversion.plan import ConversionOptions, ShardTask
+from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.conversion.sources.store import forget_stores, store_specs
@@ -69,7 +70,8 @@ def append_sources(
     Parameters
     ----------
     overrides
-        Options that are others now: ``matrix`` (of the new sources), ``dtype``, ``memory_budget``, ``workers``, ``progress``.
+        Options that are others now: ``matrix`` (of the new sources), ``dtype``, ``memory_budget``, ``threads``, ``workers``,
+        ``client``, ``progress``.
     repeat
         Append sources that are the last that were appended once more, rather than take that for the same call made again, and
         one that is listed twice two times.
@@ -111,18 +113,18 @@ def append_sources(
         forget_stores()
 
 
-def _extend(base: _Base, survey: Survey, options: ConversionOptions, record: Mapping[str, Any]) -> int:
+def _extend(base: _Base, survey: Survey, options: ConversionOptions, record: Mapping[str, Any]) -> Written:
     base.keep_dtypes(survey, options)
-    workers = worker_count(survey, options)
     total = sum(plan.layout.nnz for plan in survey.plans.values())
     new = total - sum(base.metadata.matrices[path].nnz for path in survey.plans if path in base.metadata.matrices)
     check_room(base.root, projected_size(survey, options) * new // max(total, 1))
-    tables = encode_tables(survey)
     place, plan = replacement_path(base.root), plan_record(survey, options)
-    try:
-        written = build_store(_Extension(base, place, plan, resume=True), survey, options, workers, tables, record)
-    except StoreExistsError:  # something else was begun there and given up: a cast, an overwrite, another append
-        written = build_store(_Extension(base, place, plan, resume=False), survey, options, workers, tables, record)
+    with hired(survey, options) as executor:
+        tables = encode_tables(survey)
+        try:
+            written = build_store(_Extension(base, place, plan, resume=True), survey, options, executor, tables, record)
+        except StoreExistsError:  # something else was begun there and given up: a cast, an overwrite, another append
+            written = build_store(_Extension(base, place, plan, resume=False), survey, options, executor, tables, record)
     swap_folders(place, base.root)
     return written
 
@@ -208,7 +210,7 @@ class _Base:
         runs = tuple(merge_runs((row, row + 1) for row in self._unsorted(task.matrix))) if task.number == 0 else ()
         return ShardResult(
             name=task.name,
-            dtype=task.arrays[0].dtype.name,
+            dtype=task.dtype,
             stats=stats,
             unsorted=runs if task.kind == "values" else (),
             values=task.stop - task.start if task.kind == "values" else 0,
@@ -245,9 +247,9 @@ class _Extension(Construction):
         super().__init__(place, plan, resume=resume, replaces=True)
         self._base = base
 
-    def finished(self, task: ShardTask) -> ShardResult | None:
+    def finished(self, task: Task) -> ShardResult | None:
         found = super().finished(task)
-        if found is not None:
+        if found is not None or not isinstance(task, ShardTask):
             return found
         found = self._base.reported(task)
         if found is not None:

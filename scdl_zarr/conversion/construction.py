@@ -20,16 +20,19 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, sync_folder
-from scdl_zarr.conversion.plan import ShardTask
+from scdl_zarr.conversion.plan import ShardTask, Task
 from scdl_zarr.conversion.shards import ShardResult, write_shard
+from scdl_zarr.conversion.stopping import STATE, state_document
 from scdl_zarr.conversion.values import ValueStats
+from scdl_zarr.conversion.widen import WidenTask, widen_shard
 from scdl_zarr.errors import (
     CorruptStoreError,
     OptionError,
@@ -58,35 +61,76 @@ __all__ = [
     "finish_interrupted",
     "open_blocks",
     "prepare_target",
+    "read_mark",
     "restore_interrupted",
     "run_task",
     "swap_folders",
 ]
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 SYNC_THREADS = 8  # they wait, they do not work
 ABOUT_SOURCES = {"sources", "n_sources", "digest", "sources_digest"}  # what a plan says of them
 # what a conversion makes at its target: nothing else there is ever removed
 OWN_NAMES = {"X", "layers", "obs", "var", "obsm", "obsp", "varm", "varp", "uns", "zarr.json"}
 
 
-def run_task(task: ShardTask) -> ShardResult:
-    """Write a task's shard and then its mark, which need not survive a crash of the machine: the shard is then written again."""
-    result = write_shard(task)
-    mark = _mark_path(Path(task.root), task)
+def run_task(task: Task) -> ShardResult:
+    """Do a task and then write its mark, which need not survive a crash of the machine: it is then done again.
+
+    What another process did before it was lost is not done again.
+    """
+    root = Path(task.root)
+    found = read_mark(root, task)
+    if found is not None:
+        return found
+    began = time.perf_counter()
+    result = _perform(task)
+    evidence = _evidence(root, task)
+    result = replace(result, bytes_out=sum(evidence["sizes"]), seconds=time.perf_counter() - began)
+    mark = _mark_path(root, task)
     mark.parent.mkdir(parents=True, exist_ok=True)
     temporary = partial_path(mark)
-    temporary.write_text(json.dumps({**asdict(result), **_evidence(Path(task.root), task)}))
+    temporary.write_text(json.dumps({**asdict(result), **evidence}))
     os.replace(temporary, mark)
     return result
 
 
-def _evidence(root: Path, task: ShardTask) -> dict[str, Any]:
+def _perform(task: Task) -> ShardResult:
+    if isinstance(task, ShardTask):
+        return write_shard(task)
+    assert isinstance(task, WidenTask), type(task)
+    try:
+        return widen_shard(task)
+    except CorruptStoreError:  # it was not what its mark says: from the sources, then
+        return write_shard(task.task)
+
+
+def read_mark(root: Path, task: Task, *, any_dtype: bool = False) -> ShardResult | None:
+    """What the task reported when it was done, if what it wrote is still there, whole and in the dtype that is wanted now."""
+    record = _read_json(_mark_path(root, task))
+    if record is None or (record.get("dtype") != task.dtype and not any_dtype):
+        return None
+    try:
+        evidence = _evidence(root, task)
+    except OSError:  # the mark outlived its shard
+        return None
+    if {name: record.pop(name, None) for name in evidence} != evidence:
+        return None
+    try:
+        stats = ValueStats(**record.pop("stats"))
+        for name in ("checksums", "unsorted"):
+            record[name] = tuple((int(a), int(b)) for a, b in record[name])
+        return ShardResult(**record, stats=stats)
+    except (TypeError, ValueError, KeyError):
+        return None
+
+
+def _evidence(root: Path, task: Task) -> dict[str, Any]:
     """What a mark says beside the result, so that it counts for that plan and for whole files only."""
-    return {"plan": task.plan, "sizes": [(root / layout.shard_key(task.number)).stat().st_size for layout in task.arrays]}
+    return {"plan": task.plan, "sizes": [(root / key).stat().st_size for key in task.files]}
 
 
-def _mark_path(root: Path, task: ShardTask) -> Path:
+def _mark_path(root: Path, task: Task) -> Path:
     return root / BUILD_FOLDER / "done" / f"{task.name}.json"
 
 
@@ -150,7 +194,10 @@ class Construction:
                     f"{self.root} holds an unfinished conversion of another plan ({_plan_difference(known, wanted)}). "
                     "Run that conversion again to finish it, or start over with overwrite=True (--overwrite)"
                 )
-        if known is None or not self._resume:
+        fresh = known is None or not self._resume
+        # first of all: a task of what was built here before, which some process may still be at, must not land any more
+        self._save_state({} if fresh else self.dtypes())
+        if fresh:
             self._clear()
             self.save_dtypes({})
         with explained_errors(self.root):
@@ -161,7 +208,8 @@ class Construction:
             for path in self.root.iterdir():
                 if path.name in OWN_NAMES:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            shutil.rmtree(self._build / "done", ignore_errors=True)
+            for name in ("done", "maps", "scratch"):
+                shutil.rmtree(self._build / name, ignore_errors=True)
 
     # ---- state
 
@@ -169,35 +217,30 @@ class Construction:
         """The value dtype that each matrix was last found to need."""
         return dict((_read_json(self._build / "plan.json") or {}).get("dtypes", {}))
 
+    def _save_state(self, dtypes: Mapping[str, str]) -> None:
+        with explained_errors(self.root):
+            replace_file(self._build / STATE, state_document(self.plan_digest, dtypes))
+
     def save_dtypes(self, dtypes: Mapping[str, str]) -> None:
+        self._save_state(dtypes)
         with explained_errors(self.root):
             replace_file(self._build / "plan.json", json.dumps({**self._plan, "dtypes": dict(dtypes)}).encode())
             sync_folder(self._build)
 
-    def finished(self, task: ShardTask) -> ShardResult | None:
-        """What the task reported when it was done, if its shard is still there, whole and in the dtype that is wanted now."""
-        record = _read_json(_mark_path(self.root, task))
-        if record is None or record.get("dtype") != task.arrays[0].dtype.name:
-            return None
-        try:
-            evidence = _evidence(self.root, task)
-        except OSError:  # the mark outlived its shard
-            return None
-        if {name: record.pop(name, None) for name in evidence} != evidence:
-            return None
-        try:
-            stats = ValueStats(**record.pop("stats"))
-            for name in ("checksums", "unsorted"):
-                record[name] = tuple((int(a), int(b)) for a, b in record[name])
-            return ShardResult(**record, stats=stats)
-        except (TypeError, ValueError, KeyError):
-            return None
+    def finished(self, task: Task) -> ShardResult | None:
+        """What the task reported when it was done, if that still counts."""
+        return read_mark(self.root, task)
+
+    def outgrown(self, task: Task) -> ShardResult | None:
+        """What the task reported when it was done, in whatever dtype that was."""
+        return read_mark(self.root, task, any_dtype=True)
 
     # ---- the end
 
     def commit(self, root_document: bytes, nodes: Mapping[str, Mapping[str, Any]], objects: Mapping[str, bytes]) -> None:
         """Write what is small, then the root document (the commit), then the documents of the parts."""
         with explained_errors(self.root):
+            remove_partial_files(self.root)  # of workers that were lost
             _replace_files({self.root / key: objects[key] for key in sorted(objects)})
             _side_by_side(sync_folder, [self.root, *(path for path in self.root.rglob("*") if path.is_dir())])
             _sync_entry(self.root)  # a crash of the machine must not take the whole folder along

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,9 +26,10 @@ import numpy.typing as npt
 from scdl_zarr.conversion.files import partial_path, sync_folder
 from scdl_zarr.conversion.kernels import BLOSC_OVERHEAD, CHECKSUM_BYTES, blosc_address, difference, encode_chunks
 from scdl_zarr.conversion.plan import SLAB_BYTES
+from scdl_zarr.errors import CorruptStoreError
 from scdl_zarr.storage.schema import ArrayLayout
 
-__all__ = ["ShardEncoder"]
+__all__ = ["ShardEncoder", "shard_chunks"]
 
 _ABSENT = 2**64 - 1
 _SHUFFLES = {
@@ -155,3 +157,44 @@ class ShardEncoder:
         raw = index.tobytes()
         self._write(raw + google_crc32c.value(raw).to_bytes(4, "little"))
         os.fsync(self._file.fileno())
+
+
+def shard_chunks(path: Path, layout: ArrayLayout) -> Iterator[npt.NDArray[Any]]:
+    """The chunks of a shard that a :class:`ShardEncoder` wrote, each whole, in order; up to the first that is absent.
+
+    Raises
+    ------
+    CorruptStoreError
+        The file is damaged.
+    """
+    size, index_bytes = path.stat().st_size, 16 * layout.chunks_per_shard
+    with open(path, "rb") as file:
+        if size < index_bytes + CHECKSUM_BYTES:
+            raise CorruptStoreError(f"{path} has {size} bytes, too few for its index")
+        file.seek(size - index_bytes - CHECKSUM_BYTES)
+        index = np.frombuffer(_checked(file.read(), path, "index"), "<u8").reshape(-1, 2)
+        for number, (offset, length) in enumerate(index.tolist()):
+            if offset == _ABSENT:
+                return
+            if length > size or offset > size - length:
+                raise CorruptStoreError(f"{path}: chunk {number} lies beyond the end of the file")
+            file.seek(offset)
+            yield _decoded(_checked(file.read(length), path, f"chunk {number}"), layout, path, number)
+
+
+def _checked(content: bytes, path: Path, what: str) -> bytes:
+    """The bytes before their checksum."""
+    body, check = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
+    if google_crc32c.value(body).to_bytes(CHECKSUM_BYTES, "little") != check:
+        raise CorruptStoreError(f"{path}: the {what} does not match its checksum")
+    return body
+
+
+def _decoded(encoded: bytes, layout: ArrayLayout, path: Path, number: int) -> npt.NDArray[Any]:
+    raw = encoded if layout.codec == "raw" else numcodecs.blosc.decompress(encoded)
+    if len(raw) != layout.chunk_bytes:
+        raise CorruptStoreError(f"{path}: chunk {number} holds {len(raw)} bytes, expected {layout.chunk_bytes}")
+    if not layout.delta:
+        return np.frombuffer(raw, layout.dtype)
+    own_width = np.dtype(f"u{layout.dtype.itemsize}")  # which wraps around in the same bits
+    return np.cumsum(np.frombuffer(raw, own_width), dtype=own_width).view(layout.dtype)

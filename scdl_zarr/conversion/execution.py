@@ -8,10 +8,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import sys
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,16 +30,18 @@ from scdl_zarr.conversion.construction import (
     open_blocks,
     prepare_target,
     restore_interrupted,
-    run_task,
     swap_folders,
 )
 from scdl_zarr.conversion.elements import EncodedElements
-from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, projected_bytes
+from scdl_zarr.conversion.executors import Cluster, Crew, Executor, Processes, Threads, connected, threads_of_workers
+from scdl_zarr.conversion.id_maps import save_maps
+from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task, projected_bytes
+from scdl_zarr.conversion.progress import Progress
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
 from scdl_zarr.conversion.sources.store import forget_stores
-from scdl_zarr.conversion.stopping import interruptible_pool
 from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, holds, union_stats
+from scdl_zarr.conversion.widen import WidenTask
 from scdl_zarr.errors import (
     CorruptStoreError,
     FormatVersionError,
@@ -65,12 +65,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConversionSummary",
+    "Written",
     "build_store",
+    "hired",
     "plan_record",
+    "projected_memory",
     "projected_size",
     "run_conversion",
     "summarize",
-    "worker_count",
 ]
 
 SLOWEST_SHOWN = 0.5  # million values a second: what is slower rounds to 0
@@ -94,6 +96,9 @@ class ConversionSummary:
     seconds: float
     left_out: tuple[str, ...]
     hints: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()  # sources that could not be converted, with the reason
+    bytes_in: int = 0  # values and ids read by this run, decoded
+    crew: str = ""
     written: bool = True
 
     def __str__(self) -> str:
@@ -102,14 +107,26 @@ class ConversionSummary:
         per_value = f", {self.x_bytes / self.nnz:.2f} bytes per stored value" if self.nnz else ""
         rate = self.written_values / self.seconds / 1e6 if self.seconds else 0.0
         speed = f" ({rate:.0f} M values/s)" if rate >= SLOWEST_SHOWN else ""
+        by = f" by {self.crew}" if self.crew else ""
         lines = [
             f"{self.target}: {self.n_obs:,} cells × {self.n_vars:,} genes from {self.n_sources} "
             f"source{'s' if self.n_sources != 1 else ''} ({', '.join(self.matrices)}), stored as {self.dtype}",
-            f"{self.nnz:,} stored values, {self.stored_bytes / 1e6:,.2f} MB on disk{per_value}, {self.seconds:.1f} s{speed}",
+            f"{self.nnz:,} stored values, {self.stored_bytes / 1e6:,.2f} MB on disk{per_value}, {self.seconds:.1f} s{speed}{by}",
         ]
         lines.append(f"left out: {', '.join(self.left_out)}" if self.left_out else "left out: nothing")
+        lines += [f"skipped: {problem}" for problem in self.skipped]
         lines += [f"hint: {hint}" for hint in self.hints]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What one run wrote: one that goes on with another's shards writes fewer values than the store has."""
+
+    values: int
+    bytes_in: int
+    bytes_out: int
+    crew: str
 
 
 def run_conversion(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> ConversionSummary:
@@ -158,17 +175,17 @@ def _run_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
         if taken == "store" and not options.overwrite:
             return _same_store(root, plan, survey)
         prepare_target(root)
-        workers = worker_count(survey, options)
         check_room(root, projected_size(survey, options))
-    tables = encode_tables(survey)  # what cannot be stored is refused here, before anything is written
-    if taken == "store":
-        with exclusive(root):
-            construction = Construction(replacement_path(root), plan, resume=False, replaces=True)
-            written = build_store(construction, survey, options, workers, tables, record)
-            swap_folders(construction.root, root)
-    else:
-        resume = options.resume and not options.overwrite
-        written = build_store(Construction(root, plan, resume=resume), survey, options, workers, tables, record)
+    with hired(survey, options) as executor:
+        tables = encode_tables(survey)  # what cannot be stored is refused here, before anything is written
+        if taken == "store":
+            with exclusive(root):
+                construction = Construction(replacement_path(root), plan, resume=False, replaces=True)
+                written = build_store(construction, survey, options, executor, tables, record)
+                swap_folders(construction.root, root)
+        else:
+            resume = options.resume and not options.overwrite
+            written = build_store(Construction(root, plan, resume=resume), survey, options, executor, tables, record)
     return summarize(root, survey, time.perf_counter() - began, written)
 
 
@@ -176,16 +193,21 @@ def build_store(
     construction: Construction,
     survey: Survey,
     options: ConversionOptions,
-    workers: int,
+    executor: Executor,
     tables: EncodedElements,
     record: Mapping[str, Any],
-) -> int:
-    """Write every shard and commit; what can never finish leaves nothing behind.  How many values this run wrote."""
-    with construction:
+) -> Written:
+    """Write every shard and commit; what can never finish leaves nothing behind.  What this run did."""
+    total = sum(plan.layout.nnz for plan in survey.plans.values())
+    with construction, Progress(total, shown=options.progress, log=options.log_json) as progress:
         try:
-            results, written = _run(construction, survey, options, workers)
+            progress.event("started", target=str(construction.root), values=total, crew=str(executor.crew))
+            results = _run(construction, survey, options, executor, progress)
             commit_store(construction, survey, options, results, tables, record)
-            return written
+            progress.event("committed", target=str(construction.root), tasks=progress.tasks, values=progress.values)
+            return Written(
+                values=progress.values, bytes_in=progress.bytes_in, bytes_out=progress.bytes_out, crew=str(executor.crew)
+            )
         except (SourceError, InexactValueError, OptionError) as error:
             if not _may_pass(error):
                 construction.discard()
@@ -290,30 +312,58 @@ def plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
     return {"plan_version": PLAN_VERSION, "options": content, "sources": sources, "digest": digest_of(survey.digests)}
 
 
-def worker_count(survey: Survey, options: ConversionOptions) -> int:
-    """As many as asked for (or cores), but no more than the memory budget holds."""
+@contextlib.contextmanager
+def hired(survey: Survey, options: ConversionOptions) -> Iterator[Executor]:
+    """Who does the tasks, as many at once as asked for (or cores) and as the memory budget holds.
+
+    Raises
+    ------
+    OptionError
+        Not even one fits the budget, or there is no cluster.
+    MissingDependencyError
+        A cluster is asked for and dask.distributed is not installed.
+    """
+    if options.client is not None:
+        with connected(options.client) as client:
+            threads = threads_of_workers(client)
+            yield Cluster(_crew("cluster", len(threads), min(threads), survey, options), client)
+        return
+    if options.workers is None:
+        yield Threads(_crew("threads", 1, options.threads or usable_cores(), survey, options))
+        return
+    processes = Processes(_crew("processes", options.workers, options.threads or 1, survey, options))
+    try:
+        yield processes
+    finally:
+        processes.close()
+
+
+def _crew(kind: str, processes: int, threads: int, survey: Survey, options: ConversionOptions) -> Crew:
+    """As many threads in each process as its memory holds, and no more of either than there are shards."""
     budget = parse_bytes(options.memory_budget)
-    shards = sum(len(plan.cuts) for plan in survey.plans.values())
-    workers = max(1, min(options.workers or usable_cores(), shards))
-    tables = table_bytes(survey)
-    plans = list(survey.plans.values())
-    while workers > 1 and projected_bytes(plans, workers, tables, survey.longest_row) > budget:
-        workers -= 1
-    needed = projected_bytes(plans, workers, tables, survey.longest_row)
+    shards = max(sum(len(plan.cuts) for plan in survey.plans.values()), 1)
+    threads = min(threads, shards)
+    while threads > 1 and projected_memory(survey, threads) > budget:
+        threads -= 1
+    needed = projected_memory(survey, threads)
     if needed > budget:
         raise OptionError(
             f"memory_budget={options.memory_budget!r} (--memory-budget) is too small: "
             f"one worker needs about {needed / 1e6:,.0f} MB here"
         )
-    return workers
+    return Crew(kind=kind, processes=min(processes, -(-shards // threads)), threads=threads)
+
+
+def projected_memory(survey: Survey, threads: int) -> int:
+    """Peak bytes of a process that does so many tasks at a time (of this one: it holds the tables, too)."""
+    return projected_bytes(list(survey.plans.values()), threads, table_bytes(survey), survey.longest_row)
 
 
 def table_bytes(survey: Survey) -> int:
     """What obs, var and obsm take while they are joined and encoded."""
     counted: set[int] = set()  # categories that frames share count once
     held = sum(_frame_bytes(frame, counted) for frame in (*survey.obs, survey.vocabulary.frame()))
-    rows = 8 * sum(len(ids) for ids in survey.row_maps)
-    return rows + TABLE_FACTOR * held + 3 * sum(int(value.nbytes) for values in survey.obsm.values() for value in values)
+    return TABLE_FACTOR * held + 3 * sum(int(value.nbytes) for values in survey.obsm.values() for value in values)
 
 
 def _frame_bytes(frame: pd.DataFrame, counted: set[int]) -> int:
@@ -345,59 +395,80 @@ def projected_size(survey: Survey, options: ConversionOptions) -> int:
 # ---- the tasks
 
 
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """What every step of a run needs."""
+
+    construction: Construction
+    survey: Survey
+    options: ConversionOptions
+    executor: Executor
+    progress: Progress
+
+    def matrix(self, path: str) -> list[ShardResult]:
+        """Write every shard of a matrix that is not there yet; with dtype="auto", in a wider dtype where a value does not fit."""
+        survey, seen, begun = self.survey, ValueStats(), self.progress.position
+        while True:
+            self.progress.position = begun
+            tasks = self._tasks(path)
+            try:
+                results = self.tasks(tasks)
+                seen |= union_stats(result.stats for result in results)
+            except DtypeTooNarrowError as found:
+                results = []
+                done = [result for task in tasks if (result := self.construction.outgrown(task)) is not None]
+                seen |= union_stats([found.stats, *(result.stats for result in done)])
+            wanted = _wanted_dtype(survey, path, self.options, seen)
+            had = survey.plans[path].layout.data_dtype
+            if wanted == had:
+                break
+            survey.plans[path] = survey.plans[path].with_dtype(wanted)
+            self.construction.save_dtypes({**self.construction.dtypes(), path: wanted.name})
+            self.progress.event("widened", matrix=path, was=had.name, dtype=wanted.name)
+        if not results:
+            raise SourceError(f"{path}: no dtype holds every value of these sources exactly; give dtype= (--dtype)")
+        return results
+
+    def _tasks(self, path: str) -> list[ShardTask]:
+        survey, construction = self.survey, self.construction
+        return list(survey.plans[path].tasks(str(construction.root), survey.maps(path), self.options, construction.plan_digest))
+
+    def tasks(self, tasks: Sequence[Task]) -> list[ShardResult]:
+        """The results of all tasks, in their order; what an earlier run did is in its marks."""
+        results = {task.name: self.construction.finished(task) for task in tasks}
+        self.progress.found([result for result in results.values() if result is not None])
+        todo = [self._as_widening(task) for task in tasks if results[task.name] is None]
+        widened = {task.name for task in todo if isinstance(task, WidenTask)}
+
+        def report(result: ShardResult) -> None:
+            self.progress.done(result, widened=result.name in widened)
+
+        with explained_errors(self.construction.root):
+            done = self.executor.run(todo, report, self.progress.say) if todo else []
+        results.update({result.name: result for result in done})
+        return [result for task in tasks if (result := results[task.name]) is not None]
+
+    def _as_widening(self, task: Task) -> Task:
+        """A shard that is finished in another dtype is made from its own file."""
+        if not isinstance(task, ShardTask) or task.kind != "values" or task.exact_dtype:
+            return task
+        done = self.construction.outgrown(task)
+        if done is None or done.dtype == task.dtype or not holds(np.dtype(task.dtype), done.stats):
+            return task
+        return WidenTask(task=task, done=done)
+
+
 def _run(
-    construction: Construction, survey: Survey, options: ConversionOptions, workers: int
-) -> tuple[dict[str, list[ShardResult]], int]:
-    """Write every shard that is not there yet; with dtype="auto", again where a value turns out not to fit.
-
-    What every task reported, and how many values were written now (again or not).
-    """
-    from tqdm.auto import tqdm
-
-    saved = construction.dtypes()
-    for path, name in saved.items():
+    construction: Construction, survey: Survey, options: ConversionOptions, executor: Executor, progress: Progress
+) -> dict[str, list[ShardResult]]:
+    """Write every shard that is not there yet: what every task reported, by matrix."""
+    for path, name in construction.dtypes().items():
         if path in survey.plans:
             survey.plans[path] = survey.plans[path].with_dtype(np.dtype(name))
-    results: dict[str, list[ShardResult]] = {}
-    written = 0
-    total = sum(plan.layout.nnz for plan in survey.plans.values())
-    with tqdm(total=total, unit="value", unit_scale=True, disable=not options.progress, desc="converting") as bar:
-        for path in survey.plans:
-            seen, began_at = ValueStats(), bar.n
-            results[path], seen, new = _attempt(construction, survey, path, options, workers, bar, seen)
-            written += new
-            while (wanted := _wanted_dtype(survey, path, options, seen)) != survey.plans[path].layout.data_dtype:
-                survey.plans[path] = survey.plans[path].with_dtype(wanted)
-                saved[path] = wanted.name
-                construction.save_dtypes(saved)
-                bar.update(began_at - bar.n)
-                results[path], seen, new = _attempt(construction, survey, path, options, workers, bar, seen)
-                written += new
-            if not results[path]:
-                raise SourceError(f"{path}: no dtype holds every value of these sources exactly; give dtype= (--dtype)")
-    return results, written
-
-
-def _attempt(
-    construction: Construction,
-    survey: Survey,
-    path: str,
-    options: ConversionOptions,
-    workers: int,
-    bar: Any,
-    seen: ValueStats,
-) -> tuple[list[ShardResult], ValueStats, int]:
-    """Every shard of a matrix in the dtype it has now, none if a value did not fit.
-
-    Also the stats of all values seen so far, and how many values were written now.
-    """
-    tasks = list(survey.plans[path].tasks(str(construction.root), survey.maps(path), options, construction.plan_digest))
-    tally = _Tally()
-    try:
-        done = _run_tasks(construction, tasks, workers, bar, tally)
-    except DtypeTooNarrowError as found:
-        return [], seen | found.stats, tally.values
-    return done, seen | union_stats(result.stats for result in done), tally.values
+    with explained_errors(construction.root):
+        save_maps(construction.root, survey.vocabulary.maps)
+    run = _Run(construction=construction, survey=survey, options=options, executor=executor, progress=progress)
+    return {path: run.matrix(path) for path in survey.plans}
 
 
 def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: ValueStats) -> np.dtype[Any]:
@@ -411,52 +482,7 @@ def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: V
     return choose_dtype(seen, [source.header.dtype for source in plan.sources], survey.width)
 
 
-class _Tally:
-    """How many values were written, also by tasks whose result nobody takes because another one failed."""
-
-    def __init__(self) -> None:
-        self.values = 0
-        self._counting = threading.Lock()
-
-    def run(self, task: ShardTask) -> ShardResult:
-        """Run the task, and count it."""
-        result = run_task(task)
-        with self._counting:
-            self.values += result.values
-        return result
-
-
-def _run_tasks(construction: Construction, tasks: list[ShardTask], workers: int, bar: Any, tally: _Tally) -> list[ShardResult]:
-    """The results of all tasks, in their order; what an earlier run did is in its marks, what this one does is counted."""
-    import dask
-    from dask.callbacks import Callback
-
-    results = {task.name: construction.finished(task) for task in tasks}
-    todo = [task for task in tasks if results[task.name] is None]
-    bar.update(sum(result.values for result in results.values() if result is not None))
-
-    def finished(_key: Any, result: Any, *_: Any) -> None:
-        if isinstance(result, ShardResult):
-            bar.update(result.values)
-
-    jobs = [dask.delayed(tally.run, pure=False)(dask.delayed(task, traverse=False)) for task in todo]
-
-    def say(line: str) -> None:
-        if not bar.disable:
-            bar.write(line, file=sys.stderr)
-
-    # a pool of our own: leaving it waits for tasks that still run after another one failed
-    with (
-        interruptible_pool(workers, say) as pool,
-        explained_errors(construction.root),
-        Callback(posttask=finished),
-    ):
-        done = dask.compute(*jobs, scheduler="threads", pool=pool, num_workers=workers)
-    results.update({task.name: result for task, result in zip(todo, done, strict=True)})
-    return [result for task in tasks if (result := results[task.name]) is not None]
-
-
-def summarize(root: Path, survey: Survey, seconds: float, written_values: int | None) -> ConversionSummary:
+def summarize(root: Path, survey: Survey, seconds: float, written: Written | None) -> ConversionSummary:
     layout = survey.plans["X"].layout
     sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob("*") if path.is_file()}
     return ConversionSummary(
@@ -469,9 +495,12 @@ def summarize(root: Path, survey: Survey, seconds: float, written_values: int | 
         dtype=layout.data_dtype.name,
         stored_bytes=sum(sizes.values()),
         x_bytes=sum(size for path, size in sizes.items() if path.startswith(("X/data/", "X/indices/"))),
-        written_values=written_values or 0,
+        written_values=written.values if written else 0,
+        bytes_in=written.bytes_in if written else 0,
+        crew=written.crew if written else "",
         seconds=seconds,
         left_out=tuple(survey.left_out),
         hints=tuple(survey.hints),
-        written=written_values is not None,
+        skipped=tuple(str(problem) for problem in survey.skipped),
+        written=written is not None,
     )

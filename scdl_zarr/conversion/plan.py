@@ -9,22 +9,39 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from scdl_zarr.conversion.id_maps import IdMap
 from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
 from scdl_zarr.errors import OptionError
 from scdl_zarr.resources import parse_bytes
 from scdl_zarr.storage.schema import SHARD_VALUES, ArrayLayout, MatrixLayout, profile_named
 
-__all__ = ["ConversionOptions", "MatrixPlan", "Part", "SLAB_BYTES", "ShardTask", "SourceMatrix", "projected_bytes"]
+__all__ = [
+    "ConversionOptions",
+    "MatrixPlan",
+    "Part",
+    "SLAB_BYTES",
+    "ShardTask",
+    "SourceMatrix",
+    "Task",
+    "asked_dtype",
+    "projected_bytes",
+]
 
 PIECE_VALUES = 1 << 17  # elements a task holds decoded at a time (more where one row or one HDF5 chunk is longer)
 SLAB_BYTES = 1 << 18  # values that are compressed by one call
 BASE_BYTES = 280_000_000  # interpreter, NumPy, pandas, zarr, numba and HDF5 (250 MB measured), anndata where tables need it
 ARROW_BYTES = 80_000_000  # pandas 3 loads pyarrow for its text where it is installed (60 MB measured)
+# options that say how a store is made, and not what it holds
+HOW = {
+    *("memory_budget", "threads", "workers", "client", "scratch_dir", "storage_options", "log_json"),
+    *("resume", "overwrite", "progress", "skip_bad", "obsp_missing"),
+}
+RARE = {"truncate", "genes", "rows", "order", "seed", "feature_type"}  # recorded where they are not the default
 VALUE_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float32", "float64")
 
 
@@ -46,16 +63,28 @@ class ConversionOptions:
     chunk_values: int | None = None
     shard_values: int | None = None
     memory_budget: str | int = "2GB"
+    threads: int | None = None
     workers: int | None = None
+    client: Any = None  # a dask.distributed.Client, or the address of a scheduler
+    genes: Any = None
+    rows: str | None = None
+    order: str = "source"
+    seed: int = 0
+    feature_type: str | Sequence[str] = ()
+    scratch_dir: Any = None
+    storage_options: Any = None
+    skip_bad: bool = False
     resume: bool = True
     overwrite: bool = False
     progress: bool = True
+    log_json: Any = None  # a path to write what happens to, a line of JSON each
 
     def __post_init__(self) -> None:
         profile_named(self.profile)
         if self.width not in ("auto", "plain", "narrow"):
             raise OptionError(f"width={self.width!r} (--width); choose 'auto', 'plain' or 'narrow'")
-        for name, flag in (("layers", "--layer"), ("obsm", "--obsm"), ("obsp", "--obsp")):
+        lists = (("layers", "--layer"), ("obsm", "--obsm"), ("obsp", "--obsp"), ("feature_type", "--feature-type"))
+        for name, flag in lists:
             value = getattr(self, name)
             if not isinstance(value, (str, list, tuple)) or not all(isinstance(v, str) for v in value):
                 raise OptionError(f"{name}={value!r} ({flag}); expected a name or a list of names")
@@ -63,8 +92,12 @@ class ConversionOptions:
             if len(set(chosen)) != len(chosen):
                 raise OptionError(f"{name}={value!r} ({flag}) names something twice")
             object.__setattr__(self, name, chosen)
-        if self.workers is not None and (not isinstance(self.workers, int) or self.workers < 1):
-            raise OptionError(f"workers={self.workers!r} (--workers); expected a positive number")
+        for name in ("threads", "workers"):
+            count = getattr(self, name)
+            if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+                raise OptionError(f"{name}={count!r} (--{name}); expected a positive number")
+        if self.client is not None and (self.workers is not None or self.threads is not None):
+            raise OptionError("client= (--scheduler) brings its own workers and their threads; leave out workers= and threads=")
         if not isinstance(self.dtype_tolerance, (int, float)) or not 0 <= self.dtype_tolerance < float("inf"):
             raise OptionError(f"dtype_tolerance={self.dtype_tolerance!r} (--dtype-tolerance); expected a number from 0.0 on")
         if isinstance(self.dtype, str) and self.dtype == "auto":
@@ -94,12 +127,12 @@ class ConversionOptions:
 
     def content(self) -> dict[str, Any]:
         """The options that decide what the store holds, as they are recorded in it."""
-        skip = {"memory_budget", "workers", "resume", "overwrite", "progress", "obsp_missing"}
-        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in HOW}
         chosen["layers"], chosen["obsm"], chosen["obsp"] = list(self.layers), list(self.obsm), list(self.obsp)
         chosen["chunk_values"], chosen["shard_values"] = self.chunk, self.shard
-        if not self.truncate:
-            del chosen["truncate"]
+        for f in fields(self):
+            if f.name in RARE and getattr(self, f.name) == f.default:
+                del chosen[f.name]
         return chosen
 
 
@@ -119,6 +152,11 @@ def _check_sizes(chunk: int, shard: int) -> None:
         raise OptionError(f"chunk_values={chunk!r}, shard_values={shard!r}; expected positive numbers, chunks up to {1 << 27}")
     if shard < chunk or shard % chunk or shard > 1 << 34:
         raise OptionError(f"shard_values={shard} must be a multiple of chunk_values={chunk}, at most {1 << 34}")
+
+
+def asked_dtype(path: str, options: ConversionOptions) -> str:
+    """What `dtype=` says about a matrix: it is about expression, the weights of an obsp always survive exactly."""
+    return "auto" if path.startswith("obsp/") else str(options.dtype)
 
 
 # ---- matrices and tasks
@@ -146,8 +184,31 @@ class Part:
     row_stop: int
     first_row: int  # where row_start is in the store
     value_start: int  # where the source's first value is in the store
-    lookup: npt.NDArray[np.int64]  # column id in the source -> in the store
-    rising: bool  # the lookup keeps sorted rows sorted
+    ids: IdMap
+
+
+class Task(Protocol):
+    """What is done in one piece, by one owner, and noted with a mark when it is done.  Small: it travels to where it is done."""
+
+    @property
+    def name(self) -> str:
+        """Like that of no other task of the conversion."""
+
+    @property
+    def root(self) -> str:
+        """The folder that is being filled."""
+
+    @property
+    def plan(self) -> str:
+        """Digest of the whole conversion's plan."""
+
+    @property
+    def dtype(self) -> str:
+        """What values are stored in, if that may change while the conversion goes on, else nothing."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What it writes, as keys below `root`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +233,16 @@ class ShardTask:
     def name(self) -> str:
         return f"{self.matrix.replace('/', '.')}-{self.kind}-{self.number:06d}"
 
+    @property
+    def dtype(self) -> str:
+        """What the values it writes are stored in; a shard that was finished in another one does not count."""
+        return self.arrays[0].dtype.name
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What the task writes, as keys of the store."""
+        return tuple(layout.shard_key(self.number) for layout in self.arrays)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixPlan:
@@ -182,22 +253,19 @@ class MatrixPlan:
     cuts: tuple[tuple[tuple[int, int, int], ...], ...] = field(repr=False)  # per shard: (source, row_start, row_stop)
 
     def asked_dtype(self, options: ConversionOptions) -> str:
-        """What `dtype=` says about this matrix: it is about expression, the weights of an obsp always survive exactly."""
-        return "auto" if self.layout.path.startswith("obsp/") else str(options.dtype)
+        """What `dtype=` says about this matrix."""
+        return asked_dtype(self.layout.path, options)
 
     def with_dtype(self, dtype: np.dtype[Any]) -> MatrixPlan:
         assert self.layout.data is not None
         layout = replace(self.layout, data=self.layout.data.with_dtype(dtype), data_dtype=np.dtype(dtype))
         return replace(self, layout=layout)
 
-    def tasks(
-        self, root: str, maps: list[npt.NDArray[np.int64]], options: ConversionOptions, plan: str = ""
-    ) -> Iterator[ShardTask]:
+    def tasks(self, root: str, maps: list[IdMap], options: ConversionOptions, plan: str = "") -> Iterator[ShardTask]:
         """Every shard of the matrix, once."""
         data, indices, indptr = self.layout.data, self.layout.indices, self.layout.indptr
         assert data is not None and indices is not None and indptr is not None
         exact = self.asked_dtype(options) != "auto"
-        rising = [bool((np.diff(ids) > 0).all()) for ids in maps]
         for number, cut in enumerate(self.cuts):
             start = number * data.shard
             yield ShardTask(
@@ -208,7 +276,7 @@ class MatrixPlan:
                 stop=min(start + data.shard, data.size),
                 root=root,
                 arrays=(data, indices),
-                parts=tuple(self._part(s, a, b, maps, rising) for s, a, b in cut),
+                parts=tuple(self._part(s, a, b, maps) for s, a, b in cut),
                 total=self.layout.nnz,
                 exact_dtype=exact,
                 tolerance=options.dtype_tolerance if exact else 0.0,
@@ -225,13 +293,13 @@ class MatrixPlan:
                 stop=stop,
                 root=root,
                 arrays=(indptr,),
-                parts=tuple(self._pointer_parts(start, stop, maps, rising)),
+                parts=tuple(self._pointer_parts(start, stop, maps)),
                 total=self.layout.nnz,
                 exact_dtype=exact,
                 plan=plan,
             )
 
-    def _part(self, s: int, row_start: int, row_stop: int, maps: list[npt.NDArray[np.int64]], rising: list[bool]) -> Part:
+    def _part(self, s: int, row_start: int, row_stop: int, maps: list[IdMap]) -> Part:
         source = self.sources[s]
         return Part(
             source=s,
@@ -241,17 +309,16 @@ class MatrixPlan:
             row_stop=row_stop,
             first_row=source.row_start + row_start,
             value_start=source.value_start,
-            lookup=maps[source.table],
-            rising=rising[source.table],
+            ids=maps[source.table],
         )
 
-    def _pointer_parts(self, start: int, stop: int, maps: list[npt.NDArray[np.int64]], rising: list[bool]) -> Iterator[Part]:
+    def _pointer_parts(self, start: int, stop: int, maps: list[IdMap]) -> Iterator[Part]:
         """Pointer r of the store is the start of row r; the last one, after all rows, belongs to no source."""
         for s, source in enumerate(self.sources):
             low = max(start - source.row_start, 0)
             high = min(stop - source.row_start, source.header.n_obs)
             if low < high:
-                yield self._part(s, low, high, maps, rising)
+                yield self._part(s, low, high, maps)
 
 
 def border_elements(source: SourceMatrix, shard: int) -> npt.NDArray[np.int64]:

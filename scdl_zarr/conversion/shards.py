@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.encode import ShardEncoder
+from scdl_zarr.conversion.id_maps import load_ids
 from scdl_zarr.conversion.kernels import map_rows, sort_rows
 from scdl_zarr.conversion.plan import PIECE_VALUES, Part, ShardTask
 from scdl_zarr.conversion.sources import MatrixReader, open_source, read_matrix
@@ -53,6 +54,9 @@ class ShardResult:
     checksums: tuple[tuple[int, int], ...] = ()
     unsorted: tuple[tuple[int, int], ...] = ()
     values: int = 0
+    bytes_in: int = 0  # values and ids as they came out of the sources, decoded
+    bytes_out: int = 0  # the files written
+    seconds: float = 0.0
 
 
 def write_shard(task: ShardTask) -> ShardResult:
@@ -83,6 +87,7 @@ def _write_pointers(task: ShardTask) -> ShardResult:
                     done += len(pointers)
         if done < task.stop:  # the one pointer after the last row
             encoder.add(np.array([task.total], layout.dtype))
+        refuse_if_stopped(task.root, task)
     return ShardResult(name=task.name, dtype=layout.dtype.name, stats=ValueStats())
 
 
@@ -91,23 +96,24 @@ def _write_values(task: ShardTask) -> ShardResult:
     stats = ValueStats()
     sums: dict[int, int] = {}
     unsorted: list[tuple[int, int]] = []
-    written = 0
+    written = bytes_in = 0
     buffers = _Buffers()
     with ShardEncoder(_path(task, data), data) as data_out, ShardEncoder(_path(task, indices), indices) as indices_out:
         for part in task.parts:
-            mapping = _Mapping(part, indices.dtype)
+            mapping = _Mapping(task.root, part, indices.dtype)
             with open_source(part.spec) as source:
                 matrix = source.matrix(part.key)
                 for piece in _pieces(matrix, part):
                     refuse_if_stopped(task.root)
                     values, ids = _elements(matrix, piece, buffers)
+                    bytes_in += values.nbytes + ids.nbytes
                     inside = piece.inside(task, part)
                     mapped = buffers.take("mapped", len(ids), indices.dtype)
                     in_order = mapping.map(piece, ids, mapped)
                     _note_unsorted(unsorted, in_order, task, part, piece)
                     narrowed = buffers.take("narrowed", inside.stop - inside.start, data.dtype)
                     found, total = take_values(values[inside], ids[inside], narrowed)
-                    if not part.rising:  # the checksum is that of the source's order, what is stored is sorted
+                    if not part.ids.rising:  # the checksum is that of the source's order, what is stored is sorted
                         _sort(piece, in_order, mapped, values, buffers)
                         found, _ = take_values(values[inside], ids[inside], narrowed)
                     sums[part.source] = (sums.get(part.source, 0) + total) % 2**64
@@ -118,7 +124,7 @@ def _write_values(task: ShardTask) -> ShardResult:
                     data_out.add(narrowed)
                     indices_out.add(mapped[inside])
                     written += len(narrowed)
-        refuse_if_stopped(task.root)  # the last moment: a shard of a stopped conversion must not land in what follows it
+        refuse_if_stopped(task.root, task)  # the last moment: it must not land in what follows a stopped conversion
         if written != task.stop - task.start:
             raise SourceError(f"{task.name}: the sources gave {written} values, {task.stop - task.start} were planned")
     return ShardResult(
@@ -128,6 +134,7 @@ def _write_values(task: ShardTask) -> ShardResult:
         checksums=tuple(sorted(sums.items())),
         unsorted=tuple(unsorted),
         values=task.stop - task.start,
+        bytes_in=bytes_in,
     )
 
 
@@ -199,10 +206,13 @@ def _elements(matrix: MatrixReader, piece: _Piece, buffers: _Buffers) -> tuple[n
 class _Mapping:
     """The source's gene ids to the store's."""
 
-    def __init__(self, part: Part, dtype: np.dtype[Any]) -> None:
+    def __init__(self, root: str, part: Part, dtype: np.dtype[Any]) -> None:
         self._part = part
-        self._lookup = part.lookup.astype(dtype)
-        self._identity = bool((part.lookup == np.arange(len(part.lookup))).all())
+        ids = load_ids(root, part.ids)
+        self._shift = part.ids.first or 0
+        self._identity = ids is None
+        # of consecutive ids the kernel looks at their number alone
+        self._lookup = np.empty(part.ids.length, dtype) if ids is None else ids.astype(dtype)
 
     def map(self, piece: _Piece, ids: npt.NDArray[Any], out: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Write the store ids of the piece's elements; which of its rows are sorted in the source."""
@@ -212,12 +222,14 @@ class _Mapping:
         row = map_rows(usual, local, self._lookup, self._identity, out, in_order)
         if row >= 0:
             there = usual[local[row] : local[row + 1]]
-            bad = ids[local[row] + int(np.argmax((there < 0) | (there >= len(part.lookup))))]
+            bad = ids[local[row] + int(np.argmax((there < 0) | (there >= part.ids.length)))]
             raise SourceError(
                 f"{part.spec.path}: row {piece.row + row} of {matrix_name(part.key)} has "
                 f"{'neighbor' if part.key.startswith('obsp/') else 'gene id'} {bad}, "
-                f"but there are {len(part.lookup)} {'cells' if part.key.startswith('obsp/') else 'genes'}"
+                f"but there are {part.ids.length} {'cells' if part.key.startswith('obsp/') else 'genes'}"
             )
+        if self._shift:
+            out += out.dtype.type(self._shift)
         return in_order
 
 

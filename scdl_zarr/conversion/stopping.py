@@ -9,13 +9,23 @@ mark: the same conversion goes on from the shards that are whole.
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-__all__ = ["StoppedError", "interruptible_pool", "refuse_if_stopped"]
+from scdl_zarr.storage.schema import BUILD_FOLDER
+
+if TYPE_CHECKING:
+    from scdl_zarr.conversion.plan import Task
+
+__all__ = ["STATE", "StoppedError", "interruptible_pool", "read_state", "refuse_if_stopped", "state_document"]
+
+STATE = "state"  # a file in the build folder
 
 _thread = threading.local()  # in a pool's threads: `stop`
 
@@ -30,10 +40,37 @@ class _Stop:
     asked = False
 
 
-def refuse_if_stopped(root: str) -> None:
-    """Raise :class:`StoppedError` in a task of a conversion that is being stopped."""
+def refuse_if_stopped(root: str, task: Task | None = None) -> None:
+    """Raise :class:`StoppedError` in a task of a conversion that is being stopped.
+
+    Parameters
+    ----------
+    task
+        The task that is about to land.  Another process may go on with one that nobody waits for, and whoever waited may have
+        begun something else in that folder, or gone on with another dtype: what the folder says of itself decides.
+    """
     if getattr(_thread, "stop", _Stop).asked:
         raise StoppedError(root)
+    if task is None or not task.plan:
+        return
+    digest, dtypes = read_state(Path(root))
+    if digest != task.plan or dtypes.get(task.name.rpartition("-")[0], task.dtype) != task.dtype:
+        raise StoppedError(f"{root} is no longer built by the plan of {task.name}")
+
+
+def read_state(root: Path) -> tuple[str, dict[str, str]]:
+    """The plan that a folder says is being built in it, and the dtypes that its values now have; nothing where none is."""
+    try:
+        digest, dtypes = (root / BUILD_FOLDER / STATE).read_text().split("\n", 1)
+        return digest, dict(json.loads(dtypes))
+    except (OSError, ValueError):
+        return "", {}
+
+
+def state_document(digest: str, dtypes: Mapping[str, str]) -> bytes:
+    """What :func:`read_state` reads; `dtypes` by matrix."""
+    of_tasks = {f"{path.replace('/', '.')}-values": name for path, name in dtypes.items()}
+    return f"{digest}\n{json.dumps(of_tasks)}".encode()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan, SourceMatrix, border_elements, cut_shards
+from scdl_zarr.conversion.id_maps import IdMap
+from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan, SourceMatrix, asked_dtype, border_elements, cut_shards
+from scdl_zarr.conversion.problems import Problem, Problems
 from scdl_zarr.conversion.sources import (
     EmptyMatrix,
     MatrixHeader,
@@ -60,7 +62,8 @@ class Survey:
     width: str
     digests: list[str]
     longest_row: int
-    row_maps: list[npt.NDArray[np.int64]]  # for each source, the store's row of each of its rows; empty without obsp
+    row_maps: list[IdMap]  # for each source, the store's row of each of its rows; empty without obsp
+    skipped: list[Problem] = field(default_factory=list)  # sources that could not be converted
     kept_dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)  # of matrices that keep theirs while values fit
 
     @property
@@ -72,9 +75,9 @@ class Survey:
     def row_starts(self) -> list[int]:
         return [source.row_start for source in self.plans["X"].sources]
 
-    def maps(self, path: str) -> list[npt.NDArray[np.int64]]:
+    def maps(self, path: str) -> list[IdMap]:
         """What the column ids of a matrix go through: genes into the vocabulary, or rows to where they are in the store."""
-        return self.row_maps if path.startswith("obsp/") else self.vocabulary.maps
+        return self.row_maps if path.startswith("obsp/") else [IdMap.of(ids) for ids in self.vocabulary.maps]
 
 
 def find_sources(sources: Any, *, repeats: bool = False) -> list[SourceSpec]:
@@ -110,72 +113,144 @@ def _told_apart(specs: list[SourceSpec]) -> list[SourceSpec]:
     ]
 
 
-def survey_sources(specs: list[SourceSpec], options: ConversionOptions, keys: list[str] | None = None) -> Survey:
+def survey_sources(
+    specs: list[SourceSpec], options: ConversionOptions, keys: list[str] | None = None, problems: Problems | None = None
+) -> Survey:
     """Open every source once and plan the store.
 
-    Reads headers, row pointers (in blocks), obs and var; of the matrices only a first piece, to start with a likely dtype.
-    `keys` are those of the sources' matrices where they are not to be chosen by ``options.matrix``.
+    Reads headers, row pointers (in blocks), obs and var; of the matrices only a few pieces, to start with a likely dtype and to
+    notice a source that was written anew.  `keys` are those of the sources' matrices where they are not to be chosen by
+    ``options.matrix``.
+
+    Raises
+    ------
+    ScdlZarrError
+        What is wrong with any of the sources, all of it together; with ``options.skip_bad`` only if none is left.
     """
-    keys = choose_matrices(specs, options.matrix) if keys is None else keys
-    vocabulary = Vocabulary(var_key=options.var_key)
-    found: dict[str, list[MatrixHeader]] = {path: [] for path in _store_paths(options)}
-    tables: list[int] = []
-    obs: list[pd.DataFrame] = []
-    obsm: dict[str, list[Any]] = {name: [] for name in options.obsm}
-    left_out: list[set[str]] = []
-    origins: list[Provenance | None] = []
+    problems = Problems() if problems is None else problems
+    problems.skip = options.skip_bad
+    if keys is None:
+        keys = choose_matrices(specs, options.matrix, problems)
+    found = _Findings(options=options)
     for spec, key in zip(specs, keys, strict=True):
+        if spec not in problems:
+            with problems.of(spec):
+                found.add(spec, key)
+    problems.settle(len(found.specs))
+    _check_widths(found.obsm, found.specs)
+    return found.survey(problems.found)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Findings:
+    """What is known of the sources that were surveyed so far: a source that cannot be converted leaves nothing here."""
+
+    options: ConversionOptions
+    specs: list[SourceSpec] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    origins: list[Provenance | None] = field(default_factory=list)
+    tables: list[int] = field(default_factory=list)
+    obs: list[pd.DataFrame] = field(default_factory=list)
+    obsm: dict[str, list[Any]] = field(init=False)
+    matrices: dict[str, list[SourceMatrix]] = field(init=False)
+    borders: dict[str, list[npt.NDArray[np.int64]]] = field(init=False)
+    left_out: list[set[str]] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    longest_row: int = 0
+    vocabulary: Vocabulary = field(init=False)
+
+    def __post_init__(self) -> None:
+        paths = _store_paths(self.options)
+        self.obsm = {name: [] for name in self.options.obsm}
+        self.matrices, self.borders = {path: [] for path in paths}, {path: [] for path in paths}
+        self.vocabulary = Vocabulary(var_key=self.options.var_key)
+
+    def add(self, spec: SourceSpec, key: str) -> None:
+        """Look at a source."""
+        options = self.options
         with open_source(spec) as source:
             matrix = source.matrix(key)
-            frame, var = source.obs(), source.var(key)
-            _check_tables(spec, matrix.header, frame, var)
-            tables.append(vocabulary.add(var, spec.path))
-            obs.append(frame)
-            found["X"].append(matrix.header)
-            for layer in options.layers:
-                found[f"layers/{layer}"].append(_layer_header(source, layer, matrix.header, var))
-            for name in options.obsp:
-                found[f"obsp/{name}"].append(_obsp_header(source, name, matrix.header.n_obs, options.obsp_missing))
-            for name in options.obsm:
-                obsm[name].append(_obsm(source, name, matrix.header.n_obs))
-            left_out.append(_left_out(source, key, options))
-            origins.append(source.provenance() if key == "X" else None)
-    _check_widths(obsm, specs)
-    plans, digests, longest = _plan_matrices(specs, found, tables, vocabulary, options)
-    digests = [
-        digest_of(
-            [
-                digest,
-                vocabulary.packer.digests[table],
-                _frame_digest(frame, spec),
-                *(_bytes_digest(obsm[name][k]) for name in obsm),
-            ]
+            obs, var = source.obs(), source.var(key)
+            _check_tables(spec, matrix.header, obs, var)
+            n_obs = matrix.header.n_obs
+            headers = {"X": matrix.header}
+            headers |= {f"layers/{name}": _layer_header(source, name, matrix.header, var) for name in options.layers}
+            headers |= {f"obsp/{name}": _obsp_header(source, name, n_obs, options.obsp_missing) for name in options.obsp}
+            obsm = {name: _obsm(source, name, n_obs) for name in options.obsm}
+            left_out = _left_out(source, key, options)
+            origin = source.provenance() if key == "X" else None
+            digest = hashlib.blake2b(digest_size=16)
+            placed, borders, longest = {}, {}, 0
+            for path, header in headers.items():
+                placed[path] = self._placed(spec, path, header)
+                reader = read_matrix(source, header.key, n_obs)
+                borders[path], row = scan_pointers(reader, border_elements(placed[path], options.shard), spec, digest)
+                _sample_values(reader, digest)
+                longest = max(longest, row)
+        digest.update(repr(spec.size).encode())
+        table = self.vocabulary.add(var, spec.path)
+        # nothing of what follows can fail
+        self.specs.append(spec)
+        self.keys.append(key)
+        self.origins.append(origin)
+        self.tables.append(table)
+        self.obs.append(obs)
+        self.left_out.append(left_out)
+        self.longest_row = max(self.longest_row, longest)
+        for name, values in obsm.items():
+            self.obsm[name].append(values)
+        for path, one in placed.items():
+            self.matrices[path].append(replace(one, table=len(self.specs) - 1 if path.startswith("obsp/") else table))
+            self.borders[path].append(borders[path])
+        parts = [digest.hexdigest(), self.vocabulary.packer.digests[table], _frame_digest(obs, spec)]
+        self.digests.append(digest_of([*parts, *(_bytes_digest(values) for values in obsm.values())]))
+
+    def _placed(self, spec: SourceSpec, path: str, header: MatrixHeader) -> SourceMatrix:
+        """The matrix behind those of the sources before; which table it goes through is not known yet."""
+        last = self.matrices[path][-1] if self.matrices[path] else None
+        return SourceMatrix(
+            spec=spec,
+            header=header,
+            table=-1,
+            row_start=last.row_start + last.header.n_obs if last else 0,
+            value_start=last.value_start + last.header.nnz if last else 0,
         )
-        for k, (spec, digest, table, frame) in enumerate(zip(specs, digests, tables, obs, strict=True))
-    ]
-    width = options.width
-    if width == "auto":
-        nnz = max(plan.layout.nnz for plan in plans.values())
-        width = "narrow" if nnz >= NARROW_FROM or profile_named(options.profile).narrow else "plain"
-    plans = {path: _with_layout(plan, options, width, len(vocabulary)) for path, plan in plans.items()}
-    starts = [source.row_start for source in plans["X"].sources] if options.obsp else []
-    row_maps = [np.arange(start, start + header.n_obs) for start, header in zip(starts, found["X"], strict=False)]
-    return Survey(
-        specs=specs,
-        keys=keys,
-        origins=origins,
-        plans=plans,
-        vocabulary=vocabulary,
-        tables=tables,
-        obs=obs,
-        obsm=obsm,
-        left_out=name_left_out(left_out, [spec.name for spec in specs]),
-        hints=_hints(vocabulary, tables, specs),
-        width=width,
-        digests=digests,
-        longest_row=longest,
-        row_maps=row_maps,
-    )
+
+    def survey(self, skipped: list[Problem]) -> Survey:
+        """The plan of the store."""
+        options, n_vars = self.options, len(self.vocabulary)
+        sizes = {path: sum(source.header.nnz for source in sources) for path, sources in self.matrices.items()}
+        width = options.width
+        if width == "auto":
+            width = "narrow" if max(sizes.values()) >= NARROW_FROM or profile_named(options.profile).narrow else "plain"
+        plans = {}
+        for path, sources in self.matrices.items():
+            placed = tuple(sources)
+            dtype = _first_dtype(path, placed, options, width)
+            layout = _layout(path, [source.header for source in placed], sizes[path], n_vars, options, width, dtype)
+            cuts = cut_shards(placed, self.borders[path], sizes[path], options.shard)
+            plans[path] = MatrixPlan(layout=layout, sources=placed, cuts=cuts)
+        row_maps = [
+            IdMap(length=source.header.n_obs, rising=True, first=source.row_start)
+            for source in (self.matrices["X"] if options.obsp else ())
+        ]
+        return Survey(
+            specs=self.specs,
+            keys=self.keys,
+            origins=self.origins,
+            plans=plans,
+            vocabulary=self.vocabulary,
+            tables=self.tables,
+            obs=self.obs,
+            obsm=self.obsm,
+            left_out=name_left_out(self.left_out, [spec.name for spec in self.specs]),
+            hints=_hints(self.vocabulary, self.tables, self.specs),
+            width=width,
+            digests=self.digests,
+            longest_row=self.longest_row,
+            row_maps=row_maps,
+            skipped=skipped,
+        )
 
 
 # ---- which matrix
@@ -185,8 +260,8 @@ def _store_paths(options: ConversionOptions) -> list[str]:
     return ["X", *(f"layers/{name}" for name in options.layers), *(f"obsp/{name}" for name in options.obsp)]
 
 
-def choose_matrices(specs: list[SourceSpec], matrix: Any) -> list[str]:
-    """The key of each source's matrix, decided once for all of them."""
+def choose_matrices(specs: list[SourceSpec], matrix: Any, problems: Problems | None = None) -> list[str]:
+    """The key of each source's matrix, decided once for all of them; one that cannot be opened, a problem, has no say."""
     files = [spec for spec in specs if spec.kind not in DECIDED]
     if isinstance(matrix, Mapping):
         odd = [key for key in matrix.values() if not isinstance(key, str)]
@@ -199,11 +274,17 @@ def choose_matrices(specs: list[SourceSpec], matrix: Any) -> list[str]:
     if matrix != "auto":
         key = _matrix_key(matrix)
         return ["X" if spec.kind == "store" and key == "raw/X" else key for spec in specs]
-    has_raw = []
+    noted = Problems() if problems is None else problems
+    has_raw, opened = [], []
     for spec in files:
-        with open_source(spec) as source:
+        with noted.of(spec), open_source(spec) as source:
             has_raw.append("raw/X" in source.matrices())
-    if any(has_raw) and not all(has_raw):
+            opened.append(spec)
+    files = opened
+    undecided = any(has_raw) and not all(has_raw)
+    if undecided or problems is None:
+        noted.settle(len(files))
+    if undecided:
         with_raw = ", ".join(s.name for s, raw in zip(files, has_raw, strict=True) if raw)
         without = ", ".join(s.name for s, raw in zip(files, has_raw, strict=True) if not raw)
         raise SourceError(
@@ -348,43 +429,6 @@ def _hints(vocabulary: Vocabulary, tables: list[int], specs: list[SourceSpec]) -
 # ---- rows, values, plans
 
 
-def _plan_matrices(
-    specs: list[SourceSpec],
-    found: dict[str, list[MatrixHeader]],
-    tables: list[int],
-    vocabulary: Vocabulary,
-    options: ConversionOptions,
-) -> tuple[dict[str, MatrixPlan], list[str], int]:
-    plans: dict[str, MatrixPlan] = {}
-    digests = [hashlib.blake2b(digest_size=16) for _ in specs]
-    longest = 0
-    for path, headers in found.items():
-        sources = _placed(specs, headers, list(range(len(specs))) if path.startswith("obsp/") else tables)
-        nnz = sum(header.nnz for header in headers)
-        borders = []
-        for source, digest in zip(sources, digests, strict=True):
-            with open_source(source.spec) as opened:
-                wanted = border_elements(source, options.shard)
-                matrix = read_matrix(opened, source.header.key, source.header.n_obs)
-                rows, row = scan_pointers(matrix, wanted, source.spec, digest)
-                _sample_values(matrix, digest)
-            borders.append(rows)
-            longest = max(longest, row)
-        layout = _layout(path, headers, nnz, len(vocabulary), options, "plain", np.dtype(np.int32))
-        plans[path] = MatrixPlan(layout=layout, sources=sources, cuts=cut_shards(sources, borders, nnz, options.shard))
-    for spec, digest in zip(specs, digests, strict=True):
-        digest.update(repr(spec.size).encode())
-    return plans, [digest.hexdigest() for digest in digests], longest
-
-
-def _placed(specs: list[SourceSpec], headers: list[MatrixHeader], tables: list[int]) -> tuple[SourceMatrix, ...]:
-    placed, row, value = [], 0, 0
-    for spec, header, table in zip(specs, headers, tables, strict=True):
-        placed.append(SourceMatrix(spec=spec, header=header, table=table, row_start=row, value_start=value))
-        row, value = row + header.n_obs, value + header.nnz
-    return tuple(placed)
-
-
 def scan_pointers(
     matrix: MatrixReader, elements: npt.NDArray[np.int64], spec: SourceSpec, digest: Any
 ) -> tuple[npt.NDArray[np.int64], int]:
@@ -434,18 +478,16 @@ def _layout(
     )
 
 
-def _with_layout(plan: MatrixPlan, options: ConversionOptions, width: str, n_vars: int) -> MatrixPlan:
-    headers = [source.header for source in plan.sources]
-    asked = plan.asked_dtype(options)
-    dtype = np.dtype(asked) if asked != "auto" else _likely_dtype(plan, width)
-    layout = _layout(plan.layout.path, headers, plan.layout.nnz, n_vars, options, width, dtype)
-    return replace(plan, layout=layout)
+def _first_dtype(path: str, sources: tuple[SourceMatrix, ...], options: ConversionOptions, width: str) -> np.dtype[Any]:
+    """The dtype that values are first stored in."""
+    asked = asked_dtype(path, options)
+    return np.dtype(asked) if asked != "auto" else _likely_dtype(sources, width)
 
 
-def _likely_dtype(plan: MatrixPlan, width: str) -> np.dtype[Any]:
+def _likely_dtype(sources: tuple[SourceMatrix, ...], width: str) -> np.dtype[Any]:
     """The dtype that holds the first values of the first source: what `auto` starts with, and widens if it must."""
-    dtypes = [source.header.dtype for source in plan.sources]
-    for source in plan.sources:
+    dtypes = [source.header.dtype for source in sources]
+    for source in sources:
         if source.header.nnz:
             with open_source(source.spec) as opened:
                 values, _ = opened.matrix(source.header.key).elements(0, min(source.header.nnz, PROBE_VALUES))

@@ -1,0 +1,340 @@
+"""Who does the tasks of a conversion: threads, local processes, or the workers of a Dask cluster.
+
+Each gives the same bytes, because a task depends on nothing but itself, and each runs the tasks through Dask::
+
+    threads      dask's threaded scheduler ──► pool ──► run_task
+    processes    dask's threaded scheduler ──► pool ──► pipe ──► run_task in a fresh interpreter (one for each place in the pool)
+    cluster      dask.distributed ──► scheduler ──► run_task in a worker, as many at once as its memory allows
+
+Tasks are small and so are their results: what is large is read and written where the task runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import secrets
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from scdl_zarr.conversion.construction import run_task
+from scdl_zarr.conversion.plan import Task
+from scdl_zarr.conversion.shards import ShardResult
+from scdl_zarr.conversion.stopping import StoppedError, interruptible_pool, refuse_if_stopped
+from scdl_zarr.errors import MissingDependencyError, OptionError, ScdlZarrError
+
+__all__ = ["Cluster", "Crew", "Executor", "Processes", "Threads", "connected", "serve_tasks", "threads_of_workers"]
+
+SECONDS_TO_CONNECT = 30
+TRIES = 3  # of a task whose process dies under it
+Report = Callable[[ShardResult], object]
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crew:
+    """How many work: ``processes`` with ``threads`` tasks at a time in each."""
+
+    kind: str  # "threads", "processes" or "cluster"
+    processes: int
+    threads: int
+
+    def __str__(self) -> str:
+        if self.kind == "threads":
+            return f"{self.threads} thread{'s' if self.threads != 1 else ''}"
+        each = f" of {self.threads} threads" if self.threads > 1 else ""
+        where = " on a cluster" if self.kind == "cluster" else ""
+        return f"{self.processes} {'process' if self.processes == 1 else 'processes'}{each}{where}"
+
+
+class Executor(Protocol):
+    """Runs tasks."""
+
+    crew: Crew
+
+    def run(self, tasks: Sequence[Task], report: Report, say: Say) -> list[ShardResult]:
+        """Do all tasks; their results, in their order.
+
+        `report` hears of each as it is done.  The first error ends it: tasks that have begun are waited for, the others are not
+        begun.  Ctrl-C gives up those that have begun.
+        """
+
+    def close(self) -> None:
+        """Let go of what was started for it."""
+
+
+@dataclass(slots=True)
+class Threads:
+    """In threads of this process."""
+
+    crew: Crew
+
+    def run(self, tasks: Sequence[Task], report: Report, say: Say) -> list[ShardResult]:
+        return _run_in_pool(tasks, self.crew.threads, _run_here, report, say)
+
+    def close(self) -> None:
+        pass
+
+
+def _run_here(task: Task) -> ShardResult:
+    return run_task(task)
+
+
+def _run_in_pool(
+    tasks: Sequence[Task], places: int, do: Callable[[Task], ShardResult], report: Report, say: Say
+) -> list[ShardResult]:
+    import dask
+    from dask.callbacks import Callback
+
+    def finished(_key: Any, result: Any, *_: Any) -> None:
+        if isinstance(result, ShardResult):
+            report(result)
+
+    jobs = [dask.delayed(do, pure=False)(dask.delayed(task, traverse=False)) for task in tasks]
+    # a pool of our own: leaving it waits for tasks that still run after another one failed
+    with interruptible_pool(places, say) as pool, Callback(posttask=finished):
+        return list(dask.compute(*jobs, scheduler="threads", pool=pool, num_workers=places))
+
+
+# ---- local processes
+
+
+class Processes:
+    """In fresh interpreters of this machine, which know nothing of the script that asked.
+
+    A process whose parent is gone ends at once.  One that dies under a task (out of memory) is replaced, and the task done again.
+    """
+
+    def __init__(self, crew: Crew) -> None:
+        self.crew = crew
+        self._idle: list[_Child] = []
+        self._children: list[_Child] = []
+        self._lock = threading.Lock()
+
+    def run(self, tasks: Sequence[Task], report: Report, say: Say) -> list[ShardResult]:
+        places = self.crew.processes * self.crew.threads
+        try:
+            return _run_in_pool(tasks, min(places, max(len(tasks), 1)), self._do, report, say)
+        except (KeyboardInterrupt, StoppedError):
+            self.close()  # what they are at is given up
+            raise
+
+    def _do(self, task: Task) -> ShardResult:
+        for _ in range(TRIES):
+            refuse_if_stopped(task.root)
+            child = self._take()
+            try:
+                result = child.call(task)
+            except _LostError as error:
+                lost = error
+                child.end()
+                continue
+            except BaseException:
+                self._give(child)
+                raise
+            self._give(child)
+            return result
+        refuse_if_stopped(task.root)
+        raise RuntimeError(f"{task.name}: the process that worked on it ended {TRIES} times ({lost}); is there enough memory?")
+
+    def _take(self) -> _Child:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+            child = _Child()
+            self._children.append(child)
+            return child
+
+    def _give(self, child: _Child) -> None:
+        with self._lock:
+            self._idle.append(child)
+
+    def close(self) -> None:
+        for child in self._children:
+            child.end()
+        self._children, self._idle = [], []
+
+
+class _LostError(Exception):
+    """A process ended instead of answering."""
+
+
+class _Child:
+    """A fresh interpreter that does tasks, one after the other."""
+
+    def __init__(self) -> None:
+        code = "import sys; sys.path[:] = {!r}; from scdl_zarr.conversion.executors import serve_tasks; serve_tasks()"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code.format(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which tells the others
+        )
+
+    def call(self, task: Task) -> ShardResult:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            pickle.dump(task, self._process.stdin)
+            self._process.stdin.flush()
+            kind, answer = pickle.load(self._process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            self.end()
+            raise _LostError(f"exit code {self._process.returncode}") from error
+        if kind == "error":
+            assert isinstance(answer, BaseException)
+            raise answer
+        assert isinstance(answer, ShardResult)
+        return answer
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def serve_tasks() -> None:
+    """In a child: do the tasks that come in, until nobody is there to send any; then end at once, whatever is being done."""
+    import os
+    import queue
+
+    incoming, outgoing = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what tasks print is no answer
+    tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
+
+    def listen() -> None:
+        while True:
+            try:
+                tasks.put(pickle.load(incoming))
+            except Exception:  # the parent is gone
+                os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        answer: tuple[str, Any]
+        try:
+            answer = ("result", run_task(tasks.get()))
+        except Exception as error:
+            answer = ("error", _portable(error))
+        pickle.dump(answer, outgoing)
+        outgoing.flush()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as something that another process can be told."""
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception:
+        pass
+    kind = type(error) if isinstance(error, ScdlZarrError) else RuntimeError
+    return kind(str(error)) if kind is not RuntimeError else RuntimeError(f"{type(error).__name__}: {error}")
+
+
+# ---- a cluster
+
+
+@dataclass(slots=True)
+class Cluster:
+    """On the workers of a ``dask.distributed`` cluster, which see the same files under the same paths.
+
+    A task of a worker that is lost is done by another one; its result is the same.  Twice as many tasks as there are places are
+    handed out: the scheduler has always one at hand, and when one fails no other begins that nobody wants.
+    """
+
+    crew: Crew
+    client: Any
+
+    def run(self, tasks: Sequence[Task], report: Report, say: Say) -> list[ShardResult]:
+        import distributed
+
+        waiting = list(enumerate(tasks))[::-1]
+        places: dict[Any, int] = {}
+        results: dict[int, ShardResult] = {}
+        failed: BaseException | None = None
+        done: Any = distributed.as_completed([], loop=self.client.loop)  # type: ignore[no-untyped-call]
+        try:
+            while waiting or places:
+                while waiting and failed is None and len(places) < 2 * self.crew.processes * self.crew.threads:
+                    at, task = waiting.pop()
+                    future = self._submit(task)
+                    places[future] = at
+                    done.add(future)
+                if not places:
+                    break
+                future = next(done)
+                at = places.pop(future)
+                error = future.exception()
+                if error is None:
+                    results[at] = future.result()
+                    report(results[at])
+                failed = failed or error
+        except KeyboardInterrupt:
+            say("stopping; run the same conversion again to go on with the shards that are not finished")
+            self.client.cancel(list(places))
+            raise
+        if failed is not None:
+            raise failed
+        return [results[at] for at in range(len(tasks))]
+
+    def _submit(self, task: Task) -> Any:
+        key = (
+            f"convert-{task.name}-{task.dtype}-{secrets.token_hex(4)}"  # what the dashboard shows; no result is taken for another
+        )
+        return self.client.submit(run_on_worker, task, self.crew.threads, key=key, pure=False, retries=TRIES)
+
+    def close(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def connected(client: Any) -> Iterator[Any]:
+    """The client that was given, or one of the scheduler at an address.
+
+    Raises
+    ------
+    MissingDependencyError, OptionError
+        There is no dask.distributed, or no scheduler at that address, or it has no workers.
+    """
+    try:
+        import distributed
+    except ImportError:
+        raise MissingDependencyError("a Dask cluster needs distributed: pip install 'scdl-zarr[cluster]'") from None
+    if isinstance(client, distributed.Client):
+        yield client
+        return
+    if not isinstance(client, str):
+        raise OptionError(f"client={client!r}; expected a dask.distributed.Client or the address of a scheduler (--scheduler)")
+    try:
+        made = distributed.Client(client, timeout=SECONDS_TO_CONNECT, set_as_default=False)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise OptionError(f"client={client!r} (--scheduler): no scheduler answers there: {error}") from error
+    with made:
+        yield made
+
+
+def threads_of_workers(client: Any) -> list[int]:
+    """How many threads each worker of a cluster has."""
+    try:
+        client.wait_for_workers(1, timeout=SECONDS_TO_CONNECT)
+    except TimeoutError as error:
+        raise OptionError(f"{client!r} has no workers; start some with `dask worker`") from error
+    return [int(threads) for threads in client.nthreads().values()]
+
+
+_places: dict[int, threading.BoundedSemaphore] = {}
+_making = threading.Lock()
+
+
+def run_on_worker(task: Task, at_once: int) -> ShardResult:
+    """Do a task on a worker that does `at_once` of them at a time, however many threads it has: so much memory was planned."""
+    with _making:
+        places = _places.setdefault(at_once, threading.BoundedSemaphore(at_once))
+    with places:
+        return run_task(task)

@@ -1,0 +1,74 @@
+"""What is wrong with the sources: all of it is found before anything is written, and told at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from scdl_zarr.conversion.sources import SourceSpec
+from scdl_zarr.errors import OptionError, ScdlZarrError, SourceError
+
+__all__ = ["Problem", "Problems"]
+
+SHOWN = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One source that cannot be converted, and why."""
+
+    path: str
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason if self.path in self.reason else f"{self.path}: {self.reason}"
+
+
+@dataclass(slots=True)
+class Problems:
+    """Those found so far.
+
+    Attributes
+    ----------
+    skip
+        Go on without the sources that have one.
+    """
+
+    skip: bool = False
+    found: list[Problem] = field(default_factory=list)
+    _errors: list[ScdlZarrError] = field(default_factory=list)
+    _bad: set[SourceSpec] = field(default_factory=set)
+
+    @contextlib.contextmanager
+    def of(self, spec: SourceSpec) -> Iterator[None]:
+        """Note what is wrong with a source, and go on."""
+        try:
+            yield
+        except ScdlZarrError as error:
+            self.found.append(Problem(path=spec.path, name=spec.name, reason=str(error)))
+            self._errors.append(error)
+            self._bad.add(spec)
+
+    def __contains__(self, spec: object) -> bool:
+        return spec in self._bad
+
+    def settle(self, left: int) -> None:
+        """Raise what was found, unless such sources are to be skipped and others are `left`.
+
+        Raises
+        ------
+        ScdlZarrError
+            The one error as it was, or one that lists all.
+        """
+        if not self.found or (self.skip and left):
+            return
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        kinds = {type(error) for error in self._errors}
+        kind = kinds.pop() if len(kinds) == 1 else OptionError if kinds == {OptionError} else SourceError
+        listed = "\n".join(f"  {problem}" for problem in self.found[:SHOWN])
+        more = f"\n  and {len(self.found) - SHOWN} more" if len(self.found) > SHOWN else ""
+        skip = "" if self.skip else "; skip_bad=True (--skip-bad) converts the others"
+        raise kind(f"{len(self.found)} sources cannot be converted{skip}:\n{listed}{more}")

@@ -1,0 +1,78 @@
+"""A finished shard whose values have to be stored in a wider dtype: made from its own file, without its sources.
+
+``dtype="auto"`` begins with the narrowest dtype that fits the first values.  When a later value does not fit, the shards that are
+finished hold nothing that the wider dtype does not: they are decoded, cast and encoded again, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from scdl_zarr.conversion.encode import ShardEncoder, shard_chunks
+from scdl_zarr.conversion.plan import ShardTask
+from scdl_zarr.conversion.shards import ShardResult
+from scdl_zarr.conversion.stopping import refuse_if_stopped
+from scdl_zarr.errors import CorruptStoreError
+from scdl_zarr.reading.exactness import inexact_positions
+
+__all__ = ["WidenTask", "widen_shard"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WidenTask:
+    """A shard task that is done, in another dtype than its values are to have now."""
+
+    task: ShardTask
+    done: ShardResult  # what it reported
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def root(self) -> str:
+        return self.task.root
+
+    @property
+    def plan(self) -> str:
+        return self.task.plan
+
+    @property
+    def dtype(self) -> str:
+        return self.task.dtype
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.task.files
+
+
+def widen_shard(widen: WidenTask) -> ShardResult:
+    """Write the values of a finished shard in the dtype that its task now asks for.
+
+    Raises
+    ------
+    CorruptStoreError
+        The finished shard is damaged, or holds a value that the dtype does not hold: neither has happened to a shard that this
+        conversion wrote.
+    """
+    began = time.perf_counter()
+    task = widen.task
+    layout = task.arrays[0]
+    path = Path(task.root, layout.shard_key(task.number))
+    left = task.stop - task.start
+    with ShardEncoder(path, layout) as encoder:
+        for values in shard_chunks(path, layout.with_dtype(np.dtype(widen.done.dtype))):
+            refuse_if_stopped(task.root)
+            held = values[:left]  # the last chunk is filled up
+            if len(inexact_positions(held, layout.dtype)):
+                raise CorruptStoreError(f"{path} holds values that {layout.dtype} does not; remove {task.root} and run again")
+            encoder.add(held.astype(layout.dtype))
+            left -= len(held)
+        if left:
+            raise CorruptStoreError(f"{path} ends {left} values early; remove {task.root} and run again")
+        refuse_if_stopped(task.root, task)
+    return replace(widen.done, dtype=task.dtype, seconds=time.perf_counter() - began, bytes_in=0)
