@@ -220,6 +220,24 @@ class RemoteLocation:
             return False
         return True
 
+    def swap(self, content: bytes, expected: bytes) -> bool:
+        """Write the object if it still holds what is `expected`; False where it does not, also if it changes at this moment."""
+        obstore = import_obstore()
+
+        def ask(store: ObjectStore) -> bool:
+            answer = obstore.get(store, self.key)
+            meta = answer.meta
+            if bytes(answer.bytes()) != expected:
+                return False
+            version = {name: meta[name] for name in ("e_tag", "version") if meta.get(name)}
+            obstore.put(store, self.key, content, mode=version, use_multipart=False)
+            return True
+
+        try:
+            return self._call(ask)
+        except (StoreReplacedError, StoreNotFoundError):
+            return False
+
     def delete(self, keys: Sequence[str] = ("",)) -> None:
         """Delete the object, or those below the location; what is not there is no error."""
         obstore = import_obstore()
@@ -345,6 +363,9 @@ _MULTIPART: dict[str, Any] = {"chunk_size": PART_BYTES, "max_concurrency": PARTS
 def parse_remote(url: str, storage_options: Mapping[str, Any] | None = None) -> RemoteLocation:
     """The location of a URL, with everything checked that can be without asking the server.
 
+    `storage_options` are names and values, or such mappings by the beginnings of URLs:
+    ``{"s3://here": {"region": ...}, "gs://": {...}}``.
+
     Raises
     ------
     OptionError
@@ -352,6 +373,7 @@ def parse_remote(url: str, storage_options: Mapping[str, Any] | None = None) -> 
     """
     found = _SCHEME.match(url)
     scheme = found[1].lower() if found else ""
+    storage_options = _options_for(url, storage_options)
     if scheme not in CONFIGURATION:
         raise OptionError(
             f"{_shown(url)!r} is no location known here; expected {', '.join(f'{name}://' for name in CONFIGURATION)}"
@@ -371,6 +393,15 @@ def parse_remote(url: str, storage_options: Mapping[str, Any] | None = None) -> 
         forms = {"az": "az://account/container/path", "gs": "gs://bucket/path", "s3": "s3://bucket/path"}
         raise OptionError(f"{_shown(url)!r} is not of the form {forms.get(scheme, f'{scheme}://host/path')}, without empty parts")
     return RemoteLocation(normal, _checked_options(scheme, storage_options or {}))
+
+
+def _options_for(url: str, given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Those of the longest URL that this one begins with, where options are given by URL."""
+    if not isinstance(given, Mapping) or not any("://" in str(name) for name in given):
+        return given
+    fitting = [str(name) for name in given if url.startswith(str(name))]
+    found: Mapping[str, Any] = given[max(fitting, key=len)] if fitting else {}
+    return found
 
 
 def _checked_options(scheme: str, given: Mapping[str, Any]) -> tuple[tuple[str, str | bool | int | float], ...]:
