@@ -132,9 +132,7 @@ def mark_document(result: ShardResult, evidence: Mapping[str, Any]) -> bytes:
     return json.dumps({**asdict(result), **evidence}).encode()
 
 
-def parse_mark(
-    record: dict[str, Any], task: Task, evidence: Mapping[str, Any], *, any_dtype: bool = False
-) -> ShardResult | None:
+def parse_mark(record: dict[str, Any], task: Task, evidence: Mapping[str, Any], *, any_dtype: bool = False) -> ShardResult | None:
     """What a mark says, if it counts for that task and fits the evidence."""
     if (record.get("dtype") != task.dtype and not any_dtype) or {name: record.pop(name, None) for name in evidence} != evidence:
         return None
@@ -160,7 +158,7 @@ class Construction:
     """The folder of a store that is being built.  Use as a context manager: it holds the lock."""
 
     def __init__(self, root: Path, plan: Mapping[str, Any], *, resume: bool, replaces: bool = False) -> None:
-        self.root = root
+        self.root = self.where = root  # where the folder is, and what it is called in messages
         self._replaces = replaces  # the folder is a scratch place of our own beside the store that it will replace
         self._plan = dict(plan)
         self.plan_digest = hashlib.blake2b(json.dumps(self._plan, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -411,7 +409,7 @@ def check_room(target: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def explained_errors(root: Path) -> Iterator[None]:
+def explained_errors(root: Path | RemoteLocation) -> Iterator[None]:
     """Operating system errors in the package's own words."""
     try:
         yield

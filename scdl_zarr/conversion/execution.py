@@ -34,9 +34,9 @@ from scdl_zarr.conversion.construction import (
 )
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.executors import Cluster, Crew, Executor, Processes, Threads, connected, threads_of_workers
-from scdl_zarr.conversion.id_maps import save_maps
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task, projected_bytes
 from scdl_zarr.conversion.progress import Progress
+from scdl_zarr.conversion.remote_building import RemoteConstruction, finish_remotely
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
 from scdl_zarr.conversion.sources.store import forget_stores
 from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
@@ -52,9 +52,11 @@ from scdl_zarr.errors import (
     SourceError,
     StoreBusyError,
     StoreExistsError,
+    StoreUnreachableError,
 )
 from scdl_zarr.resources import parse_bytes, usable_cores
-from scdl_zarr.storage.location import local_path, replacement_path
+from scdl_zarr.storage.location import StoreLocation, local_path, read_metadata, replacement_path
+from scdl_zarr.storage.remote import RemoteLocation, is_remote, parse_remote
 from scdl_zarr.storage.schema import (
     BUILD_FOLDER,
     profile_named,
@@ -156,14 +158,17 @@ def _run_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
     began = time.perf_counter()
     if not isinstance(target, (str, os.PathLike)):
         raise OptionError(f"target={target!r}; expected a path")
+    if isinstance(target, str) and is_remote(target):
+        return _convert_remotely(sources, parse_remote(target, options.storage_options), options, began)
     root = local_path(target)
     with explained_errors(root):
         if root.is_symlink():  # what it points to is made or replaced, the link stays
             root = Path(os.path.realpath(root))
-        specs = find_sources(sources)
-        if any(Path(spec.path) == root or root in Path(spec.path).parents for spec in specs):
+        specs = find_sources(sources, storage_options=options.storage_options)
+        local = [Path(spec.path) for spec in specs if spec.remote is None]
+        if any(path == root or root in path.parents for path in local):
             raise OptionError(f"{root} holds a source of this conversion; choose another target")
-        if any(Path(spec.path) in root.parents for spec in specs):
+        if any(path in root.parents for path in local):
             raise OptionError(f"{root} lies inside of a source of this conversion; choose another target")
         _require_outside(root)
         restore_interrupted(root)
@@ -189,8 +194,45 @@ def _run_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
     return summarize(root, survey, time.perf_counter() - began, written)
 
 
+def _convert_remotely(sources: Any, place: RemoteLocation, options: ConversionOptions, began: float) -> ConversionSummary:
+    """The same, put by put: there is no folder to look at, and no rename that would replace a store by another."""
+    if place.scheme in ("http", "https") or not place.key:
+        raise OptionError(f"{place}: expected a folder in a bucket, such as s3://bucket/atlas.zarr, to write into")
+    specs = find_sources(sources, storage_options=options.storage_options)
+    if any(f"{spec.path}/".startswith(f"{place}/") or f"{place}/".startswith(f"{spec.path}/") for spec in specs):
+        raise OptionError(f"{place} and a source of this conversion lie in one another; choose another target")
+    finished = _remote_state(place)
+    survey = survey_sources(specs, options)
+    plan = plan_record(survey, options)
+    if finished and options.overwrite:
+        raise StoreExistsError(
+            f"{place} is a store, and an object store cannot replace one by another in one step; convert to another place, "
+            "or delete this one first"
+        )
+    if finished:
+        return _same_store(place, plan, survey)
+    with hired(survey, options) as executor:
+        tables = encode_tables(survey)
+        resume = options.resume and not options.overwrite
+        construction = RemoteConstruction(place, plan, resume=resume, take_over=options.overwrite)
+        written = build_store(construction, survey, options, executor, tables, recorded_plan(plan))
+    return summarize(place, survey, time.perf_counter() - began, written)
+
+
+def _remote_state(place: RemoteLocation) -> bool:
+    """Whether there is a finished store of ours; anything else but an unfinished one is refused."""
+    try:
+        if committed_plan(place) is not None:
+            return True
+    except NotAStoreError as error:
+        raise StoreExistsError(f"{place} exists and is not a store of ours; choose another target ({error})") from error
+    if place.exists():
+        raise StoreExistsError(f"{place} exists and is an object; choose another target")
+    return False
+
+
 def build_store(
-    construction: Construction,
+    construction: Construction | RemoteConstruction,
     survey: Survey,
     options: ConversionOptions,
     executor: Executor,
@@ -201,10 +243,10 @@ def build_store(
     total = sum(plan.layout.nnz for plan in survey.plans.values())
     with construction, Progress(total, shown=options.progress, log=options.log_json) as progress:
         try:
-            progress.event("started", target=str(construction.root), values=total, crew=str(executor.crew))
+            progress.event("started", target=str(construction.where), values=total, crew=str(executor.crew))
             results = _run(construction, survey, options, executor, progress)
             commit_store(construction, survey, options, results, tables, record)
-            progress.event("committed", target=str(construction.root), tasks=progress.tasks, values=progress.values)
+            progress.event("committed", target=str(construction.where), tasks=progress.tasks, values=progress.values)
             return Written(
                 values=progress.values, bytes_in=progress.bytes_in, bytes_out=progress.bytes_out, crew=str(executor.crew)
             )
@@ -217,6 +259,8 @@ def build_store(
 def _may_pass(error: BaseException) -> bool:
     """Whether a source could not be read for a reason that lies in the machine and not in the file."""
     cause = error.__cause__
+    if isinstance(cause, StoreUnreachableError):
+        return True
     return isinstance(cause, OSError) and cause.errno in {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE}
 
 
@@ -267,7 +311,7 @@ def _target_state(root: Path, options: ConversionOptions) -> str | None:
     return None
 
 
-def _same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
+def _same_store(root: Path | RemoteLocation, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
     """A finished store met again: fine if it is what would be made, an error naming the difference if not."""
     import json
 
@@ -279,15 +323,17 @@ def _same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> Conversi
             f"{root} exists and is another store ({difference}). Choose another target, or replace it with overwrite=True "
             "(--overwrite)"
         )
-    if (root / BUILD_FOLDER).is_dir():  # the commit was interrupted after the root document
-        from scdl_zarr.storage.location import StoreLocation, read_metadata
-
-        with contextlib.suppress(StoreBusyError):  # its own conversion is still at it
+    with contextlib.suppress(StoreBusyError):  # its own conversion is still at it
+        if isinstance(root, RemoteLocation):
+            finish_remotely(root)
+        elif (root / BUILD_FOLDER).is_dir():  # the commit was interrupted after the root document
             finish_interrupted(root, read_metadata(StoreLocation(path=root)).nodes)
     return summarize(root, survey, 0.0, None)
 
 
-def _difference(root: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], sources: list[dict[str, Any]]) -> str:
+def _difference(
+    root: Path | RemoteLocation, found: Mapping[str, Any], wanted: Mapping[str, Any], sources: list[dict[str, Any]]
+) -> str:
     """What a finished store was made of and with, and what was asked for now."""
     try:
         table = open_blocks(root).sources()
@@ -308,7 +354,10 @@ def plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
     content["matrix"] = survey.matrix_names
     if len(set(content["matrix"])) == 1:
         content["matrix"] = content["matrix"][0]
-    sources = [{"name": spec.name, "size": spec.size, "mtime_ns": spec.mtime_ns} for spec in survey.specs]
+    sources = [
+        {"name": spec.name, "size": spec.size, "mtime_ns": spec.mtime_ns} | ({"version": spec.version} if spec.version else {})
+        for spec in survey.specs
+    ]
     return {"plan_version": PLAN_VERSION, "options": content, "sources": sources, "digest": digest_of(survey.digests)}
 
 
@@ -399,7 +448,7 @@ def projected_size(survey: Survey, options: ConversionOptions) -> int:
 class _Run:
     """What every step of a run needs."""
 
-    construction: Construction
+    construction: Construction | RemoteConstruction
     survey: Survey
     options: ConversionOptions
     executor: Executor
@@ -443,8 +492,9 @@ class _Run:
         def report(result: ShardResult) -> None:
             self.progress.done(result, widened=result.name in widened)
 
-        with explained_errors(self.construction.root):
-            done = self.executor.run(todo, report, self.progress.say) if todo else []
+        with explained_errors(self.construction.where):
+            placed = [self.construction.placed(task) for task in todo]
+            done = self.executor.run(placed, report, self.progress.say) if todo else []
         results.update({result.name: result for result in done})
         return [result for task in tasks if (result := results[task.name]) is not None]
 
@@ -459,14 +509,17 @@ class _Run:
 
 
 def _run(
-    construction: Construction, survey: Survey, options: ConversionOptions, executor: Executor, progress: Progress
+    construction: Construction | RemoteConstruction,
+    survey: Survey,
+    options: ConversionOptions,
+    executor: Executor,
+    progress: Progress,
 ) -> dict[str, list[ShardResult]]:
     """Write every shard that is not there yet: what every task reported, by matrix."""
     for path, name in construction.dtypes().items():
         if path in survey.plans:
             survey.plans[path] = survey.plans[path].with_dtype(np.dtype(name))
-    with explained_errors(construction.root):
-        save_maps(construction.root, survey.vocabulary.maps)
+    construction.share_maps(survey.vocabulary.maps)
     run = _Run(construction=construction, survey=survey, options=options, executor=executor, progress=progress)
     return {path: run.matrix(path) for path in survey.plans}
 
@@ -482,9 +535,12 @@ def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: V
     return choose_dtype(seen, [source.header.dtype for source in plan.sources], survey.width)
 
 
-def summarize(root: Path, survey: Survey, seconds: float, written: Written | None) -> ConversionSummary:
+def summarize(root: Path | RemoteLocation, survey: Survey, seconds: float, written: Written | None) -> ConversionSummary:
     layout = survey.plans["X"].layout
-    sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob("*") if path.is_file()}
+    if isinstance(root, RemoteLocation):
+        sizes = {entry.key: entry.size for entry in root.list()}
+    else:
+        sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob("*") if path.is_file()}
     return ConversionSummary(
         target=str(root),
         n_obs=layout.n_obs,

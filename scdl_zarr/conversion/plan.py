@@ -18,6 +18,7 @@ from scdl_zarr.conversion.id_maps import IdMap
 from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
 from scdl_zarr.errors import OptionError
 from scdl_zarr.resources import parse_bytes
+from scdl_zarr.storage.remote_file import CACHE_BYTES
 from scdl_zarr.storage.schema import SHARD_VALUES, ArrayLayout, MatrixLayout, profile_named
 
 __all__ = [
@@ -72,7 +73,7 @@ class ConversionOptions:
     seed: int = 0
     feature_type: str | Sequence[str] = ()
     scratch_dir: Any = None
-    storage_options: Any = None
+    storage_options: Any = field(default=None, repr=False)  # some are secrets
     skip_bad: bool = False
     resume: bool = True
     overwrite: bool = False
@@ -362,6 +363,7 @@ def projected_bytes(plans: list[MatrixPlan], workers: int, tables_bytes: int, lo
             read = source.header.dtype.itemsize + source.header.index_dtype.itemsize
             written = sum(layout.dtype.itemsize for layout in stored)
             rare = 3 * 8  # a binary64 copy, ids as int64, a mask
-            per_task = max(per_task, piece * (read + written + rare) + 4 * source.header.chunk_bytes + slabs)
+            remote = 2 * CACHE_BYTES if source.spec.remote is not None else 0  # blocks, and a request on its way into them
+            per_task = max(per_task, piece * (read + written + rare) + 4 * source.header.chunk_bytes + slabs + remote)
     arrow = ARROW_BYTES if importlib.util.find_spec("pyarrow") is not None else 0
     return BASE_BYTES + arrow + tables_bytes + workers * per_task

@@ -33,6 +33,7 @@ from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.stopping import STATE, refuse_if_stopped, state_document
 from scdl_zarr.conversion.widen import WidenTask
 from scdl_zarr.errors import StoreExistsError, StoreNotFoundError
+from scdl_zarr.storage.location import StoreLocation, read_metadata
 from scdl_zarr.storage.remote import RemoteLocation
 from scdl_zarr.storage.schema import BUILD_FOLDER, node_document
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["RemoteConstruction", "RemoteTask", "finish_remote_documents", "run_task"]
+__all__ = ["RemoteConstruction", "RemoteTask", "finish_remotely", "run_task"]
 
 AT_ONCE = 16  # small objects that are put or read side by side
 KEPT_MAPS = 32  # in a process
@@ -201,7 +202,7 @@ class RemoteConstruction:
 
     def __enter__(self) -> RemoteConstruction:
         self._lock.acquire(take_over=self._take_over)
-        self._folder = tempfile.TemporaryDirectory(prefix="scdl-zarr-")  # noqa: SIM115 (removed by __exit__)
+        self._folder = tempfile.TemporaryDirectory(prefix="scdl-zarr-")
         self.root = Path(self._folder.name)
         try:
             self._go_on_or_start()
@@ -298,7 +299,7 @@ class RemoteConstruction:
         _side_by_side(lambda key: self.place.at(key).put(objects[key]), sorted(objects))
         self._lock.require()
         self.place.at("zarr.json").put(root_document)
-        finish_remote_documents(self.place, nodes)
+        _finish_documents(self.place, nodes)
 
     def discard(self) -> None:
         """Delete everything that was written."""
@@ -306,7 +307,19 @@ class RemoteConstruction:
         self.place.delete([entry.key for entry in self.place.list() if entry.key != LOCK])
 
 
-def finish_remote_documents(place: RemoteLocation, nodes: Mapping[str, Mapping[str, Any]]) -> None:
+def finish_remotely(place: RemoteLocation) -> None:
+    """Finish a committed store whose conversion was killed before it could; refused while that one lives."""
+    if not place.at(BUILD_FOLDER).list():
+        return
+    lock = RemoteLock(place.at(LOCK), str(place))
+    lock.acquire()
+    try:
+        _finish_documents(place, read_metadata(StoreLocation(remote=place)).nodes)
+    finally:
+        lock.release()
+
+
+def _finish_documents(place: RemoteLocation, nodes: Mapping[str, Mapping[str, Any]]) -> None:
     """The parts' own ``zarr.json``, after the commit; then what was there for the building goes, but for the lock."""
     documents = {
         f"{path}/zarr.json": node_document({key: value for key, value in node.items() if key != "consolidated_metadata"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +27,12 @@ from scdl_zarr.conversion.sources import (
     read_matrix,
 )
 from scdl_zarr.conversion.sources.h5ad import matrix_name
+from scdl_zarr.conversion.sources.remote import expand_remote
 from scdl_zarr.conversion.values import choose_dtype, value_stats
 from scdl_zarr.conversion.vocabulary import Vocabulary
 from scdl_zarr.errors import OptionError, SourceError
 from scdl_zarr.storage.packing import TablePacker
+from scdl_zarr.storage.remote import is_remote
 from scdl_zarr.storage.schema import NARROW_FROM, matrix_layouts, profile_named
 
 if TYPE_CHECKING:
@@ -80,10 +82,12 @@ class Survey:
         return self.row_maps if path.startswith("obsp/") else [IdMap.of(ids) for ids in self.vocabulary.maps]
 
 
-def find_sources(sources: Any, *, repeats: bool = False) -> list[SourceSpec]:
+def find_sources(sources: Any, *, repeats: bool = False, storage_options: Mapping[str, Any] | None = None) -> list[SourceSpec]:
     """Describe the files: one path or a list of them.  Two files of one name are told apart by their folders."""
     if isinstance(sources, (str, os.PathLike)):
         sources = [sources]
+    if isinstance(sources, (list, tuple)) and any(isinstance(path, str) and is_remote(path) for path in sources):
+        return _told_apart(_with_remote(sources, storage_options))
     try:
         paths = [Path(os.path.abspath(os.path.expanduser(os.fspath(p)))) for p in sources]
     except TypeError:
@@ -98,6 +102,26 @@ def find_sources(sources: Any, *, repeats: bool = False) -> list[SourceSpec]:
     common = Path(os.path.commonpath([p.parent for p in paths])) if len(set(names)) < len(names) else None
     found = [spec for p in paths for spec in describe_path(p, p.relative_to(common).as_posix() if common else p.name)]
     return _told_apart(found)
+
+
+def _with_remote(sources: Sequence[Any], storage_options: Mapping[str, Any] | None) -> list[SourceSpec]:
+    """Sources of which some are URLs: a pattern or prefix is all that it stands for.  Names that repeat are whole URLs."""
+    paths = [
+        found
+        for path in sources
+        for found in (expand_remote(path, storage_options) if isinstance(path, str) and is_remote(path) else [path])
+    ]
+    repeated = sorted({str(path) for path in paths if paths.count(path) > 1})
+    if repeated:
+        raise OptionError(f"listed twice: {', '.join(repeated)}")
+    specs = [spec for path in paths for spec in describe_path(path, storage_options=storage_options)]
+    names = [spec.name for spec in specs]
+    return [
+        replace(spec, name=spec.path.partition("://")[2] or spec.path)
+        if names.count(spec.name) > 1 and spec.kind != "store"
+        else spec
+        for spec in specs
+    ]
 
 
 def _told_apart(specs: list[SourceSpec]) -> list[SourceSpec]:
