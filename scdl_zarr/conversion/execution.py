@@ -50,6 +50,7 @@ from scdl_zarr.errors import (
     OptionError,
     ScdlZarrError,
     SourceError,
+    StoreAccessError,
     StoreBusyError,
     StoreExistsError,
     StoreUnreachableError,
@@ -337,6 +338,8 @@ def _difference(
     """What a finished store was made of and with, and what was asked for now."""
     try:
         table = open_blocks(root).sources()
+    except (StoreAccessError, StoreUnreachableError):
+        raise
     except ScdlZarrError as error:
         return f"its list of sources is damaged: {error}"
     names, sizes = table["name"].tolist(), table["size_bytes"].tolist()

@@ -92,6 +92,8 @@ def _run_remotely(task: Task, place: RemoteLocation) -> ShardResult:
     with tempfile.TemporaryDirectory(prefix="scdl-zarr-") as folder:
         root = Path(folder)
         here = _moved(task, folder)
+        _bring_state(place, root)
+        refuse_if_stopped(folder, here)
         _bring(place, root, here)
         result = perform_task(here)
         _bring_state(place, root)
@@ -111,7 +113,6 @@ def _moved(task: Task, folder: str) -> Task:
 
 def _bring(place: RemoteLocation, root: Path, task: Task) -> None:
     """What a task reads of the store under construction."""
-    _bring_state(place, root)
     shard = task.task if isinstance(task, WidenTask) else task
     if isinstance(shard, ShardTask):
         for digest in {part.ids.digest for part in shard.parts if part.ids.first is None}:

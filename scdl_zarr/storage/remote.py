@@ -289,7 +289,8 @@ class RemoteLocation:
                 return GCSStore(bucket, prefix=prefix or None, config=config, **common)
             if self.scheme == "az":
                 account, _, container = bucket.partition("/")
-                return AzureStore(container, prefix=prefix or None, config={**config, "account_name": account}, **common)
+                config["account_name"] = account
+                return AzureStore(container, prefix=prefix or None, config=config, **common)
             if self.scheme == "http":  # whoever writes http:// means it
                 common["client_options"] = {**client, "allow_http": True}
             return HTTPStore(_joined(self.url, prefix), **common)
