@@ -177,7 +177,7 @@ def test_killed_at_any_request_it_goes_on(
     memory: Bucket, sources: list[Path], expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_lock, "_lives", lambda _: False)  # the process that held the lock, which is this one
-    one = {"sources": sources, "bucket": memory, "threads": 1}
+    one: dict[str, Any] = {"sources": sources, "bucket": memory, "threads": 1}
     with monkeypatch.context() as patch:
         written = dying(patch, 0)
         convert(key="whole.zarr", **one)
@@ -295,10 +295,11 @@ def test_the_network_may_fail_while_a_source_is_read(sources: list[Path], tmp_pa
     with file_server(tmp_path / "in") as server, pytest.MonkeyPatch.context() as patch:
         options: dict[str, Any] = {**SIZES, "storage_options": {"max_retries": 0}}
 
-        def fail(*_: Any) -> None:
+        def encode_and_fail(survey: Any) -> Any:
             server.status = 503
+            return encode_tables(survey)
 
-        patch.setattr("scdl_zarr.conversion.execution.encode_tables", lambda s: (fail(), encode_tables(s))[1])
+        patch.setattr("scdl_zarr.conversion.execution.encode_tables", encode_and_fail)
         with pytest.raises(StoreUnreachableError, match=f"{server.url}/a.h5ad cannot be reached"):
             scdl_zarr.convert(f"{server.url}/a.h5ad", tmp_path / "x.zarr", **options)
         patch.undo()
