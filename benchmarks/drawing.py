@@ -26,7 +26,7 @@ NEIGHBORS = "next_cell_ids"  # as BioNeMo-SCDL names them by default
 
 def measure(params: Params) -> Figures:
     """The task that `params` names; the seconds that it took."""
-    tasks = {"many files": many_files, "neighbors": neighbors, "var tables": var_tables}
+    tasks = {"many files": many_files, "neighbors": neighbors, "var tables": var_tables, "layouts": layouts}
     began = time.perf_counter()
     tasks[params["task"]](params)
     return {"s": time.perf_counter() - began}
@@ -38,6 +38,17 @@ def many_files(params: Params) -> None:
     folder.mkdir(parents=True)
     for k in range(params["files"]):
         make_atlas(folder / f"atlas_{k}.h5ad", params["many_cells"], seed=k + 1)
+
+
+def layouts(params: Params) -> None:
+    """One file in the layout asked for: by rows, by columns, or dense."""
+    out = Path(params["out"])
+    rows = out.with_name(f"{out.name}.rows.h5ad")
+    make_atlas(rows, params["layout_cells"])
+    data = ad.read_h5ad(rows)
+    rows.unlink()
+    data.X = {"csr": data.X.tocsr, "csc": data.X.tocsc, "dense": data.X.toarray}[params["layout"]]()
+    data.write_h5ad(out, compression="gzip")
 
 
 def neighbors(params: Params) -> None:

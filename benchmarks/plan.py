@@ -23,6 +23,7 @@ Cache = Literal["warm", "dropped", "limited", "none"]
 Round = Mapping[str, Mapping[str, float]]
 
 CHECKED_ROWS = 2048
+LAYOUTS = ("csr", "csc", "dense")
 VAR_BLOCKS = (1, 100, 1000)
 BLOCK_CELLS, BLOCK_GENES = 4, 64
 PAIR_BATCH = 256
@@ -44,13 +45,23 @@ class Grid:
     threads: tuple[int, ...] = (1, 2)
     batches: tuple[int, ...] = (64, 1024)
     files: int = 8
-    many_cells: int = 20_000  # in each of the many files, and in the one with neighbours
+    many_cells: int = 25_000  # in each of the many files, and in the one with neighbours
+    layout_cells: int = 10_000  # in the files of other layouts
 
     @classmethod
     def toy(cls) -> Grid:
         """Everything once, in a moment: it shows that the cases run, not how fast they are."""
         return cls(
-            cells=300, rounds=1, rows=128, single_rows=32, passes=1, seconds=0.2, limited_seconds=0.2, files=2, many_cells=40
+            cells=300,
+            rounds=1,
+            rows=128,
+            single_rows=32,
+            passes=1,
+            seconds=0.2,
+            limited_seconds=0.2,
+            files=2,
+            many_cells=40,
+            layout_cells=30,
         )
 
 
@@ -107,6 +118,8 @@ def cases(grid: Grid) -> tuple[Case, ...]:
         *_in_order(grid),
         *_conversion(grid),
         *_many_files(),
+        *_at_scale(grid),
+        *_layouts(),
         *_row_calls(grid),
         *_lookups(grid),
         *_opening(),
@@ -426,6 +439,66 @@ def _many_files() -> list[Case]:
             store="many files",
             against=(scdl,),
         ),
+    ]
+
+
+def _at_scale(grid: Grid) -> list[Case]:
+    """Many files into one store: who does it, in which order, and others."""
+    section, many, most = "Conversion at scale, warm sources", "many files", grid.threads[-1]
+    peers: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("annbatch, shuffled", "annbatch_loader", ANNBATCH, {"task": "convert", "shuffle": True, "read": "store"}),
+        ("annbatch, not shuffled", "annbatch_loader", ANNBATCH, {"task": "convert", "shuffle": False, "read": "store"}),
+        ("anndata, concat_on_disk and write_zarr", "anndata_rows", CURRENT, {"task": "concat"}),
+    ]
+    found = [
+        Case(
+            name=f"many files, {name}",
+            section=section,
+            module=f"benchmarks.peers.{module}",
+            parameters=_parameters(**named, out=f"many {k}"),
+            environment=environment,
+            store=many,
+        )
+        for k, (name, module, environment, named) in enumerate(peers)
+    ]
+    others = tuple(case.name for case in found)
+
+    def ours(name: str, against: tuple[str, ...], **named: Any) -> None:
+        parameters = _parameters(**named, read="store", out="many ours.zarr")
+        found.append(
+            Case(
+                name=name,
+                section=section,
+                module="benchmarks.ours.converting",
+                parameters=parameters,
+                store=many,
+                against=against,
+            )
+        )
+
+    for kind, option in (("thread", "threads"), ("process", "workers"), ("cluster worker", "cluster")):
+        one = f"many files, ours, 1 {kind}"
+        for count in grid.threads:
+            plural = kind if count == 1 else f"{kind}{'es' if kind == 'process' else 's'}"
+            against = (*others, *((one,) if count > 1 else ())) if kind == "thread" else ((one,) if count > 1 else ())
+            ours(f"many files, ours, {count} {plural}", against, **{option: count})
+    ours(f"many files, ours, shuffled, {threads_text(most)}", others[:1], threads=most, order="shuffle")
+    return found
+
+
+def _layouts() -> list[Case]:
+    """One file by rows, by columns, dense."""
+    section, names = "Conversion of other layouts, warm sources", {layout: f"convert, {layout.upper()}" for layout in LAYOUTS}
+    return [
+        Case(
+            name=names[layout],
+            section=section,
+            module="benchmarks.ours.converting",
+            parameters=_parameters(threads=2, read="store", out=f"layout {layout}.zarr"),
+            store=f"file {layout}",
+            against=(names["csr"],) if layout != "csr" else (),
+        )
+        for layout in LAYOUTS
     ]
 
 

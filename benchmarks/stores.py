@@ -17,7 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from benchmarks.plan import ANNBATCH, BLOCK_CELLS, BLOCK_GENES, CURRENT, OWN, SCDL, VAR_BLOCKS, Grid
+from benchmarks.plan import ANNBATCH, BLOCK_CELLS, BLOCK_GENES, CURRENT, LAYOUTS, OWN, SCDL, VAR_BLOCKS, Grid
 from benchmarks.process import drawn_rows
 
 __all__ = ["STORES", "Store", "Truth", "files_of", "folder_of", "sizes", "source_problem", "stamp", "truth", "with_sources"]
@@ -96,6 +96,17 @@ STORES = {
             suffix="",
             source=None,
             sized_by=("files", "many_cells"),
+        ),
+        *(
+            Store(
+                name=f"file {layout}",
+                module="benchmarks.drawing",
+                parameters=(("task", "layouts"), ("layout", layout)),
+                suffix=".h5ad",
+                source=None,
+                sized_by=("layout_cells",),
+            )
+            for layout in LAYOUTS
         ),
         Store(
             name="neighbours file",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -72,7 +72,8 @@ def convert(
         list[Path],
         typer.Argument(
             metavar="SOURCE... TARGET",
-            help="H5AD files, AnnData Zarr stores or BioNeMo-SCDL archives, then the store to make (a new folder).",
+            help="H5AD and 10x HDF5 files, AnnData Zarr stores, BioNeMo-SCDL archives, folders or text files of these, patterns; "
+            "then the store to make (a new folder).",
         ),
     ],
     matrix: Annotated[
@@ -86,6 +87,10 @@ def convert(
     layer: Annotated[list[str] | None, typer.Option("--layer", help="Carry this layer along (may be repeated).")] = None,
     obsm: Annotated[list[str] | None, typer.Option("--obsm", help="Carry this obsm along (may be repeated).")] = None,
     obsp: Annotated[list[str] | None, typer.Option("--obsp", help="Carry this obsp along, stored CSR (may be repeated).")] = None,
+    feature_type: Annotated[
+        list[str] | None,
+        typer.Option("--feature-type", help="Features of 10x Genomics files to take (may be repeated). [default: all]"),
+    ] = None,
     var_key: Annotated[str | None, typer.Option(help="Column of var to match genes by (default: their names).")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the values; auto holds every value exactly.")] = "auto",
     dtype_tolerance: Annotated[float, typer.Option(help="Largest difference allowed where --dtype is given.")] = 0.0,
@@ -104,6 +109,8 @@ def convert(
     scheduler: SchedulerOption = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Convert the other sources where some cannot be.")] = False,
     log_json: Annotated[Path | None, typer.Option(help="File to add a line of JSON to for each thing that happens.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is already there.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Start an unfinished conversion over.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")] = False,
@@ -114,36 +121,39 @@ def convert(
 
     Example: scdl-zarr convert a.h5ad b.h5ad atlas.zarr --profile compact
     """
-    from scdl_zarr.api import convert as run
-
     if len(paths) < 2:
         raise typer.BadParameter("give at least one source and then the target", param_hint="SOURCE... TARGET")
     *sources, target = paths
     try:
-        run(
-            sources,
-            target,
-            matrix=_chosen_matrix(matrix or ["auto"], sources),
-            layers=layer or (),
-            obsm=obsm or (),
-            obsp=obsp or (),
-            var_key=var_key,
-            dtype=dtype,
-            dtype_tolerance=dtype_tolerance,
-            profile=profile.value,
-            width=width.value,
-            chunk_values=chunk_values,
-            shard_values=shard_values,
-            memory_budget=memory_budget,
-            threads=threads,
-            workers=workers,
-            client=scheduler,
-            skip_bad=skip_bad,
-            log_json=log_json,
-            overwrite=overwrite,
-            resume=not restart,
-            progress=not quiet,
-        )
+        chosen: dict[str, Any] = {
+            "matrix": _chosen_matrix(matrix or ["auto"], sources),
+            "layers": layer or (),
+            "obsm": obsm or (),
+            "obsp": obsp or (),
+            "feature_type": feature_type or (),
+            "var_key": var_key,
+            "dtype": dtype,
+            "dtype_tolerance": dtype_tolerance,
+            "profile": profile.value,
+            "width": width.value,
+            "chunk_values": chunk_values,
+            "shard_values": shard_values,
+            "memory_budget": memory_budget,
+            "threads": threads,
+            "workers": workers,
+            "client": scheduler,
+            "skip_bad": skip_bad,
+            "log_json": log_json,
+            "overwrite": overwrite,
+            "resume": not restart,
+            "progress": not quiet,
+        }
+        if dry_run:
+            _show_plan(sources, target, chosen, as_json)
+        else:
+            from scdl_zarr.api import convert as run
+
+            run(sources, target, **chosen)
     except KeyboardInterrupt:
         typer.echo("scdl-zarr: stopped; run the same command again to go on", err=True)
         raise typer.Exit(130) from None
@@ -187,6 +197,14 @@ def append(
     except KeyboardInterrupt:
         typer.echo("scdl-zarr: stopped; run the same command again to go on", err=True)
         raise typer.Exit(130) from None
+
+
+def _show_plan(sources: list[Path], target: Path, chosen: dict[str, Any], as_json: bool) -> None:
+    from scdl_zarr.conversion.plan import ConversionOptions
+    from scdl_zarr.conversion.preview import plan_conversion
+
+    plan = plan_conversion(sources, target, ConversionOptions(**chosen))
+    typer.echo(json.dumps(plan.facts(), indent=2) if as_json else str(plan))
 
 
 def _chosen_matrix(given: list[str], sources: list[Path]) -> str | dict[str, str]:

@@ -556,12 +556,12 @@ def test_a_target_whose_folder_may_not_be_entered(good: Path, target: Path, monk
             scdl_zarr.convert(good, target, progress=False)
 
 
-def test_10x_genomics_hdf5_is_recognised(tmp_path: Path, target: Path) -> None:
-    for group in ("matrix", "GRCh38"):
+def test_10x_genomics_hdf5_that_makes_no_sense(tmp_path: Path, target: Path) -> None:
+    for group, message in (("matrix", "no group features"), ("GRCh38", "/GRCh38/shape is no pair of numbers")):
         with h5py.File(tmp_path / f"{group}.h5", "w") as file:
             for name in ("barcodes", "data", "indices", "indptr", "shape"):
                 file[f"{group}/{name}"] = np.arange(3)
-        refused(errors.SourceError, tmp_path / f"{group}.h5", target, "looks like 10x Genomics HDF5", "does not convert")
+        refused(errors.SourceError, tmp_path / f"{group}.h5", target, f"{group}.h5", message)
 
 
 def test_a_target_that_anndata_wrote(good: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scdl_zarr.conversion.assembly import merge_runs
+from scdl_zarr.conversion.finding import find_sources
 from scdl_zarr.conversion.plan import (
     ConversionOptions,
     SourceMatrix,
@@ -22,7 +23,7 @@ from scdl_zarr.conversion.plan import (
     projected_bytes,
 )
 from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
-from scdl_zarr.conversion.survey import find_sources, scan_pointers, survey_sources
+from scdl_zarr.conversion.survey import scan_pointers, survey_sources
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, union_stats, value_stats
 from scdl_zarr.errors import OptionError
 from scdl_zarr.reading.plan import plan_rows, split_rows, touched_pieces

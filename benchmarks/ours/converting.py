@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import scdl_zarr
 from benchmarks.process import Figures, Params, answer, peak_mb
@@ -13,20 +17,43 @@ __all__ = ["measure"]
 
 
 def measure(params: Params) -> Figures:
-    """Seconds from the call to the committed store (its files synced), and the most memory held."""
+    """Seconds from the call to the committed store (its files synced), and the most memory held in this process.
+
+    ``workers`` are local processes, ``cluster`` the workers of a Dask cluster that is there already; else there are ``threads``.
+    """
     shutil.rmtree(params["out"], ignore_errors=True)
-    source = Path(params["source"])
-    began = time.perf_counter()
-    scdl_zarr.convert(
-        sorted(source.iterdir()) if source.is_dir() else source,
-        params["out"],
-        workers=params["threads"],
-        profile=params.get("profile", "fast"),
-        width=params.get("width", "auto"),
-        obsp=params.get("obsp", ()),
-        progress=False,
-    )
-    return {"s": time.perf_counter() - began, "MB peak": peak_mb()}
+    with _crew(params) as crew:
+        source = Path(params[params.get("read", "source")])
+        began = time.perf_counter()
+        scdl_zarr.convert(
+            sorted(source.iterdir()) if source.is_dir() else source,
+            params["out"],
+            profile=params.get("profile", "fast"),
+            width=params.get("width", "auto"),
+            obsp=params.get("obsp", ()),
+            order=params.get("order", "source"),
+            progress=False,
+            **crew,
+        )
+        seconds = time.perf_counter() - began
+    return {"s": seconds, "MB peak": peak_mb()}
+
+
+@contextlib.contextmanager
+def _crew(params: Params) -> Iterator[dict[str, Any]]:
+    if "cluster" in params:
+        from distributed import Client, LocalCluster
+
+        with (
+            LocalCluster(n_workers=params["cluster"], threads_per_worker=1, dashboard_address=None) as cluster,
+            Client(cluster) as client,
+        ):
+            client.run(importlib.import_module, "scdl_zarr.conversion.executors")  # its workers have done tasks before
+            yield {"client": client}
+    elif "workers" in params:
+        yield {"workers": params["workers"]}
+    else:
+        yield {"threads": params["threads"]}
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from benchmarks.process import Figures, Params, Tally, answer, pace, peak_mb
@@ -35,14 +36,16 @@ def measure(params: Params) -> Figures:
 
 
 def convert(params: Params) -> Figures:
-    """Make a shuffled collection."""
+    """Make a collection, shuffled unless that is not wanted."""
     import numpy as np
     from annbatch import DatasetCollection
 
     shutil.rmtree(params["out"], ignore_errors=True)
+    source = Path(params[params.get("read", "source")])
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
     began = time.perf_counter()
     collection = DatasetCollection(params["out"])
-    collection.add_adatas([params["source"]], shuffle=True, rng=np.random.default_rng(0))
+    collection.add_adatas(files, shuffle=params.get("shuffle", True), rng=np.random.default_rng(0))
     return {"s": time.perf_counter() - began, "MB peak": peak_mb()}
 
 

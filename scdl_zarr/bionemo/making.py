@@ -52,8 +52,8 @@ def convert_files(
 ) -> None:
     """Convert files (each with whether X is taken and not raw.X) into one store, in SCDL's dtype if every value survives that."""
     from scdl_zarr.conversion.execution import run_conversion
+    from scdl_zarr.conversion.finding import find_sources
     from scdl_zarr.conversion.plan import ConversionOptions
-    from scdl_zarr.conversion.survey import find_sources
 
     wanted = storable_dtype("float32" if data_dtype is None else data_dtype)
     specs = find_sources(list(sources))

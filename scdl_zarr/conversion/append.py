@@ -44,11 +44,12 @@ from scdl_zarr.conversion.execution import (
     summarize,
 )
 from scdl_zarr.conversion.files import link_file
+from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.conversion.sources.store import forget_stores, store_specs
-from scdl_zarr.conversion.survey import DECIDED, Survey, choose_matrices, digest_of, find_sources, survey_sources
+from scdl_zarr.conversion.survey import DECIDED, Survey, choose_matrices, digest_of, survey_sources
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.errors import CorruptStoreError, NotAStoreError, OptionError, StoreExistsError
 from scdl_zarr.reading.blocks import Blocks
@@ -98,6 +99,7 @@ def append_sources(
             with exclusive(root):
                 base = _Base(root)
                 options = base.options(overrides)
+                new = select_features(new, options.feature_type, appended=True)
                 keys = ["X"] * len(base.specs) + base.matrices(new, options, asked="matrix" in overrides)
                 survey = survey_sources([*base.specs, *new], options, keys)
                 base.require_same_genes(survey)

@@ -112,6 +112,9 @@ def _add_provenance(elements: EncodedElements, survey: Survey, results: dict[str
         else np.array(values, bool if name == "ordered" else np.int64)
         for name, values in packer.directory.items()
     }
+    if survey.skipped:
+        skipped = {"name": _texts(one.name for one in survey.skipped), "reason": _texts(one.reason for one in survey.skipped)}
+        elements.add_frame("uns/scdl/skipped", pd.DataFrame(skipped))
     for name, columns in (("sources", sources), ("blocks", blocks), ("tables", tables), ("directory", directory)):
         elements.add_frame(f"uns/scdl/{name}", pd.DataFrame(columns))
     elements.add_array("uns/scdl/maps", np.concatenate(survey.vocabulary.maps).astype(np.int32))

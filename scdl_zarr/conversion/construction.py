@@ -73,12 +73,13 @@ __all__ = [
     "read_mark",
     "restore_interrupted",
     "run_task",
+    "skipped_in_plan",
     "swap_folders",
 ]
 
 PLAN_VERSION = 2
 SYNC_THREADS = 8  # they wait, they do not work
-ABOUT_SOURCES = {"sources", "n_sources", "digest", "sources_digest"}  # what a plan says of them
+ABOUT_SOURCES = {"skipped", "sources", "n_sources", "digest", "sources_digest", "matrices", "width"}  # what a plan says of them
 # what a conversion makes at its target: nothing else there is ever removed
 OWN_NAMES = {"X", "layers", "obs", "var", "obsm", "obsp", "varm", "varp", "uns", "zarr.json"}
 
@@ -328,6 +329,15 @@ def remove_partial_files(root: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def skipped_in_plan(root: Path | RemoteLocation) -> dict[str, str]:
+    """Sources that an unfinished conversion goes without, with the reasons."""
+    from scdl_zarr.storage.location import locate
+
+    found = (_parse_json(locate(root).read(f"{BUILD_FOLDER}/plan.json")) or {}).get("skipped")
+    listed = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return {str(one.get("name")): str(one.get("reason")) for one in listed}
+
+
 def describe_options(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """The first things but the sources in which two plans differ: ``options.profile is 'fast' there and 'compact' here``."""
     there, here = _flat(found), _flat(wanted)
@@ -373,8 +383,15 @@ def _short(value: Any) -> str:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return _parse_json(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _parse_json(content: bytes | None) -> dict[str, Any] | None:
+    try:
+        found = json.loads(content or b"")
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
 

@@ -30,16 +30,20 @@ from scdl_zarr.conversion.construction import (
     open_blocks,
     prepare_target,
     restore_interrupted,
+    skipped_in_plan,
     swap_folders,
 )
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.executors import Cluster, Crew, Executor, Processes, Threads, connected, threads_of_workers
+from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task, projected_bytes
+from scdl_zarr.conversion.problems import Problems, blamed
 from scdl_zarr.conversion.progress import Progress
 from scdl_zarr.conversion.remote_building import RemoteConstruction, finish_remotely
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
+from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.conversion.sources.store import forget_stores
-from scdl_zarr.conversion.survey import Survey, digest_of, find_sources, survey_sources
+from scdl_zarr.conversion.survey import Survey, digest_of, survey_sources
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, holds, union_stats
 from scdl_zarr.conversion.widen import WidenTask
 from scdl_zarr.errors import (
@@ -68,10 +72,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConversionSummary",
+    "Prepared",
     "Written",
     "build_store",
     "hired",
     "plan_record",
+    "prepare",
     "projected_memory",
     "projected_size",
     "run_conversion",
@@ -149,23 +155,63 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     An error in the sources or options leaves nothing at the target.  Anything else that stops a conversion (a kill, Ctrl-C, a
     full disk) leaves an unfinished one, which nothing opens and which the same call finishes.
     """
+    bad: dict[SourceSpec, SourceError] = {}  # what was found to be wrong with a source when its values were read
     try:
-        return _run_conversion(sources, target, options)
+        while True:
+            try:
+                return _run_conversion(sources, target, options, bad)
+            except SourceError as error:
+                spec = blamed(error)
+                if not options.skip_bad or spec is None or spec in bad or _may_pass(error):
+                    raise
+                bad[spec] = error
     finally:
         forget_stores()
 
 
-def _run_conversion(sources: Any, target: str | os.PathLike[str], options: ConversionOptions) -> ConversionSummary:
-    began = time.perf_counter()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A conversion that can begin: everything was looked at, and nothing was written."""
+
+    root: Path | RemoteLocation
+    taken: str | None  # what is at the target: nothing, a "store", or an unfinished "build"
+    survey: Survey
+    plan: dict[str, Any]
+
+
+def prepare(
+    sources: Any, target: str | os.PathLike[str], options: ConversionOptions, bad: Mapping[SourceSpec, SourceError] | None = None
+) -> Prepared:
+    """Look at the target and survey the sources; the errors of :func:`run_conversion` that come before anything is written.
+
+    `bad` are sources that are known not to be readable.
+    """
     if not isinstance(target, (str, os.PathLike)):
         raise OptionError(f"target={target!r}; expected a path")
+    problems = Problems(skip=options.skip_bad)
+    root: Path | RemoteLocation
     if isinstance(target, str) and is_remote(target):
-        return _convert_remotely(sources, parse_remote(target, options.storage_options), options, began)
-    root = local_path(target)
+        root = parse_remote(target, options.storage_options)
+        specs, taken = _look_remotely(sources, root, options, problems)
+    else:
+        root, specs, taken = _look(sources, local_path(target), options, problems)
+    if options.skip_bad:
+        names = {} if options.overwrite or not options.resume else _skipped_before(root, taken)
+        for spec in specs:
+            if bad and spec in bad:
+                problems.blame(spec, bad[spec])
+            elif spec.name in names:
+                problems.blame(spec, SourceError(names[spec.name]))
+    survey = survey_sources(specs, options, problems=problems)
+    return Prepared(root=root, taken=taken, survey=survey, plan=plan_record(survey, options))
+
+
+def _look(sources: Any, root: Path, options: ConversionOptions, problems: Problems) -> tuple[Path, list[SourceSpec], str | None]:
+    """The folder to make, the sources, and what is at the target."""
     with explained_errors(root):
         if root.is_symlink():  # what it points to is made or replaced, the link stays
             root = Path(os.path.realpath(root))
-        specs = find_sources(sources, storage_options=options.storage_options)
+        specs = _found(sources, root, options, problems)
         local = [Path(spec.path) for spec in specs if spec.remote is None]
         if any(path == root or root in path.parents for path in local):
             raise OptionError(f"{root} holds a source of this conversion; choose another target")
@@ -173,63 +219,72 @@ def _run_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
             raise OptionError(f"{root} lies inside of a source of this conversion; choose another target")
         _require_outside(root)
         restore_interrupted(root)
-        taken = _target_state(root, options)
-    survey = survey_sources(specs, options)
-    plan = plan_record(survey, options)
+        return root, specs, _target_state(root, options)
+
+
+def _look_remotely(
+    sources: Any, place: RemoteLocation, options: ConversionOptions, problems: Problems
+) -> tuple[list[SourceSpec], str | None]:
+    """The sources, and what is at a target in an object store."""
+    if place.scheme in ("http", "https") or not place.key:
+        raise OptionError(f"{place}: expected a folder in a bucket, such as s3://bucket/atlas.zarr, to write into")
+    specs = _found(sources, None, options, problems)
+    if any(f"{spec.path}/".startswith(f"{place}/") or f"{place}/".startswith(f"{spec.path}/") for spec in specs):
+        raise OptionError(f"{place} and a source of this conversion lie in one another; choose another target")
+    return specs, _remote_state(place)
+
+
+def _found(sources: Any, target: Path | None, options: ConversionOptions, problems: Problems) -> list[SourceSpec]:
+    specs = find_sources(sources, problems=problems, target=target, storage_options=options.storage_options)
+    if not specs:
+        problems.settle(0)
+    return select_features(specs, options.feature_type, problems=problems)
+
+
+def _run_conversion(
+    sources: Any, target: str | os.PathLike[str], options: ConversionOptions, bad: Mapping[SourceSpec, SourceError]
+) -> ConversionSummary:
+    began = time.perf_counter()
+    prepared = prepare(sources, target, options, bad)
+    root, taken, survey, plan = prepared.root, prepared.taken, prepared.survey, prepared.plan
     record = recorded_plan(plan)
-    with explained_errors(root):
-        if taken == "store" and not options.overwrite:
+    if taken == "store" and not options.overwrite:
+        with explained_errors(root):
             return _same_store(root, plan, survey)
-        prepare_target(root)
-        check_room(root, projected_size(survey, options))
+    if isinstance(root, Path):
+        with explained_errors(root):
+            prepare_target(root)
+            check_room(root, projected_size(survey, options))
+    elif taken == "store":
+        raise StoreExistsError(
+            f"{root} is a store, and an object store cannot replace one by another in one step; convert to another place, "
+            "or delete this one first"
+        )
+    resume = options.resume and not options.overwrite
     with hired(survey, options) as executor:
         tables = encode_tables(survey)  # what cannot be stored is refused here, before anything is written
-        if taken == "store":
+        if isinstance(root, RemoteLocation):
+            place = RemoteConstruction(root, plan, resume=resume, take_over=options.overwrite)
+            written = build_store(place, survey, options, executor, tables, record)
+        elif taken == "store":
             with exclusive(root):
                 construction = Construction(replacement_path(root), plan, resume=False, replaces=True)
                 written = build_store(construction, survey, options, executor, tables, record)
                 swap_folders(construction.root, root)
         else:
-            resume = options.resume and not options.overwrite
             written = build_store(Construction(root, plan, resume=resume), survey, options, executor, tables, record)
     return summarize(root, survey, time.perf_counter() - began, written)
 
 
-def _convert_remotely(sources: Any, place: RemoteLocation, options: ConversionOptions, began: float) -> ConversionSummary:
-    """The same, put by put: there is no folder to look at, and no rename that would replace a store by another."""
-    if place.scheme in ("http", "https") or not place.key:
-        raise OptionError(f"{place}: expected a folder in a bucket, such as s3://bucket/atlas.zarr, to write into")
-    specs = find_sources(sources, storage_options=options.storage_options)
-    if any(f"{spec.path}/".startswith(f"{place}/") or f"{place}/".startswith(f"{spec.path}/") for spec in specs):
-        raise OptionError(f"{place} and a source of this conversion lie in one another; choose another target")
-    finished = _remote_state(place)
-    survey = survey_sources(specs, options)
-    plan = plan_record(survey, options)
-    if finished and options.overwrite:
-        raise StoreExistsError(
-            f"{place} is a store, and an object store cannot replace one by another in one step; convert to another place, "
-            "or delete this one first"
-        )
-    if finished:
-        return _same_store(place, plan, survey)
-    with hired(survey, options) as executor:
-        tables = encode_tables(survey)
-        resume = options.resume and not options.overwrite
-        construction = RemoteConstruction(place, plan, resume=resume, take_over=options.overwrite)
-        written = build_store(construction, survey, options, executor, tables, recorded_plan(plan))
-    return summarize(place, survey, time.perf_counter() - began, written)
-
-
-def _remote_state(place: RemoteLocation) -> bool:
-    """Whether there is a finished store of ours; anything else but an unfinished one is refused."""
-    try:
-        if committed_plan(place) is not None:
-            return True
-    except NotAStoreError as error:
-        raise StoreExistsError(f"{place} exists and is not a store of ours; choose another target ({error})") from error
-    if place.exists():
-        raise StoreExistsError(f"{place} exists and is an object; choose another target")
-    return False
+def _skipped_before(root: Path | RemoteLocation, taken: str | None) -> dict[str, str]:
+    """Sources that an earlier run of this conversion skipped, with the reasons: some of them only reading every value tells."""
+    if taken == "build":
+        return skipped_in_plan(root)
+    if taken != "store":
+        return {}
+    with contextlib.suppress(ScdlZarrError):
+        return open_blocks(root).skipped()
+    return {}
 
 
 def build_store(
@@ -312,6 +367,18 @@ def _target_state(root: Path, options: ConversionOptions) -> str | None:
     return None
 
 
+def _remote_state(place: RemoteLocation) -> str | None:
+    """The same for a target in an object store, where nobody can make a folder."""
+    try:
+        if committed_plan(place) is not None:
+            return "store"
+    except NotAStoreError as error:
+        raise StoreExistsError(f"{place} exists and is not a store of ours; choose another target ({error})") from error
+    if place.exists():
+        raise StoreExistsError(f"{place} exists and is an object; choose another target")
+    return "build" if place.at(f"{BUILD_FOLDER}/plan.json").exists() else None
+
+
 def _same_store(root: Path | RemoteLocation, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
     """A finished store met again: fine if it is what would be made, an error naming the difference if not."""
     import json
@@ -361,7 +428,19 @@ def plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
         {"name": spec.name, "size": spec.size, "mtime_ns": spec.mtime_ns} | ({"version": spec.version} if spec.version else {})
         for spec in survey.specs
     ]
-    return {"plan_version": PLAN_VERSION, "options": content, "sources": sources, "digest": digest_of(survey.digests)}
+    matrices = {
+        path: {"shape": [plan.layout.n_obs, plan.layout.n_vars], "values": plan.layout.nnz, "shards": len(plan.cuts)}
+        for path, plan in survey.plans.items()
+    }
+    return {
+        "plan_version": PLAN_VERSION,
+        "options": content,
+        "width": survey.width,
+        "matrices": matrices,
+        "skipped": [{"name": problem.name, "reason": problem.reason} for problem in survey.skipped],
+        "sources": sources,
+        "digest": digest_of(survey.digests),
+    }
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 HDF5 decodes every chunk under one lock for the whole process.  A chunk's raw bytes can be fetched without decoding (10 µs under
 the lock), and inflated here by libdeflate with the GIL released, so that threads scale.  Contiguous datasets are read straight
-from the file.  Every other layout or filter goes through h5py, with the same result.
+from the file.  Every other layout or filter goes through h5py, with the same result.  Filters that HDF5 does not come with are
+those of the package hdf5plugin, which is imported for the first dataset that needs one.
 
 Measured on chunks of 40,000 counts and ids that h5py had compressed, one thread, in one run: libdeflate 116 M values/s, isal 92,
 zlib-ng 59, zlib 48.
@@ -10,6 +11,8 @@ zlib-ng 59, zlib 48.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -23,7 +26,7 @@ import numpy.typing as npt
 from scdl_zarr.conversion.kernels import unshuffle
 from scdl_zarr.errors import SourceError
 
-__all__ = ["ElementReader", "RowReader", "unavailable_filters"]
+__all__ = ["ElementReader", "RowReader", "filter_advice", "unavailable_filters"]
 
 _DEFLATE, _SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
 _RAW_PIPELINES = ((), (_DEFLATE,), (_SHUFFLE, _DEFLATE), (_SHUFFLE,))
@@ -37,8 +40,32 @@ def pipeline(dataset: h5py.Dataset) -> tuple[int, ...]:
 
 
 def unavailable_filters(dataset: h5py.Dataset) -> list[str]:
-    """Names of the filters that the installed HDF5 cannot decode."""
-    return [_FILTER_NAMES.get(number, f"filter {number}") for number in pipeline(dataset) if not h5py.h5z.filter_avail(number)]
+    """Names of the filters that neither the installed HDF5 nor hdf5plugin can decode."""
+    missing = _unknown(dataset)
+    if missing and _plugins_are_loaded():
+        missing = _unknown(dataset)
+    return [_FILTER_NAMES.get(number, f"filter {number}") for number in missing]
+
+
+def filter_advice() -> str:
+    """What to do about them: the end of a sentence."""
+    if _plugins_are_loaded():
+        return "which neither this HDF5 nor hdf5plugin can decode; rewrite it with gzip first"
+    return "which this HDF5 cannot decode; pip install 'scdl-zarr[filters]'"
+
+
+def _unknown(dataset: h5py.Dataset) -> list[int]:
+    return [number for number in pipeline(dataset) if not h5py.h5z.filter_avail(number)]
+
+
+@functools.cache
+def _plugins_are_loaded() -> bool:
+    """Import hdf5plugin, which makes its filters known to HDF5; whether it is there and works."""
+    try:
+        importlib.import_module("hdf5plugin")
+    except Exception:  # not there, or made for another HDF5: the same to who reads the file
+        return False
+    return True
 
 
 def is_stored_as(dataset: h5py.Dataset) -> bool:

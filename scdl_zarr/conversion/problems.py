@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.errors import OptionError, ScdlZarrError, SourceError
 
-__all__ = ["Problem", "Problems"]
+__all__ = ["Problem", "Problems", "blamed", "blaming"]
 
 SHOWN = 50
 
@@ -47,9 +47,17 @@ class Problems:
         try:
             yield
         except ScdlZarrError as error:
-            self.found.append(Problem(path=spec.path, name=spec.name, reason=str(error)))
-            self._errors.append(error)
-            self._bad.add(spec)
+            self.blame(spec, error)
+
+    def blame(self, spec: SourceSpec, error: ScdlZarrError) -> None:
+        """Note what is wrong with a source."""
+        self.note(spec.path, spec.name, error)
+        self._bad.add(spec)
+
+    def note(self, path: str, name: str, error: ScdlZarrError) -> None:
+        """Note what is wrong with what may be no source at all."""
+        self.found.append(Problem(path=path, name=name, reason=str(error)))
+        self._errors.append(error)
 
     def __contains__(self, spec: object) -> bool:
         return spec in self._bad
@@ -72,3 +80,20 @@ class Problems:
         more = f"\n  and {len(self.found) - SHOWN} more" if len(self.found) > SHOWN else ""
         skip = "" if self.skip else "; skip_bad=True (--skip-bad) converts the others"
         raise kind(f"{len(self.found)} sources cannot be converted{skip}:\n{listed}{more}")
+
+
+@contextlib.contextmanager
+def blaming(spec: SourceSpec) -> Iterator[None]:
+    """Let a :class:`SourceError` know which source it is about, wherever it travels."""
+    try:
+        yield
+    except SourceError as error:
+        if blamed(error) is None:
+            error.spec = spec  # type: ignore[attr-defined]
+        raise
+
+
+def blamed(error: SourceError) -> SourceSpec | None:
+    """The source that an error is about, if that was noted."""
+    found = getattr(error, "spec", None)
+    return found if isinstance(found, SourceSpec) else None

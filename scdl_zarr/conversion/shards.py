@@ -20,6 +20,7 @@ from scdl_zarr.conversion.encode import ShardEncoder
 from scdl_zarr.conversion.id_maps import load_ids
 from scdl_zarr.conversion.kernels import map_rows, sort_rows
 from scdl_zarr.conversion.plan import PIECE_VALUES, Part, ShardTask
+from scdl_zarr.conversion.problems import blaming
 from scdl_zarr.conversion.sources import MatrixReader, open_source, read_matrix
 from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.stopping import refuse_if_stopped
@@ -79,7 +80,7 @@ def _write_pointers(task: ShardTask) -> ShardResult:
     with ShardEncoder(_path(task, layout), layout) as encoder:
         done = task.start
         for part in task.parts:
-            with open_source(part.spec) as source:
+            with blaming(part.spec), open_source(part.spec) as source:
                 matrix = read_matrix(source, part.key, part.row_stop)
                 for row in range(part.row_start, part.row_stop, layout.chunk):
                     pointers = matrix.indptr(row, min(row + layout.chunk, part.row_stop)) + part.value_start
@@ -101,7 +102,7 @@ def _write_values(task: ShardTask) -> ShardResult:
     with ShardEncoder(_path(task, data), data) as data_out, ShardEncoder(_path(task, indices), indices) as indices_out:
         for part in task.parts:
             mapping = _Mapping(task.root, part, indices.dtype)
-            with open_source(part.spec) as source:
+            with blaming(part.spec), open_source(part.spec) as source:
                 matrix = source.matrix(part.key)
                 for piece in _pieces(matrix, part):
                     refuse_if_stopped(task.root)

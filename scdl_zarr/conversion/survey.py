@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,28 +22,25 @@ from scdl_zarr.conversion.sources import (
     Provenance,
     Source,
     SourceSpec,
-    describe_path,
     open_source,
     read_matrix,
 )
 from scdl_zarr.conversion.sources.h5ad import matrix_name
-from scdl_zarr.conversion.sources.remote import expand_remote
 from scdl_zarr.conversion.values import choose_dtype, value_stats
 from scdl_zarr.conversion.vocabulary import Vocabulary
 from scdl_zarr.errors import OptionError, SourceError
 from scdl_zarr.storage.packing import TablePacker
-from scdl_zarr.storage.remote import is_remote
 from scdl_zarr.storage.schema import NARROW_FROM, matrix_layouts, profile_named
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["DECIDED", "Survey", "choose_matrices", "find_sources", "survey_sources"]
+__all__ = ["DECIDED", "Survey", "choose_matrices", "survey_sources"]
 
 POINTER_BLOCK = 1 << 20
 PROBE_VALUES = 1 << 16
 SAMPLE_VALUES = 4096
-DECIDED = ("scdl", "store")  # kinds that have one X and do not know of raw: what it is was decided when they were made
+DECIDED = ("scdl", "store", "tenx")  # kinds that have one X and do not know of raw: what it is was decided when they were made
 SHOWN_SOURCES = 3  # in a message that names sources
 
 
@@ -80,61 +77,6 @@ class Survey:
     def maps(self, path: str) -> list[IdMap]:
         """What the column ids of a matrix go through: genes into the vocabulary, or rows to where they are in the store."""
         return self.row_maps if path.startswith("obsp/") else [IdMap.of(ids) for ids in self.vocabulary.maps]
-
-
-def find_sources(sources: Any, *, repeats: bool = False, storage_options: Mapping[str, Any] | None = None) -> list[SourceSpec]:
-    """Describe the files: one path or a list of them.  Two files of one name are told apart by their folders."""
-    if isinstance(sources, (str, os.PathLike)):
-        sources = [sources]
-    if isinstance(sources, (list, tuple)) and any(isinstance(path, str) and is_remote(path) for path in sources):
-        return _told_apart(_with_remote(sources, storage_options))
-    try:
-        paths = [Path(os.path.abspath(os.path.expanduser(os.fspath(p)))) for p in sources]
-    except TypeError:
-        raise OptionError(f"sources={sources!r}; expected a path or a list of paths") from None
-    if not paths:
-        raise OptionError("there are no sources to convert")
-    places = [os.path.realpath(p) for p in paths]
-    repeated = sorted({str(p) for p, place in zip(paths, places, strict=True) if places.count(place) > 1})
-    if repeated and not repeats:
-        raise OptionError(f"listed twice: {', '.join(repeated)}")
-    names = [p.name for p in paths]
-    common = Path(os.path.commonpath([p.parent for p in paths])) if len(set(names)) < len(names) else None
-    found = [spec for p in paths for spec in describe_path(p, p.relative_to(common).as_posix() if common else p.name)]
-    return _told_apart(found)
-
-
-def _with_remote(sources: Sequence[Any], storage_options: Mapping[str, Any] | None) -> list[SourceSpec]:
-    """Sources of which some are URLs: a pattern or prefix is all that it stands for.  Names that repeat are whole URLs."""
-    paths = [
-        found
-        for path in sources
-        for found in (expand_remote(path, storage_options) if isinstance(path, str) and is_remote(path) else [path])
-    ]
-    repeated = sorted({str(path) for path in paths if paths.count(path) > 1})
-    if repeated:
-        raise OptionError(f"listed twice: {', '.join(repeated)}")
-    specs = [spec for path in paths for spec in describe_path(path, storage_options=storage_options)]
-    names = [spec.name for spec in specs]
-    return [
-        replace(spec, name=spec.path.partition("://")[2] or spec.path)
-        if names.count(spec.name) > 1 and spec.kind != "store"
-        else spec
-        for spec in specs
-    ]
-
-
-def _told_apart(specs: list[SourceSpec]) -> list[SourceSpec]:
-    """Stores may be made of files of one name: those are told apart by their stores' names."""
-    paths_of: dict[str, set[str]] = {}
-    for spec in specs:
-        paths_of.setdefault(spec.name, set()).add(spec.path)
-    return [
-        replace(spec, name=f"{Path(spec.path).name}/{spec.name}")
-        if spec.kind == "store" and len(paths_of[spec.name]) > 1
-        else spec
-        for spec in specs
-    ]
 
 
 def survey_sources(
@@ -297,7 +239,7 @@ def choose_matrices(specs: list[SourceSpec], matrix: Any, problems: Problems | N
         raise OptionError(f"matrix={matrix!r}; expected a name such as 'X', 'raw' or 'layers/counts', or one per source")
     if matrix != "auto":
         key = _matrix_key(matrix)
-        return ["X" if spec.kind == "store" and key == "raw/X" else key for spec in specs]
+        return ["X" if spec.kind in ("store", "tenx") and key == "raw/X" else key for spec in specs]
     noted = Problems() if problems is None else problems
     has_raw, opened = [], []
     for spec in files:

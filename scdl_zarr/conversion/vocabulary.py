@@ -27,7 +27,7 @@ NUMBERED = "gene_number"  # the index of a var table whose genes have no names
 
 @dataclass(slots=True)
 class Vocabulary:
-    """Grows source by source.
+    """Grows source by source; one that cannot be joined leaves it as it was.
 
     Attributes
     ----------
@@ -56,33 +56,39 @@ class Vocabulary:
             var = var.set_axis(var[self.var_key].astype(object).map(str).to_numpy(), axis=0)
         elif numbered:
             var = var.rename_axis(NUMBERED)  # which the store keeps
-        table = self.packer.add(var, where)
+        unnamed = self._numbered or (where if numbered else None)
+
+        def check() -> None:
+            if self.var_key is None and unnamed and self.maps:
+                self._refuse_numbers(var, unnamed)
+            self._keys(var, where)
+
+        table = self.packer.add(var, where, check=check)
         if table == len(self.maps):
-            self._numbered = self._numbered or (where if numbered else None)
-            if self.var_key is None and self._numbered and self.maps:
-                self._refuse_numbers(var)
-            self.maps.append(self._join(var, where))
+            self._numbered = unnamed
+            self.maps.append(join_keys(self._ids, self._keys(var, where).astype(object).tolist()))
             self._frames.append(var)
             self._joined = None
         return table
 
-    def _refuse_numbers(self, var: pd.DataFrame) -> None:
+    def _refuse_numbers(self, var: pd.DataFrame, unnamed: str) -> None:
         """Gene 7 of one table and gene 7 of another are two genes, and a number is no name to match anything by."""
         shared = [str(column) for column in var.columns if all(column in frame.columns for frame in self._frames)]
         listed = f"the tables share the columns {', '.join(shared)}" if shared else "the tables share no column"
         raise SourceError(
-            f"{self._numbered} has no gene names, only their numbers, and the sources have different genes: "
+            f"{unnamed} has no gene names, only their numbers, and the sources have different genes: "
             f"say by which column of var to match them with var_key= (--var-key); {listed}"
         )
 
-    def _join(self, var: pd.DataFrame, where: str) -> npt.NDArray[np.int64]:
+    def _keys(self, var: pd.DataFrame, where: str) -> Any:
+        """What the genes of a table are matched by."""
         if self.var_key is not None and self.var_key not in var.columns:
             listed = ", ".join(map(str, var.columns)) or "none"
             raise OptionError(f"var_key={self.var_key!r} (--var-key) is no column of var in {where}; it has: {listed}")
         keys = var.index if self.var_key is None else var[self.var_key]
         if keys.isna().any():
             raise SourceError(f"{where}: gene {int(np.flatnonzero(keys.isna())[0])} has no {self.var_key or 'name'}")
-        return join_keys(self._ids, keys.astype(object).tolist())
+        return keys
 
     def shared(self) -> list[bool]:
         """For each var table, whether another one has one of its genes."""

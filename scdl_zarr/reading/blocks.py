@@ -109,6 +109,14 @@ class Blocks:
         """One row per source: name, matrix, rows, stored values, checksum, size of its file, number of its var table."""
         return self._open("sources").to_pandas()
 
+    def skipped(self) -> dict[str, str]:
+        """Sources that the conversion was to go without if they could not be converted, and why they could not."""
+        if "uns/scdl/skipped" not in self._metadata.nodes:
+            return {}
+        return {
+            str(name): str(why) for name, why in zip(*(self._frame("skipped", part) for part in ("name", "reason")), strict=True)
+        }
+
     def tables_of_sources(self) -> list[int]:
         """Number of each source's var table."""
         found, n_tables = np.asarray(self._frame("sources", "table")), len(self._open("tables"))

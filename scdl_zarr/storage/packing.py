@@ -13,7 +13,7 @@ int64 offsets into the UTF-8 that follows them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,8 +44,11 @@ class TablePacker:
         self._tables: dict[bytes, int] = {}
         self.digests: list[str] = []  # of each table's content
 
-    def add(self, frame: pd.DataFrame, where: str) -> int:
-        """The number of a table; a column of a kind that cannot be packed is a :class:`SourceError`."""
+    def add(self, frame: pd.DataFrame, where: str, *, check: Callable[[], object] | None = None) -> int:
+        """The number of a table; a column of a kind that cannot be packed is a :class:`SourceError`.
+
+        `check` is called before a table is taken that was not there; its errors leave everything as it was.
+        """
         parts: list[tuple[str, str, str, bool, int, bytes]] = []
         for name, series in ((INDEX_COLUMN, frame.index.to_series()), *((str(c), frame[c]) for c in frame.columns)):
             try:
@@ -59,6 +62,8 @@ class TablePacker:
         known = self._tables.get(digest.digest())
         if known is not None:
             return known
+        if check is not None:
+            check()
         number = self._tables[digest.digest()] = len(self._tables)
         self.digests.append(digest.hexdigest())
         self.lengths.append(len(frame))

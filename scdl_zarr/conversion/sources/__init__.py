@@ -1,7 +1,8 @@
 """What a conversion needs to know of a source, whatever kind of file it is.
 
 A source is opened where it is read: what travels is a :class:`SourceSpec`.  A folder that was made of several files (a store of
-ours, an archive of BioNeMo-SCDL) is as many sources, so that each keeps its own genes and its name.
+ours, an archive of BioNeMo-SCDL) is as many sources, so that each keeps its own genes and its name; so is a file of 10x Genomics
+with several genomes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ __all__ = [
     "read_matrix",
 ]
 
-SourceKind = Literal["h5ad", "anndata-zarr", "scdl", "store"]
+SourceKind = Literal["h5ad", "anndata-zarr", "scdl", "store", "tenx"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +45,9 @@ class SourceSpec:
     """Which file, and what identifies its content.
 
     ``name`` goes into the store; ``path`` and ``mtime_ns`` never do (the same sources give the same bytes anywhere).  ``part`` is
-    which of the sources at that path it is.  Of an object there is ``version``, which identifies its content, in the place of
-    ``mtime_ns``, and ``remote`` says how to reach it.
+    which of the sources at that path it is.  ``feature_types`` selects features of a file of 10x Genomics; none: all of them.  Of
+    an object there is ``version``, which identifies its content, in the place of ``mtime_ns``, and ``remote`` says how to reach
+    it.
     """
 
     path: str
@@ -54,6 +56,7 @@ class SourceSpec:
     mtime_ns: int
     kind: SourceKind = "h5ad"
     part: int = 0
+    feature_types: tuple[str, ...] = ()
     version: str = ""
     remote: RemoteLocation | None = None
 
@@ -202,8 +205,10 @@ def describe_path(
 
         return [anndata_zarr_spec(where, name)]
     from scdl_zarr.conversion.sources.h5ad import h5ad_spec
+    from scdl_zarr.conversion.sources.tenx import tenx_specs
 
-    return [h5ad_spec(where, name)]
+    spec = h5ad_spec(where, name)
+    return tenx_specs(spec) or [spec]
 
 
 def is_store(path: Path) -> bool:
@@ -230,6 +235,10 @@ def open_source(spec: SourceSpec) -> AbstractContextManager[Source]:
         from scdl_zarr.conversion.sources.scdl_memmap import ScdlSource
 
         return ScdlSource(spec)
+    if spec.kind == "tenx":
+        from scdl_zarr.conversion.sources.tenx import TenxSource
+
+        return TenxSource(spec)
     from scdl_zarr.conversion.sources.h5ad import H5adSource
 
     return H5adSource(spec)

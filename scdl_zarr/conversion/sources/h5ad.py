@@ -1,7 +1,8 @@
 """H5AD files as sources: CSR and dense matrices in X, raw.X and layers, written by any anndata from 0.6 on.
 
 Files are opened read-only.  Tables are read here, those of the usual encodings (``h5ad_frames.py``) and the compound ones that
-anndata wrote before 0.7; anndata is imported only for what is neither.
+anndata wrote before 0.7; anndata is imported only for what is neither.  What any other HDF5 file needs as a source is here, too:
+opening it (:class:`Hdf5Source`) and reading three datasets as a CSR matrix (:class:`H5adMatrix`).
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.conversion.hdf5_chunks import ElementReader, RowReader, unavailable_filters
+from scdl_zarr.conversion.hdf5_chunks import ElementReader, RowReader, filter_advice, unavailable_filters
 from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, SourceSpec
 from scdl_zarr.conversion.sources.dense import DenseMatrix
 from scdl_zarr.conversion.sources.h5ad_frames import read_frame
@@ -29,7 +31,7 @@ from scdl_zarr.storage.remote_file import RemoteFile
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["H5adSource", "h5ad_spec", "matrix_name"]
+__all__ = ["H5adMatrix", "H5adSource", "Hdf5Source", "h5ad_spec", "matrix_name", "reading", "refuse_undecodable"]
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -48,17 +50,18 @@ def h5ad_spec(path: str | os.PathLike[str], name: str | None = None) -> SourceSp
     return SourceSpec(path=str(where), name=name or where.name, size=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
-class H5adSource:
-    """An opened H5AD file.  Use as a context manager, in one thread."""
+class Hdf5Source:
+    """An opened HDF5 file.  Use as a context manager, in one thread."""
 
     def __init__(self, spec: SourceSpec) -> None:
         self.spec = spec
         self._readers: list[ElementReader] = []
         self._remote: RemoteFile | None = None
 
-    def __enter__(self) -> H5adSource:
+    def __enter__(self) -> Self:
         if self.spec.remote is not None:
-            return self._enter_remote(self.spec.remote)
+            self._open_remote(self.spec.remote)
+            return self
         path = self.spec.path
         try:
             with open(path, "rb") as file:
@@ -75,9 +78,10 @@ class H5adSource:
             raise SourceError(f"{path} cannot be opened, it is truncated or damaged: {error}") from error
         return self
 
-    def _enter_remote(self, location: RemoteLocation) -> H5adSource:
+    def _open_remote(self, location: RemoteLocation) -> None:
         """Through HDF5's driver for file objects; every answer is checked to come from the object that was described."""
         self._remote = RemoteFile(location, RemoteObject(key="", size=self.spec.size, version=self.spec.version))
+        signature = b""
         try:
             signature = bytes(self._remote.read(len(_HDF5_SIGNATURE)) or b"")
             self._file = h5py.File(self._remote, "r")
@@ -88,7 +92,6 @@ class H5adSource:
                     f"{self.spec.path} is not an HDF5 file (it starts with {signature!r}); an H5AD file is expected"
                 ) from error
             raise SourceError(f"{self.spec.path} cannot be opened, it is truncated or damaged: {error}") from error
-        return self
 
     def _raise_failure(self) -> None:
         """What kept a remote file from being read says more than what HDF5 made of it."""
@@ -116,6 +119,15 @@ class H5adSource:
         if (status.st_size, status.st_mtime_ns) != (self.spec.size, self.spec.mtime_ns):
             raise SourceError(f"{self.spec.path} changed while it was being converted; run again when nothing writes it")
 
+    def _csr(self, key: str, where: str, parts: CsrParts) -> H5adMatrix:
+        matrix = H5adMatrix(self.spec.path, key, where, parts)
+        self._readers += matrix.readers
+        return matrix
+
+
+class H5adSource(Hdf5Source):
+    """An opened H5AD file.  Use as a context manager, in one thread."""
+
     # ---- matrices
 
     def matrices(self) -> dict[str, str]:
@@ -139,11 +151,6 @@ class H5adSource:
         node = self._node(key)
         kind = None if node is None else _kind(node)
         if node is None or kind is None:
-            if self._is_tenx():
-                raise SourceError(
-                    f"{self.spec.path} looks like 10x Genomics HDF5, which this version does not convert; read it with "
-                    "scanpy.read_10x_h5 and write it with write_h5ad first"
-                )
             raise missing_matrix(self.spec.path, key, self.matrices())
         require_convertible(self.spec.path, key, kind)
         shown, where = matrix_name(key), f"{self.spec.path}: {matrix_name(key)}"
@@ -152,9 +159,7 @@ class H5adSource:
                 refuse_unreadable(where, node, self._file)
                 return DenseMatrix(RowReader(node, where), key=key, where=where, identity=(self.spec, key))
         with reading(self.spec.path, shown, "is not a readable CSR matrix"):
-            matrix = H5adMatrix(self.spec.path, key, node)
-        self._readers += matrix.readers
-        return matrix
+            return self._csr(key, where, _csr_parts(node))
 
     # ---- tables and the rest
 
@@ -188,6 +193,7 @@ class H5adSource:
             node = self._file.get(group)
             if isinstance(node, h5py.Dataset):  # a compound table, one field an entry
                 return np.asarray(node[name])
+            refuse_undecodable(self.spec.path, self._file[path])
             return read_elem(self._file[path])
 
     def provenance(self) -> None:
@@ -211,12 +217,6 @@ class H5adSource:
                 continue
         return None
 
-    def _is_tenx(self) -> bool:
-        """A group with a matrix by columns and its barcodes: "matrix" since Cell Ranger 3, one for each genome before."""
-        with reading(self.spec.path, "the file"):
-            groups = [node for node in self._file.values() if isinstance(node, h5py.Group)]
-            return any({"barcodes", "data", "indices", "indptr"} <= set(group) for group in groups)
-
     def _compound_columns(self, table: str) -> tuple[str, ...]:
         """Columns of a table of anndata 0.6, whose categories lie in uns."""
         node = self._file.get(table)
@@ -235,6 +235,7 @@ class H5adSource:
         if node is None:
             raise SourceError(f"{self.spec.path} has no {key}")
         with reading(self.spec.path, key):
+            refuse_undecodable(self.spec.path, node)
             frame = _compound_frame(node, self._file.get("uns")) if isinstance(node, h5py.Dataset) else _group_frame(node)
         if not isinstance(frame, pd.DataFrame):
             raise SourceError(f"{self.spec.path}: {key} is not a dataframe")
@@ -245,18 +246,31 @@ class H5adSource:
         return frame
 
 
-class H5adMatrix:
-    """A CSR matrix of an opened H5AD file."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CsrParts:
+    """What a CSR matrix of an opened HDF5 file consists of, as found."""
 
-    def __init__(self, path: str, key: str, group: h5py.Group) -> None:
-        data, indices, indptr = group["data"], group["indices"], group["indptr"]
-        shape = group.attrs["shape"] if "shape" in group.attrs else group.attrs["h5sparse_shape"]
-        n_obs, n_vars = (int(n) for n in shape)
-        where = f"{path}: {matrix_name(key)}"
+    data: h5py.Dataset
+    indices: h5py.Dataset
+    indptr: h5py.Dataset
+    shape: tuple[int, int]  # cells, genes
+
+
+def _csr_parts(group: h5py.Group) -> CsrParts:
+    """The parts of a sparse matrix that anndata wrote."""
+    n_obs, n_vars = (int(n) for n in (group.attrs["shape"] if "shape" in group.attrs else group.attrs["h5sparse_shape"]))
+    return CsrParts(data=group["data"], indices=group["indices"], indptr=group["indptr"], shape=(n_obs, n_vars))
+
+
+class H5adMatrix:
+    """A CSR matrix of an opened HDF5 file, checked as far as headers go; `where` is file and matrix, for messages."""
+
+    def __init__(self, path: str, key: str, where: str, parts: CsrParts) -> None:
+        data, indices, indptr, (n_obs, n_vars) = parts.data, parts.indices, parts.indptr, parts.shape
         for part in (data, indices, indptr):
             if not isinstance(part, h5py.Dataset) or part.ndim != 1:
                 raise SourceError(f"{where} is not a CSR matrix: {part.name} should be one-dimensional")
-            refuse_unreadable(where, part, group.file)
+            refuse_unreadable(where, part, data.file)
         if data.dtype.kind not in "biuf" or data.dtype.itemsize > 8:
             raise SourceError(f"{where} has values of dtype {data.dtype}; integers, floats and booleans can be converted")
         if indices.dtype.kind not in "iu" or indptr.dtype.kind not in "iu":
@@ -289,17 +303,26 @@ class H5adMatrix:
         values, ids = out or (None, None)
         return self._data.read(start, stop, values), self._indices.read(start, stop, ids)
 
+    def ids(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """The gene ids of elements [start, stop) alone."""
+        return self._indices.read(start, stop)
+
 
 def refuse_unreadable(where: str, part: h5py.Dataset, file: h5py.File) -> None:
     """Refuse a dataset that lies in another file, or is compressed in a way that is not known here."""
     if part.file.filename != file.filename or part.is_virtual:
         raise SourceError(f"{where}: {part.name} lies in another file ({part.file.filename}); copy it into one file first")
-    missing = unavailable_filters(part)
+    refuse_undecodable(where, part)
+
+
+def refuse_undecodable(where: str, node: h5py.Group | h5py.Dataset) -> None:
+    """Refuse a dataset, or a group with one, that is compressed in a way that is not known here."""
+    if isinstance(node, h5py.Group):
+        node.visititems(lambda _, inner: refuse_undecodable(where, inner) if isinstance(inner, h5py.Dataset) else None)
+        return
+    missing = unavailable_filters(node)
     if missing:
-        raise SourceError(
-            f"{where}: {part.name} is compressed with {', '.join(missing)}, which this HDF5 cannot decode; "
-            "pip install hdf5plugin and import it first"
-        )
+        raise SourceError(f"{where}: {node.name} is compressed with {', '.join(missing)}, {filter_advice()}")
 
 
 @contextlib.contextmanager

@@ -34,9 +34,11 @@ def describe_remote(where: RemoteLocation, name: str | None = None) -> list[Sour
         return _describe_store(where, name)
     found = where.head()
     if found is not None:
-        return [
-            SourceSpec(path=where.url, name=name or where.name, size=found.size, mtime_ns=0, version=found.version, remote=where)
-        ]
+        from scdl_zarr.conversion.sources.tenx import tenx_specs
+
+        name = name or where.name
+        spec = SourceSpec(path=where.url, name=name, size=found.size, mtime_ns=0, version=found.version, remote=where)
+        return tenx_specs(spec) or [spec]
     if not _has_root(where):
         raise StoreNotFoundError(f"no source at {where}: there is neither such an object nor a Zarr store below it")
     return _describe_store(where, name)
