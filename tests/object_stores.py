@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.server
-import logging
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +20,17 @@ from scdl_zarr.storage.remote import RemoteLocation, parse_remote
 __all__ = ["SECRET", "Bucket", "FileServer", "file_server", "s3_bucket"]
 
 SECRET = "no-real-secret-0123456789"
+
+
+SERVE_S3 = """
+import logging, sys
+from moto.server import ThreadedMotoServer
+logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for each request
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print("http://%s:%s" % server.get_host_and_port(), flush=True)
+sys.stdin.read()  # until whoever started it is gone
+"""
 
 
 @dataclass(frozen=True)
@@ -46,15 +59,11 @@ class Bucket:
 
 @contextlib.contextmanager
 def s3_bucket(name: str = "cells") -> Iterator[Bucket]:
-    """A bucket of moto's S3 server in this process."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for each request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
+    """A bucket of moto's S3 server, in a process of its own (see :func:`file_server` for why)."""
+    server = subprocess.Popen([sys.executable, "-c", SERVE_S3], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdin is not None and server.stdout is not None
     try:
+        endpoint = server.stdout.readline().decode().strip()
         urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT")).close()
         options = {
             "endpoint": endpoint,
@@ -66,7 +75,8 @@ def s3_bucket(name: str = "cells") -> Iterator[Bucket]:
         }
         yield Bucket(name, options)
     finally:
-        server.stop()
+        server.kill()
+        server.communicate()
 
 
 @dataclass
@@ -83,8 +93,14 @@ class FileServer:
 
 @contextlib.contextmanager
 def file_server(folder: Path) -> Iterator[FileServer]:
-    """An HTTP server that knows HEAD and GET, ETags and Range."""
+    """An HTTP server that knows HEAD and GET, ETags and Range.
+
+    It runs in threads of this process, so no garbage is collected meanwhile: a thread that collects an object of h5py waits for
+    the lock that h5py holds while it reads, which here would be from this server.
+    """
     state = FileServer(folder)
+    gc.collect()
+    gc.disable()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -131,6 +147,7 @@ def file_server(folder: Path) -> Iterator[FileServer]:
     try:
         yield state
     finally:
+        gc.enable()
         server.shutdown()
         server.server_close()
         thread.join()
