@@ -124,10 +124,12 @@ def convert(
     Parameters
     ----------
     sources
-        An H5AD file; an AnnData Zarr store (a local folder, Zarr v2 or v3), of this package, too; a folder that BioNeMo-SCDL made
-        (see Notes); or a list of these.  Matrices are stored CSR or dense; of a dense one, what is not equal to zero is stored,
-        as ``scipy.sparse.csr_matrix`` has it (NaN is stored, -0.0 is not).  Rows follow one another; sources with different
-        genes are outer-joined: ids are those of the union, in order of first appearance.
+        H5AD files, 10x Genomics HDF5 files (Cell Ranger 2 and later), AnnData Zarr stores (Zarr v2, v3), stores of this package,
+        folders that BioNeMo-SCDL made (see Notes).  One, or a list of them; a folder, which is all of these below it; a pattern
+        such as ``"data/**/*.h5ad"``; a text file (``.txt``, ``.list``) with one of these on each line.  Matrices are stored by
+        rows (CSR), by columns (CSC, turned into rows as SciPy's ``tocsr`` does) or dense; of a dense one, what is not equal to
+        zero is stored, as ``scipy.sparse.csr_matrix`` has it (NaN is stored, -0.0 is not).  Rows follow one another; sources
+        with different genes are outer-joined: ids are those of the union, in order of first appearance.
     target
         Folder to make.  A finished store of the same sources and options is opened and nothing is written; an unfinished one
         is finished; anything else there is an error.
@@ -137,8 +139,8 @@ def convert(
         lists the same ones, its further columns are kept, too.
     layers, obsm, obsp
         Names to carry along.  Everything else (uns, varm, ...; with raw, what var alone knows) is left out and listed in
-        the summary.  An obsp must be stored CSR
-        in every source; the cells that it names are numbered through over the sources, as the rows are.
+        the summary.  An obsp must be sparse in every source; the cells that it names are numbered through over the sources,
+        as the rows are.
     var_key
         Column of var to match genes by; by default their names.  A key that repeats within a source is matched by occurrence.
     dtype
@@ -146,6 +148,8 @@ def convert(
         dtypes that holds every value exactly: integers for counts, float32 or float64 as in the source otherwise.
     dtype_tolerance
         Largest difference allowed where `dtype` is given.
+    feature_type
+        Which features of 10x Genomics files to take, such as ``"Gene Expression"``; by default all.
     width
         ``"plain"``: int32 ids and row pointers, as SciPy has them.  ``"narrow"``: uint16 where that is enough, which every Zarr
         reader reads and SciPy does not like.  ``"auto"``: plain up to 2**31 stored values.
@@ -195,6 +199,10 @@ def convert(
     Sources are opened read-only.  The result is committed by one atomic rename: killed at any moment, a conversion leaves a store
     that opens whole or one that does not open.  The same sources and options give the same bytes.  Memory is bounded by
     `memory_budget` and does not grow with the number of values; obs and var are held whole.
+
+    A matrix stored by columns is read twice: its row ids once, to count what its rows store, before anything is written; and
+    whole by tasks that deal its entries out to files of the unfinished store (8 bytes a value, where values have 4 and genes are
+    fewer than 65,537), from which the shards take their rows.  Up to 2 million values it is turned in memory instead.
 
     A dense matrix is read twice: once to count what its rows store, before anything is written, and once by the shards.  It is
     read in blocks of 4 MB, or one row of chunks where that is more.  Chunks that are tall and narrow, so that a row of them takes

@@ -86,7 +86,7 @@ def convert(
     ] = None,
     layer: Annotated[list[str] | None, typer.Option("--layer", help="Carry this layer along (may be repeated).")] = None,
     obsm: Annotated[list[str] | None, typer.Option("--obsm", help="Carry this obsm along (may be repeated).")] = None,
-    obsp: Annotated[list[str] | None, typer.Option("--obsp", help="Carry this obsp along, stored CSR (may be repeated).")] = None,
+    obsp: Annotated[list[str] | None, typer.Option("--obsp", help="Carry this sparse obsp along (may be repeated).")] = None,
     feature_type: Annotated[
         list[str] | None,
         typer.Option("--feature-type", help="Features of 10x Genomics files to take (may be repeated). [default: all]"),

@@ -278,11 +278,6 @@ def test_raw_in_some_sources_only_lists_both_kinds(good: Path, tmp_path: Path, t
     refused(errors.SourceError, [good, tmp_path / "with_raw.h5ad"], target, *words)
 
 
-def test_a_matrix_that_is_stored_by_columns(tmp_path: Path, target: Path) -> None:
-    source = write_h5ad(tmp_path / "other.h5ad", encoded_rows(4, 6, 2).tocsc())
-    refused(errors.SourceError, source, target, source, "X is stored csc", "csr_matrix")
-
-
 POINTERS = np.arange(N_OBS + 1) * PER_ROW
 CONTRADICTIONS: dict[str, tuple[Edit, list[str]]] = {
     "data shorter than indices": (swap("X/data", np.ones(5, "f4")), ["5 values", f"{NNZ} gene ids"]),

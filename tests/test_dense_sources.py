@@ -23,7 +23,7 @@ from hypothesis.extra import numpy as hnp
 import scdl_zarr
 from scdl_zarr import errors
 from scdl_zarr.conversion.hdf5_chunks import RowReader
-from scdl_zarr.conversion.sources import MatrixReader, dense, describe_path, open_source
+from scdl_zarr.conversion.sources import MatrixReader, counts, dense, describe_path, open_source
 from scdl_zarr.conversion.sources.dense import DenseMatrix, block_height
 from tests.stores_of_others import write_with_anndata
 from tests.test_crash import child, contents, ending
@@ -43,7 +43,7 @@ names = itertools.count()
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
     """Counts are kept in the process: each test counts anew."""
-    with mock.patch.object(dense, "KNOWN", type(dense.KNOWN)()):
+    with mock.patch.object(counts, "KNOWN", type(counts.KNOWN)()):
         yield
 
 
@@ -205,15 +205,15 @@ def test_a_matrix_is_counted_once_and_blocks_are_not_read_twice_in_a_row(tmp_pat
 
 
 def test_what_is_kept_of_counts_is_bounded() -> None:
-    known = type(dense.KNOWN)()
-    counts = [dense.RowCounts(height=1, counts=np.zeros(10, np.uint16), starts=np.zeros(11, np.int64)) for _ in range(4)]
-    with mock.patch.object(dense, "KEPT_COUNTS_BYTES", 3 * counts[0].nbytes):
-        for k, one in enumerate(counts[:3]):
+    known = type(counts.KNOWN)()
+    each = [counts.RowCounts(height=1, counts=np.zeros(10, np.uint16), starts=np.zeros(11, np.int64)) for _ in range(4)]
+    with mock.patch.object(counts, "KEPT_COUNTS_BYTES", 3 * each[0].nbytes):
+        for k, one in enumerate(each[:3]):
             known.keep(k, one)
-        assert known.get(0) is counts[0]
-        known.keep(3, counts[3])
+        assert known.get(0) is each[0]
+        known.keep(3, each[3])
     assert known.get(1) is None  # the one used longest ago
-    assert [known.get(k) for k in (0, 2, 3)] == [counts[0], counts[2], counts[3]]
+    assert [known.get(k) for k in (0, 2, 3)] == [each[0], each[2], each[3]]
 
 
 @pytest.mark.parametrize("chunks", [None, (1, 64), (100, 10), (4000, 1), (4000, 64), (3, 7)])
@@ -235,8 +235,8 @@ def test_a_block_and_what_a_reader_holds_are_bounded(chunks: tuple[int, int] | N
             reader.elements(start, start + 1000, out)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    counts = 2 * len(matrix) + 8 * (len(matrix) // block_height(rows) + 2)
-    assert peak <= 4 * reader.header.chunk_bytes + counts + 100_000
+    held = 2 * len(matrix) + 8 * (len(matrix) // block_height(rows) + 2)
+    assert peak <= 4 * reader.header.chunk_bytes + held + 100_000
     if chunks != (4000, 64):  # one chunk that is the matrix is decoded whole
         assert 4 * reader.header.chunk_bytes < matrix.nbytes
 
@@ -274,7 +274,7 @@ def test_obs_or_var_of_another_length(tmp_path: Path) -> None:
 
 def test_a_dense_obsp(tmp_path: Path) -> None:
     source = write_h5ad(tmp_path / "a.h5ad", encoded_rows(6, 5, 2), obsp={"near": np.eye(6)})
-    refused(source, tmp_path / "a.zarr", "obsp/near is stored dense", "converts CSR matrices", obsp="near")
+    refused(source, tmp_path / "a.zarr", "obsp/near is stored dense", "converts sparse matrices", obsp="near")
 
 
 def test_a_damaged_chunk_is_found_before_anything_is_written(tmp_path: Path) -> None:

@@ -97,6 +97,20 @@ def test_a_path_that_is_there_is_no_pattern(made: dict[str, Path], here: Path) -
     assert found("run[1].h5ad") == ["run1.h5ad"]
 
 
+def test_a_pattern_is_read_where_folders_have_its_characters(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "run[1]*"
+    for name in ("a.h5ad", "b.h5ad"):
+        put(made["h5ad"], here / name)
+    (here / "l.txt").write_text("?.h5ad\n")
+    assert found(here / "l.txt") == ["a.h5ad", "b.h5ad"]
+    monkeypatch.chdir(here)
+    assert found("*.h5ad") == ["a.h5ad", "b.h5ad"]
+    with pytest.raises(errors.StoreNotFoundError, match="no source file at"):
+        find_sources("c.h5ad")
+
+
 def test_a_pattern_may_find_folders(made: dict[str, Path], here: Path) -> None:
     for name in ("s1/x/a.h5ad", "s2/b.h5ad"):
         put(made["h5ad"], here / name)
@@ -365,4 +379,8 @@ def test_a_conversion_tells_all_problems_or_skips_them(made: dict[str, Path], he
 def test_the_target_may_lie_among_its_sources(made: dict[str, Path], here: Path) -> None:
     put(made["h5ad"], here / "data" / "a.h5ad")
     for _ in range(2):  # the second time it is there
-        assert scdl_zarr.convert("data", "data/joined.zarr", progress=False).n_obs == 5
+        data = scdl_zarr.convert("data", "data/joined.zarr", progress=False)
+        assert data.n_obs == 5
+    put(made["h5ad"], here / "data" / "b.h5ad")
+    data.append("data")
+    assert scdl_zarr.open("data/joined.zarr").n_obs == 15

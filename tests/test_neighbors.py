@@ -135,10 +135,9 @@ def test_the_command_line_carries_and_shows_them(sources: list[Path], tmp_path: 
 # ---- what is refused
 
 
-@pytest.mark.parametrize(("kind", "make"), [("csc", sp.csc_matrix), ("dense", lambda graph: graph.toarray())])
-def test_another_kind_is_refused_rather_than_transposed(kind: str, make: Any, tmp_path: Path) -> None:
-    source = write_h5ad(tmp_path / "a.h5ad", encoded_rows(12, 4, 2), obsp={"near": make(neighbors(12, 3))})
-    with pytest.raises(errors.SourceError, match=f"obsp/near is stored {kind}"):
+def test_a_dense_one_is_refused(tmp_path: Path) -> None:
+    source = write_h5ad(tmp_path / "a.h5ad", encoded_rows(12, 4, 2), obsp={"near": neighbors(12, 3).toarray()})
+    with pytest.raises(errors.SourceError, match="obsp/near is stored dense"):
         scdl_zarr.convert(source, tmp_path / "s.zarr", obsp="near", **SIZES)
     assert not (tmp_path / "s.zarr").exists()
 

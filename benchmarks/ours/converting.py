@@ -44,10 +44,10 @@ def _crew(params: Params) -> Iterator[dict[str, Any]]:
     if "cluster" in params:
         from distributed import Client, LocalCluster
 
-        with (
-            LocalCluster(n_workers=params["cluster"], threads_per_worker=1, dashboard_address=None) as cluster,
-            Client(cluster) as client,
-        ):
+        workers: Any = LocalCluster(  # type: ignore[no-untyped-call]
+            n_workers=params["cluster"], threads_per_worker=1, dashboard_address=None
+        )
+        with workers, Client(workers) as client:  # type: ignore[no-untyped-call]
             client.run(importlib.import_module, "scdl_zarr.conversion.executors")  # its workers have done tasks before
             yield {"client": client}
     elif "workers" in params:

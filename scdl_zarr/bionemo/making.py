@@ -126,7 +126,7 @@ def join_stores(
 
 
 def _check_matrix(spec: Any, key: str) -> None:
-    """SCDL's errors for a matrix that is not there, or dense."""
+    """SCDL's errors for a matrix that is not there, or dense; one by columns is refused where SCDL takes it for its transpose."""
     from scdl_zarr.conversion.sources import open_source
 
     with open_source(spec) as source:
@@ -137,6 +137,17 @@ def _check_matrix(spec: Any, key: str) -> None:
         raise OptionError("This file does not have raw count data; set use_X_not_raw=True to use normalized counts instead.")
     if kind == "dense":
         raise NotImplementedError("Error: dense matrix loading not yet implemented.")
+    if kind == "csc":
+        raise _by_columns(spec.path, key)
+
+
+def _by_columns(path: str | os.PathLike[str], key: str) -> OptionError:
+    """The error for a matrix that SCDL reads by rows though it is stored by columns."""
+    shown = "raw.X" if key == "raw/X" else key
+    return OptionError(
+        f"{os.fspath(path)}: {shown} is stored csc, which bionemo-scdl does not load; scdl_zarr.convert does, or write it with "
+        "anndata as scipy.sparse.csr_matrix first"
+    )
 
 
 def neighbors_there(h5ad_path: str | os.PathLike[str], key: str) -> tuple[str, ...]:
@@ -151,6 +162,8 @@ def neighbors_there(h5ad_path: str | os.PathLike[str], key: str) -> tuple[str, .
             return ()
         if kind == "dense":
             raise OptionError(f"Neighbor matrix for key '{key}' is not a sparse matrix.")
+        if kind == "csc":
+            raise _by_columns(h5ad_path, f"obsp/{key}")
     return (key,)
 
 

@@ -5,6 +5,8 @@
     target/.scdl-build/lock           held by the process that builds
     target/.scdl-build/plan.json      what is being built: the same plan goes on, another one is refused
     target/.scdl-build/done/*.json    one mark per finished shard, with what its task reported
+    target/.scdl-build/counts/*       what rows store, for processes that did not count (counts.py)
+    target/.scdl-build/scratch/*      columns on their way to rows (transpose.py)
     target/X/data/c/0 ...             shards, each renamed into place when it is whole
     target/zarr.json                  the commit: before it nothing opens, after it everything is there
     target/X/zarr.json ...            for readers that open a part directly; written last
@@ -28,10 +30,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, sync_folder
-from scdl_zarr.conversion.id_maps import save_maps
 from scdl_zarr.conversion.plan import ShardTask, Task
 from scdl_zarr.conversion.shards import ShardResult, write_shard
+from scdl_zarr.conversion.staging import SCRATCH, TransposeTask, scratch_folder
 from scdl_zarr.conversion.stopping import STATE, state_document
+from scdl_zarr.conversion.tables import TABLES_FOLDER, TableTask, write_table_shard
+from scdl_zarr.conversion.transpose import stage_run
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.conversion.widen import WidenTask, widen_shard
 from scdl_zarr.errors import (
@@ -47,9 +51,6 @@ from scdl_zarr.storage.location import replaced_path, was_interrupted
 from scdl_zarr.storage.schema import BUILD_FOLDER, node_document
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from scdl_zarr.reading.blocks import Blocks
     from scdl_zarr.storage.remote import RemoteLocation
 
@@ -109,6 +110,10 @@ def perform_task(task: Task) -> ShardResult:
     """Do a task in its folder; nothing notes that it is done."""
     if isinstance(task, ShardTask):
         return write_shard(task)
+    if isinstance(task, TransposeTask):
+        return ShardResult(name=task.name, dtype=task.dtype, stats=ValueStats(), bytes_in=stage_run(task))
+    if isinstance(task, TableTask):
+        return write_table_shard(task)
     assert isinstance(task, WidenTask), type(task)
     try:
         return widen_shard(task)
@@ -229,7 +234,7 @@ class Construction:
             for path in self.root.iterdir():
                 if path.name in OWN_NAMES:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            for name in ("done", "maps", "scratch"):
+            for name in ("done", "maps", "counts", TABLES_FOLDER, SCRATCH):
                 shutil.rmtree(self._build / name, ignore_errors=True)
 
     # ---- state
@@ -248,10 +253,8 @@ class Construction:
             replace_file(self._build / "plan.json", json.dumps({**self._plan, "dtypes": dict(dtypes)}).encode())
             sync_folder(self._build)
 
-    def share_maps(self, maps: Iterable[npt.NDArray[np.int64]]) -> None:
-        """Write the numbers of id maps, which tasks will ask for."""
-        with explained_errors(self.root):
-            save_maps(self.root, maps)
+    def publish(self) -> None:
+        """Let tasks find what was saved for them in the build folder: they see the folder itself."""
 
     def placed(self, task: Task) -> Task:
         """The task as whoever does it needs it."""
@@ -264,6 +267,10 @@ class Construction:
     def outgrown(self, task: Task) -> ShardResult | None:
         """What the task reported when it was done, in whatever dtype that was."""
         return read_mark(self.root, task, any_dtype=True)
+
+    def remove_scratch(self, matrix: str) -> None:
+        """What the shards of a matrix were made from goes when they are all there: it may be several times their size."""
+        shutil.rmtree(self.root / scratch_folder(matrix), ignore_errors=True)
 
     # ---- the end
 

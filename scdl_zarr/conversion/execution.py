@@ -36,13 +36,16 @@ from scdl_zarr.conversion.construction import (
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.executors import Cluster, Crew, Executor, Processes, Threads, connected, threads_of_workers
 from scdl_zarr.conversion.finding import find_sources, select_features
+from scdl_zarr.conversion.id_maps import save_maps
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task, projected_bytes
 from scdl_zarr.conversion.problems import Problems, blamed
 from scdl_zarr.conversion.progress import Progress
 from scdl_zarr.conversion.remote_building import RemoteConstruction, finish_remotely
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
 from scdl_zarr.conversion.sources import SourceSpec
+from scdl_zarr.conversion.sources.counts import known_counts, save_counts
 from scdl_zarr.conversion.sources.store import forget_stores
+from scdl_zarr.conversion.staging import TurnSizes, scratch_bytes
 from scdl_zarr.conversion.survey import Survey, digest_of, survey_sources
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, holds, union_stats
 from scdl_zarr.conversion.widen import WidenTask
@@ -79,13 +82,14 @@ __all__ = [
     "plan_record",
     "prepare",
     "projected_memory",
+    "projected_scratch",
     "projected_size",
     "run_conversion",
     "summarize",
 ]
 
 SLOWEST_SHOWN = 0.5  # million values a second: what is slower rounds to 0
-TABLE_FACTOR = 6  # obs and var: as read, joined, as objects, encoded
+TABLE_FACTOR = 6  # var: as read, joined, as objects, encoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +258,7 @@ def _run_conversion(
     if isinstance(root, Path):
         with explained_errors(root):
             prepare_target(root)
-            check_room(root, projected_size(survey, options))
+            check_room(root, projected_size(survey, options) + projected_scratch(survey))
     elif taken == "store":
         raise StoreExistsError(
             f"{root} is a store, and an object store cannot replace one by another in one step; convert to another place, "
@@ -472,7 +476,8 @@ def hired(survey: Survey, options: ConversionOptions) -> Iterator[Executor]:
 def _crew(kind: str, processes: int, threads: int, survey: Survey, options: ConversionOptions) -> Crew:
     """As many threads in each process as its memory holds, and no more of either than there are shards."""
     budget = parse_bytes(options.memory_budget)
-    shards = max(sum(len(plan.cuts) for plan in survey.plans.values()), 1)
+    staged = (TurnSizes.of(s.header.nnz).runs for plan in survey.plans.values() for s in plan.sources if scratch_bytes(s.header))
+    shards = max(sum(len(plan.cuts) for plan in survey.plans.values()), *staged, survey.cells.n_shards, 1)
     threads = min(threads, shards)
     while threads > 1 and projected_memory(survey, threads) > budget:
         threads -= 1
@@ -487,40 +492,29 @@ def _crew(kind: str, processes: int, threads: int, survey: Survey, options: Conv
 
 def projected_memory(survey: Survey, threads: int) -> int:
     """Peak bytes of a process that does so many tasks at a time (of this one: it holds the tables, too)."""
-    return projected_bytes(list(survey.plans.values()), threads, table_bytes(survey), survey.longest_row)
+    plans, cells = list(survey.plans.values()), survey.cells
+    tables = TABLE_FACTOR * frame_bytes(survey.vocabulary.frame()) + cells.plan_bytes
+    return projected_bytes(plans, threads, tables, survey.longest_row, cells.task_bytes)
 
 
-def table_bytes(survey: Survey) -> int:
-    """What obs, var and obsm take while they are joined and encoded."""
-    counted: set[int] = set()  # categories that frames share count once
-    held = sum(_frame_bytes(frame, counted) for frame in (*survey.obs, survey.vocabulary.frame()))
-    return TABLE_FACTOR * held + 3 * sum(int(value.nbytes) for values in survey.obsm.values() for value in values)
-
-
-def _frame_bytes(frame: pd.DataFrame, counted: set[int]) -> int:
-    import pandas as pd
-
-    held = int(frame.index.memory_usage(deep=True))
-    for name in frame.columns:
-        column = frame[name]
-        values = column.array
-        if not isinstance(values, pd.Categorical):
-            held += int(column.memory_usage(index=False, deep=True))
-            continue
-        held += int(values.codes.nbytes)
-        if id(values.categories) not in counted:
-            counted.add(id(values.categories))
-            held += int(values.categories.memory_usage(deep=True))
-    return held
+def frame_bytes(frame: pd.DataFrame) -> int:
+    """Memory of a table."""
+    return int(frame.memory_usage(deep=True).sum())
 
 
 def projected_size(survey: Survey, options: ConversionOptions) -> int:
+    """Bytes of the store."""
     profile = profile_named(options.profile)
     size = 0.0
     for plan in survey.plans.values():
         assert plan.layout.indptr is not None
         size += plan.layout.nnz * profile.bytes_per_value + plan.layout.indptr.size * plan.layout.indptr.dtype.itemsize
     return int(size)
+
+
+def projected_scratch(survey: Survey) -> int:
+    """Bytes on the disk of the columns of one matrix at a time, on their way to rows."""
+    return max(sum(scratch_bytes(source.header) for source in plan.sources) for plan in survey.plans.values())
 
 
 # ---- the tasks
@@ -536,14 +530,18 @@ class _Run:
     executor: Executor
     progress: Progress
 
-    def matrix(self, path: str) -> list[ShardResult]:
-        """Write every shard of a matrix that is not there yet; with dtype="auto", in a wider dtype where a value does not fit."""
+    def matrix(self, path: str, beside: Sequence[Task] = ()) -> list[ShardResult]:
+        """Write every shard of a matrix that is not there yet; with dtype="auto", in a wider dtype where a value does not fit.
+
+        The tasks `beside` are done at the same time.
+        """
         survey, seen, begun = self.survey, ValueStats(), self.progress.position
         while True:
             self.progress.position = begun
             tasks = self._tasks(path)
+            self._stage(path, tasks)
             try:
-                results = self.tasks(tasks)
+                results = self.tasks([*beside, *tasks])[len(beside) :]
                 seen |= union_stats(result.stats for result in results)
             except DtypeTooNarrowError as found:
                 results = []
@@ -558,7 +556,17 @@ class _Run:
             self.progress.event("widened", matrix=path, was=had.name, dtype=wanted.name)
         if not results:
             raise SourceError(f"{path}: no dtype holds every value of these sources exactly; give dtype= (--dtype)")
+        self.construction.remove_scratch(path)
         return results
+
+    def _stage(self, path: str, tasks: Sequence[ShardTask]) -> None:
+        """Deal out the columns of the sources that shards which are not there yet need, where that is not done."""
+        staged = [task for task in tasks if task.kind == "values" and any(part.staging is not None for part in task.parts)]
+        missing = [task for task in staged if self.construction.finished(task) is None]
+        sources = sorted({part.source for task in missing for part in task.parts})
+        root, digest = str(self.construction.root), self.construction.plan_digest
+        todo = [task for source in sources for task in self.survey.plans[path].staging_tasks(source, root, digest)]
+        self.tasks([task for task in todo if self.construction.finished(task) is None])
 
     def _tasks(self, path: str) -> list[ShardTask]:
         survey, construction = self.survey, self.construction
@@ -601,9 +609,24 @@ def _run(
     for path, name in construction.dtypes().items():
         if path in survey.plans:
             survey.plans[path] = survey.plans[path].with_dtype(np.dtype(name))
-    construction.share_maps(survey.vocabulary.maps)
+    with explained_errors(construction.where):
+        save_maps(construction.root, survey.vocabulary.maps)
+        _save_counts(construction, survey)
+        survey.cells.save(construction.root)
+        construction.publish()
     run = _Run(construction=construction, survey=survey, options=options, executor=executor, progress=progress)
-    return {path: run.matrix(path) for path in survey.plans}
+    tables = list(survey.cells.tasks(str(construction.root), construction.plan_digest))
+    return {path: run.matrix(path, tables if path == "X" else ()) for path in survey.plans}
+
+
+def _save_counts(construction: Construction | RemoteConstruction, survey: Survey) -> None:
+    """What was counted, for tasks in other processes."""
+    for plan in survey.plans.values():
+        for s, source in enumerate(plan.sources):
+            path = plan.counts_path(s, str(construction.root))
+            counts = known_counts((source.spec, source.header.key)) if path else None
+            if counts is not None:
+                save_counts(Path(path), counts)
 
 
 def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: ValueStats) -> np.dtype[Any]:

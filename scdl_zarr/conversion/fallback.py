@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.plan import PIECE_VALUES
-from scdl_zarr.conversion.sources import SourceSpec, open_source
+from scdl_zarr.conversion.sources import SourceSpec, open_source, stored_elements
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, value_stats
 
 __all__ = ["exact_fallback", "source_values"]
@@ -21,7 +21,7 @@ def source_values(matrices: Mapping[SourceSpec, str]) -> Iterator[npt.NDArray[An
         with open_source(spec) as source:
             matrix = source.matrix(key)
             for start in range(0, matrix.header.nnz, PIECE_VALUES):
-                yield matrix.elements(start, min(start + PIECE_VALUES, matrix.header.nnz))[0]
+                yield stored_elements(matrix, start, min(start + PIECE_VALUES, matrix.header.nnz))[0]
 
 
 def exact_fallback(pieces: Iterable[npt.NDArray[Any]], wanted: np.dtype[Any]) -> tuple[np.dtype[Any], float]:

@@ -88,7 +88,7 @@ def find_sources(
     problems
         Takes what is wrong with single entries, which are then left out; None raises the first.
     target
-        Where the store will be made.  A folder or pattern that would find it there does not.
+        Where the store will be made, or is.  A folder or pattern that would find it there does not.
     storage_options
         How to reach URLs.  One of an object store may be a pattern or a prefix, too.
 
@@ -225,7 +225,7 @@ class _Search:
                     yield _Entry(place=url, listed=listed)
                 return
             path = _absolute(text, folder)
-            found = [path] if os.path.lexists(path) or not glob.has_magic(str(path)) else self._matches(text, path)
+            found = [path] if os.path.lexists(path) or not glob.has_magic(text) else self._matches(text, folder)
         for path in found:
             if _is_text(path):
                 yield from self._of_text(path, listed, lists)
@@ -234,8 +234,10 @@ class _Search:
                 for place in self._sources_at(path):
                     yield _Entry(place=place, listed=listed)
 
-    def _matches(self, text: str, pattern: Path) -> list[Path]:
-        matches = (Path(os.path.abspath(match)) for match in glob.iglob(str(pattern), recursive=True))
+    def _matches(self, text: str, folder: Path) -> list[Path]:
+        """What a pattern matches; characters of the folder that it is read from mean themselves."""
+        pattern = str(local_path(text)) if "://" in text else os.path.expanduser(text)
+        matches = (Path(os.path.abspath(folder / match)) for match in glob.iglob(pattern, root_dir=folder, recursive=True))
         found = sorted({path for path in matches if not _is_leftover(path.name) and not self._is_target(path)})
         if not found:
             raise StoreNotFoundError(f"nothing matches the pattern {text!r}")
@@ -305,7 +307,7 @@ class _Search:
 
 
 def _absolute(text: str, folder: Path) -> Path:
-    return local_path(text if "://" in text or text.startswith("~") or not text else os.path.join(folder, text))
+    return local_path(text if "://" in text or text.startswith("~") or not text else folder / text)
 
 
 def _is_leftover(name: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,10 +17,11 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.id_maps import IdMap
 from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
+from scdl_zarr.conversion.staging import Staging, TransposeTask, TurnSizes, is_small, staging_bytes
 from scdl_zarr.errors import OptionError
 from scdl_zarr.resources import parse_bytes
 from scdl_zarr.storage.remote_file import CACHE_BYTES
-from scdl_zarr.storage.schema import SHARD_VALUES, ArrayLayout, MatrixLayout, profile_named
+from scdl_zarr.storage.schema import BUILD_FOLDER, SHARD_VALUES, ArrayLayout, MatrixLayout, profile_named
 
 __all__ = [
     "ConversionOptions",
@@ -186,6 +188,8 @@ class Part:
     first_row: int  # where row_start is in the store
     value_start: int  # where the source's first value is in the store
     ids: IdMap
+    counts: str = ""  # a file of what its rows store, where the source does not say
+    staging: Staging | None = None  # where its rows are made, if it is stored by columns and large
 
 
 class Task(Protocol):
@@ -277,7 +281,7 @@ class MatrixPlan:
                 stop=min(start + data.shard, data.size),
                 root=root,
                 arrays=(data, indices),
-                parts=tuple(self._part(s, a, b, maps) for s, a, b in cut),
+                parts=tuple(self._part(s, a, b, maps, root, plan) for s, a, b in cut),
                 total=self.layout.nnz,
                 exact_dtype=exact,
                 tolerance=options.dtype_tolerance if exact else 0.0,
@@ -294,13 +298,36 @@ class MatrixPlan:
                 stop=stop,
                 root=root,
                 arrays=(indptr,),
-                parts=tuple(self._pointer_parts(start, stop, maps)),
+                parts=tuple(self._pointer_parts(start, stop, maps, root, plan)),
                 total=self.layout.nnz,
                 exact_dtype=exact,
                 plan=plan,
             )
 
-    def _part(self, s: int, row_start: int, row_stop: int, maps: list[IdMap]) -> Part:
+    def staging_tasks(self, s: int, root: str, plan: str = "") -> list[TransposeTask]:
+        """What has to be done before rows of a source can be read: nothing unless it is stored by columns and large."""
+        staging = self._staging(s, root, plan)
+        return staging.tasks(self.layout.path, s) if staging is not None else []
+
+    def _staging(self, s: int, root: str, plan: str) -> Staging | None:
+        source = self.sources[s]
+        return Staging.of(
+            source.spec,
+            source.header,
+            matrix=self.layout.path,
+            source=s,
+            root=root,
+            plan=plan,
+            counts=self.counts_path(s, root),
+        )
+
+    def counts_path(self, s: int, root: str) -> str:
+        """The file of what the rows of a source store, if there is to be one."""
+        if self.sources[s].header.layout == "csr":
+            return ""
+        return str(Path(root, BUILD_FOLDER, "counts", f"{self.layout.path.replace('/', '.')}-{s:06d}"))
+
+    def _part(self, s: int, row_start: int, row_stop: int, maps: list[IdMap], root: str, plan: str) -> Part:
         source = self.sources[s]
         return Part(
             source=s,
@@ -311,15 +338,17 @@ class MatrixPlan:
             first_row=source.row_start + row_start,
             value_start=source.value_start,
             ids=maps[source.table],
+            counts=self.counts_path(s, root),
+            staging=self._staging(s, root, plan),
         )
 
-    def _pointer_parts(self, start: int, stop: int, maps: list[IdMap]) -> Iterator[Part]:
+    def _pointer_parts(self, start: int, stop: int, maps: list[IdMap], root: str, plan: str) -> Iterator[Part]:
         """Pointer r of the store is the start of row r; the last one, after all rows, belongs to no source."""
         for s, source in enumerate(self.sources):
             low = max(start - source.row_start, 0)
             high = min(stop - source.row_start, source.header.n_obs)
             if low < high:
-                yield self._part(s, low, high, maps)
+                yield self._part(s, low, high, maps, root, plan)
 
 
 def border_elements(source: SourceMatrix, shard: int) -> npt.NDArray[np.int64]:
@@ -347,13 +376,14 @@ def cut_shards(
     return tuple(tuple(cut) for cut in cuts)
 
 
-def projected_bytes(plans: list[MatrixPlan], workers: int, tables_bytes: int, longest_row: int) -> int:
+def projected_bytes(plans: list[MatrixPlan], workers: int, tables_bytes: int, longest_row: int, table_task_bytes: int = 0) -> int:
     """Peak memory of a conversion in this process: what everything takes, plus what each running task takes.
 
     A task holds one piece: values and ids as they come out of HDF5 and in the store's dtypes, and what rare dtypes take beside;
-    of both arrays a chunk, raw and inflated, and a slab of chunks on its way to the file.
+    of both arrays a chunk, raw and inflated, and a slab of chunks on its way to the file.  Or it is one of those that write obs,
+    which hold `table_task_bytes`.
     """
-    per_task = 0
+    per_task = table_task_bytes
     for plan in plans:
         assert plan.layout.data is not None and plan.layout.indices is not None
         stored = (plan.layout.data, plan.layout.indices)
@@ -365,5 +395,9 @@ def projected_bytes(plans: list[MatrixPlan], workers: int, tables_bytes: int, lo
             rare = 3 * 8  # a binary64 copy, ids as int64, a mask
             remote = 2 * CACHE_BYTES if source.spec.remote is not None else 0  # blocks, and a request on its way into them
             per_task = max(per_task, piece * (read + written + rare) + 4 * source.header.chunk_bytes + slabs + remote)
+            if source.header.layout == "csc" and not is_small(source.header):  # its columns are dealt out before
+                dealing = staging_bytes(source.header, TurnSizes.of(source.header.nnz))
+                per_task = max(per_task, dealing + 4 * source.header.chunk_bytes)
     arrow = ARROW_BYTES if importlib.util.find_spec("pyarrow") is not None else 0
-    return BASE_BYTES + arrow + tables_bytes + workers * per_task
+    counted = sum(4 * source.header.n_obs for plan in plans for source in plan.sources if source.header.layout != "csr")
+    return BASE_BYTES + arrow + tables_bytes + counted + workers * per_task

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scdl_zarr.conversion.execution import hired, prepare, projected_memory, projected_size
+from scdl_zarr.conversion.execution import hired, prepare, projected_memory, projected_scratch, projected_size
 from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.sources.store import forget_stores
 from scdl_zarr.conversion.survey import Survey
@@ -39,9 +39,11 @@ class ConversionPlan:
     state
         What is at the target: nothing (``""``), ``"unfinished"`` or ``"store"``.
     tasks
-        Shards of values and of row pointers, each written by one worker.
+        Shards of values and of row pointers, each written by one worker; and runs of columns that are turned into rows before.
     size_bytes
         About what the store will take on the disk, from the profile's bytes per stored value of counts.
+    scratch_bytes
+        What lies on the disk beside it while matrices stored by columns are converted.
     memory_bytes
         Peak of a process at its work, an upper bound.
     joined
@@ -57,6 +59,7 @@ class ConversionPlan:
     tasks: int
     crew: str
     size_bytes: int
+    scratch_bytes: int
     memory_bytes: int
     joined: tuple[str, ...]
     odd: tuple[str, ...]
@@ -85,7 +88,8 @@ class ConversionPlan:
             for matrix in self.matrices
         ]
         lines.append(f"{_count(self.tasks, 'task')} by {self.crew}, at most {self.memory_bytes / 1e6:,.0f} MB in each process")
-        lines.append(f"about {self.size_bytes / 1e6:,.1f} MB on disk")
+        beside = f", and {self.scratch_bytes / 1e6:,.1f} MB until then, for columns" if self.scratch_bytes else ""
+        lines.append(f"about {self.size_bytes / 1e6:,.1f} MB on disk{beside}")
         lines += [f"joined: {what}" for what in self.joined]
         lines.append(f"left out: {', '.join(self.left_out) or 'nothing'}")
         lines += [f"odd: {what}" for what in self.odd]
@@ -123,14 +127,16 @@ def plan_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
             for path, plan in survey.plans.items()
         )
         pointers = sum(plan.layout.indptr.n_shards for plan in survey.plans.values() if plan.layout.indptr is not None)
+        columns = sum(len(plan.staging_tasks(s, "")) for plan in survey.plans.values() for s in range(len(plan.sources)))
         return ConversionPlan(
             target=str(prepared.root),
             state={"build": "unfinished", "store": "store"}.get(prepared.taken or "", ""),
             sources=tuple(_sources(survey)),
             matrices=matrices,
-            tasks=sum(matrix.shards for matrix in matrices) + pointers,
+            tasks=sum(matrix.shards for matrix in matrices) + pointers + columns + survey.cells.n_shards,
             crew=str(crew),
             size_bytes=projected_size(survey, options),
+            scratch_bytes=projected_scratch(survey),
             memory_bytes=projected_memory(survey, crew.threads),
             joined=tuple(_joined(survey)),
             odd=(*_odd(survey), *survey.hints, *(f"skipped: {problem}" for problem in survey.skipped)),
@@ -165,7 +171,7 @@ def _joined(survey: Survey) -> list[str]:
     if len(lengths) > 1:
         genes = f"{min(lengths):,} to {max(lengths):,} genes"
         lines.append(f"{_count(len(lengths), 'table')} of {genes} to one of {len(survey.vocabulary):,}")
-    columns = Counter(str(column) for frame in survey.obs for column in frame.columns)
+    columns = Counter(name for table in survey.cells.tables for name in table.columns)
     partial = sorted(name for name, n in columns.items() if n < len(survey.specs))
     if partial:
         shown = ", ".join(partial[:5]) + (f" and {len(partial) - 5} more" if len(partial) > 5 else "")

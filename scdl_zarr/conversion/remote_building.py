@@ -13,23 +13,25 @@ What a local construction has as files there are objects here, under the same ke
 
 from __future__ import annotations
 
-import functools
+import atexit
 import hashlib
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from scdl_zarr.conversion import construction
 from scdl_zarr.conversion.construction import describe_plans, mark_document, parse_mark, perform_task
-from scdl_zarr.conversion.id_maps import save_maps
+from scdl_zarr.conversion.files import replace_file
 from scdl_zarr.conversion.plan import ShardTask, Task
 from scdl_zarr.conversion.remote_lock import RemoteLock
 from scdl_zarr.conversion.shards import ShardResult
+from scdl_zarr.conversion.staging import scratch_folder
 from scdl_zarr.conversion.stopping import STATE, refuse_if_stopped, state_document
 from scdl_zarr.conversion.widen import WidenTask
 from scdl_zarr.errors import StoreExistsError, StoreNotFoundError
@@ -37,15 +39,11 @@ from scdl_zarr.storage.location import StoreLocation, read_metadata
 from scdl_zarr.storage.remote import RemoteLocation
 from scdl_zarr.storage.schema import BUILD_FOLDER, node_document
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
 __all__ = ["RemoteConstruction", "RemoteTask", "finish_remotely", "run_task"]
 
 AT_ONCE = 16  # small objects that are put or read side by side
-KEPT_MAPS = 32  # in a process
-PLAN, LOCK, MAPS = f"{BUILD_FOLDER}/plan.json", f"{BUILD_FOLDER}/lock", f"{BUILD_FOLDER}/maps"
+PLAN, LOCK = f"{BUILD_FOLDER}/plan.json", f"{BUILD_FOLDER}/lock"
+PUBLISHED = "published"  # in the build folder: keys of what tasks read there
 
 
 # ---- where the work is done
@@ -89,55 +87,60 @@ def _run_remotely(task: Task, place: RemoteLocation) -> ShardResult:
     if found is not None:  # another process was lost after it had done this
         return found
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="scdl-zarr-") as folder:
-        root = Path(folder)
-        here = _moved(task, folder)
-        _bring_state(place, root)
-        refuse_if_stopped(folder, here)
-        _bring(place, root, here)
-        result = perform_task(here)
-        _bring_state(place, root)
-        refuse_if_stopped(folder, here)  # the last moment: it must not land in what is built there now
-        sizes = [_put_or_ask(place, root, key) for key in here.files]
+    root = Path(task.root)
+    _bring(place, root, task)
+    result = perform_task(task)
+    _bring_state(place, root)
+    refuse_if_stopped(task.root, task)  # the last moment: it must not land in what is built there now
+    sizes = [_put_or_ask(place, root, key) for key in task.files]
     result = replace(result, bytes_out=sum(sizes), seconds=time.perf_counter() - began)
     place.at(_mark_key(task)).put(mark_document(result, {"plan": task.plan, "sizes": sizes}))
     return result
 
 
-def _moved(task: Task, folder: str) -> Task:
-    """The task, to be done in another folder."""
-    if isinstance(task, WidenTask):
-        return replace(task, task=replace(task.task, root=folder))
-    return replace(task, root=folder)  # type: ignore[type-var]
-
-
 def _bring(place: RemoteLocation, root: Path, task: Task) -> None:
-    """What a task reads of the store under construction."""
-    shard = task.task if isinstance(task, WidenTask) else task
-    if isinstance(shard, ShardTask):
-        for digest in {part.ids.digest for part in shard.parts if part.ids.first is None}:
-            _write(root / MAPS / digest, _map_content(place, digest))
+    """What a task reads of the store under construction, unless it is in the folder already.
+
+    The folder has the same path on every machine, and is one for all processes of a machine.
+    """
+    if not root.exists():  # on another machine than the parent's
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+    _bring_state(place, root)
+    refuse_if_stopped(task.root, task)
+    if not (root / BUILD_FOLDER / PUBLISHED).exists():
+        for key in json.loads(place.at(f"{BUILD_FOLDER}/{PUBLISHED}").get()):
+            _bring_file(place, root, key)
+        _bring_file(place, root, f"{BUILD_FOLDER}/{PUBLISHED}")
     if isinstance(task, WidenTask):  # the finished shard that it is made of
-        key = task.task.arrays[0].shard_key(task.task.number)
-        _write(root / key, place.at(key).get())
+        _bring_file(place, root, task.task.arrays[0].shard_key(task.task.number))
+    shard = task.task if isinstance(task, WidenTask) else task
+    for part in shard.parts if isinstance(shard, ShardTask) else ():
+        if part.staging is not None:  # made by other tasks, maybe elsewhere
+            for run in range(part.staging.sizes.runs):
+                _bring_file(place, root, part.staging.file(run))
 
 
-@functools.lru_cache(KEPT_MAPS)
-def _map_content(place: RemoteLocation, digest: str) -> bytes:
-    return place.at(f"{MAPS}/{digest}").get()
+def _bring_file(place: RemoteLocation, root: Path, key: str) -> None:
+    if not (root / key).exists():
+        replace_file(root / key, place.at(key).get())
 
 
 def _bring_state(place: RemoteLocation, root: Path) -> None:
-    _write(root / BUILD_FOLDER / STATE, _read(place, f"{BUILD_FOLDER}/{STATE}") or b"")
+    replace_file(root / BUILD_FOLDER / STATE, _read(place, f"{BUILD_FOLDER}/{STATE}") or b"")
 
 
 def _put_or_ask(place: RemoteLocation, root: Path, key: str) -> int:
-    """Put a file of a task and remove it: its size; that of the object where the task left what is there."""
+    """Put a file of a task and remove it (unless other tasks read it): its size.
+
+    That of the object where the task left what is there.
+    """
     path = root / key
     if path.exists():
         place.at(key).put_file(path)
         size = path.stat().st_size
-        path.unlink()
+        if not key.startswith(f"{BUILD_FOLDER}/"):
+            path.unlink()
         return size
     found = place.at(key).head()
     if found is None:
@@ -170,11 +173,6 @@ def _parse(content: bytes | None) -> dict[str, Any]:
     except ValueError:
         found = None
     return found if isinstance(found, dict) else {}
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
 
 
 # ---- where it is planned and committed
@@ -257,11 +255,21 @@ class RemoteConstruction:
         self._save_state(dtypes)
         self.place.at(PLAN).put(json.dumps({**self._plan, "dtypes": dict(dtypes)}).encode())
 
-    def share_maps(self, maps: Iterable[npt.NDArray[np.int64]]) -> None:
-        """Put the numbers of id maps, which tasks will ask for."""
-        save_maps(self.root, maps)
-        files = [path for path in (self.root / MAPS).glob("*") if f"{MAPS}/{path.name}" not in self._listed()]
-        _side_by_side(lambda path: self.place.at(f"{MAPS}/{path.name}").put_file(path), files)
+    def publish(self) -> None:
+        """Put what was saved for tasks in the build folder (numbers of id maps, counts, how tables are joined)."""
+        build = self.root / BUILD_FOLDER
+        saved = {path.relative_to(self.root).as_posix(): path for path in sorted(build.rglob("*")) if path.is_file()}
+        saved = {key: path for key, path in saved.items() if path.name not in (STATE, PUBLISHED)}
+        new = [key for key, path in saved.items() if self._listed().get(key) != path.stat().st_size]
+        _side_by_side(lambda key: self.place.at(key).put_file(saved[key]), new)
+        listed = json.dumps(list(saved)).encode()
+        self.place.at(f"{BUILD_FOLDER}/{PUBLISHED}").put(listed)
+        replace_file(build / PUBLISHED, listed)
+
+    def remove_scratch(self, matrix: str) -> None:
+        """Remove what was on its way from columns to rows."""
+        shutil.rmtree(self.root / scratch_folder(matrix), ignore_errors=True)
+        self.place.at(scratch_folder(matrix)).delete_below()
 
     def placed(self, task: Task) -> Task:
         """The task as whoever does it needs it."""

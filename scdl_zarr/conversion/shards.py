@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,10 @@ from scdl_zarr.conversion.kernels import map_rows, sort_rows
 from scdl_zarr.conversion.plan import PIECE_VALUES, Part, ShardTask
 from scdl_zarr.conversion.problems import blaming
 from scdl_zarr.conversion.sources import MatrixReader, open_source, read_matrix
+from scdl_zarr.conversion.sources.counts import adopt_counts
 from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.stopping import refuse_if_stopped
+from scdl_zarr.conversion.transpose import TransposedMatrix
 from scdl_zarr.conversion.values import COMPILED_IDS, ValueStats, narrow, surely_exact, take_values
 from scdl_zarr.errors import InexactValueError, SourceError
 from scdl_zarr.reading.exactness import inexact_positions
@@ -80,8 +83,7 @@ def _write_pointers(task: ShardTask) -> ShardResult:
     with ShardEncoder(_path(task, layout), layout) as encoder:
         done = task.start
         for part in task.parts:
-            with blaming(part.spec), open_source(part.spec) as source:
-                matrix = read_matrix(source, part.key, part.row_stop)
+            with _opened(part) as matrix:
                 for row in range(part.row_start, part.row_stop, layout.chunk):
                     pointers = matrix.indptr(row, min(row + layout.chunk, part.row_stop)) + part.value_start
                     encoder.add(pointers.astype(layout.dtype))
@@ -102,8 +104,7 @@ def _write_values(task: ShardTask) -> ShardResult:
     with ShardEncoder(_path(task, data), data) as data_out, ShardEncoder(_path(task, indices), indices) as indices_out:
         for part in task.parts:
             mapping = _Mapping(task.root, part, indices.dtype)
-            with blaming(part.spec), open_source(part.spec) as source:
-                matrix = source.matrix(part.key)
+            with _opened(part) as matrix:
                 for piece in _pieces(matrix, part):
                     refuse_if_stopped(task.root)
                     values, ids = _elements(matrix, piece, buffers)
@@ -137,6 +138,16 @@ def _write_values(task: ShardTask) -> ShardResult:
         values=task.stop - task.start,
         bytes_in=bytes_in,
     )
+
+
+@contextlib.contextmanager
+def _opened(part: Part) -> Iterator[MatrixReader]:
+    """The rows of a part's matrix, for as long as its source is open."""
+    if part.counts:
+        adopt_counts(Path(part.counts), (part.spec, part.key))
+    with blaming(part.spec), open_source(part.spec) as source:
+        matrix = read_matrix(source, part.key, part.row_stop)
+        yield matrix if part.staging is None else TransposedMatrix(matrix, part.staging)
 
 
 def _path(task: ShardTask, layout: ArrayLayout) -> Path:

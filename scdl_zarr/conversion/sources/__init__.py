@@ -29,12 +29,15 @@ __all__ = [
     "MatrixHeader",
     "MatrixReader",
     "Provenance",
+    "RowArray",
     "Source",
     "SourceKind",
     "SourceSpec",
+    "TableReader",
     "describe_path",
     "open_source",
     "read_matrix",
+    "stored_elements",
 ]
 
 SourceKind = Literal["h5ad", "anndata-zarr", "scdl", "store", "tenx"]
@@ -72,7 +75,7 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixHeader:
-    """A matrix of a source as CSR."""
+    """A matrix of a source as CSR, whatever its layout."""
 
     key: str  # "X", "raw/X", "layers/<name>" or "obsp/<name>"
     n_obs: int
@@ -81,6 +84,7 @@ class MatrixHeader:
     dtype: np.dtype[Any]
     index_dtype: np.dtype[Any]
     chunk_bytes: int  # decoded bytes of the largest chunk of data or indices
+    layout: Literal["csr", "csc", "dense", "selected"] = "csr"  # of all but the first, what rows store has to be counted
 
 
 class MatrixReader(Protocol):
@@ -136,6 +140,58 @@ def read_matrix(source: Source, key: str, n_obs: int) -> MatrixReader:
     return source.matrix(key) if key != ABSENT else EmptyMatrix.of(n_obs, n_obs)
 
 
+def stored_elements(matrix: MatrixReader, start: int, stop: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Values and ids of elements [start, stop) in the order of the file: for whoever does not ask which rows they are of.
+
+    For a matrix stored by columns that is cheap where :meth:`MatrixReader.elements` is not, and its ids are those of rows.
+    """
+    stored = getattr(matrix, "stored", None)
+    return stored(start, stop) if stored is not None else matrix.elements(start, stop)
+
+
+class TableReader(Protocol):
+    """The cells' table of an opened source, by ranges of rows: nothing is as long as the table unless ``held_bytes`` says so.
+
+    What it gives has the dtypes and the categories that the whole table has, so that pieces put together are the table.
+    """
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns, in order; none twice."""
+
+    @property
+    def n_rows(self) -> int: ...
+
+    @property
+    def index_name(self) -> str | None: ...
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory it keeps for as long as it is there: that of a table which could only be read whole."""
+
+    def column(self, name: str, start: int, stop: int) -> pd.Series[Any]:
+        """Rows [start, stop) of a column, numbered from 0."""
+
+    def names(self, start: int, stop: int) -> pd.Index:
+        """Rows [start, stop) of the index."""
+
+
+class RowArray(Protocol):
+    """A dense numeric array with a row for each cell, by ranges of rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def held_bytes(self) -> int: ...
+
+    def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [start, stop)."""
+
+
 class Source(Protocol):
     """An opened source."""
 
@@ -148,13 +204,16 @@ class Source(Protocol):
         """What is stored under a key, such as "obsp/<name>": "csr", "csc", "dense", or None for anything else and nothing."""
 
     def matrix(self, key: str) -> MatrixReader:
-        """Open a matrix, by rows or dense; another kind, or an inconsistent one, is a SourceError.
+        """Open a matrix; one that cannot be converted, or is inconsistent, is a SourceError.
 
-        A dense one is read whole by the first opening in a process, which counts what its rows store.
+        One that is dense or stored by columns is read by the first opening in a process, which counts what its rows store.
         """
 
     def obs(self) -> pd.DataFrame:
         """The cells' table, indexed by name."""
+
+    def obs_table(self) -> TableReader:
+        """The same table, to be read by ranges of rows."""
 
     def var(self, key: str) -> pd.DataFrame:
         """The genes' table that belongs to that matrix, indexed by name.
@@ -170,6 +229,9 @@ class Source(Protocol):
 
     def element(self, path: str) -> Any:
         """One of those elements, in memory."""
+
+    def row_array(self, path: str) -> RowArray:
+        """One of those elements, to be read by ranges of rows; what is no dense numeric array is a SourceError."""
 
     def provenance(self) -> Provenance | None:
         """What is recorded of it; None for a file, of which it is found out now."""

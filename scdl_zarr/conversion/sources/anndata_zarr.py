@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, SourceSpec
+from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, RowArray, SourceSpec, TableReader
+from scdl_zarr.conversion.sources.csc import CscMatrix
 from scdl_zarr.conversion.sources.dense import DenseMatrix
+from scdl_zarr.conversion.sources.row_readers import LazyArray, StoreTable, WholeArray, row_array_of
 from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible
 from scdl_zarr.errors import CorruptStoreError, NotAStoreError, SourceError, StoreAccessError, StoreReplacedError
 from scdl_zarr.reading.arrays import MatrixArrays
+from scdl_zarr.reading.row_ranges import ElementRows
 from scdl_zarr.reading.tables import LazyTable, read_element, refuse_pickles
 from scdl_zarr.reading.tensorstore_arrays import FILES_AT_ONCE
 from scdl_zarr.storage.foreign import Nodes, chunk_shape, describe_matrix, open_nodes
@@ -137,15 +140,21 @@ class AnnDataZarrSource:
             layout = describe_matrix(key, self._nodes, self._where)
             if isinstance(layout, str):
                 raise SourceError(f"{self._where}: {matrix_name(key)} cannot be converted: {layout}")
-            if kind == "csr":
-                return ZarrCsrMatrix(self._location, layout)
             where = f"{self._where}: {matrix_name(key)}"
+            if kind == "csr":
+                return ZarrSparseMatrix(self._location, layout)
+            if kind == "csc":
+                return CscMatrix(ZarrSparseMatrix(self._location, layout), where=where, identity=(self.spec, key))
             return DenseMatrix(ZarrRows(self._location, layout), key=key, where=where, identity=(self.spec, key))
 
     # ---- tables and the rest
 
     def obs(self) -> pd.DataFrame:
         return self._frame("obs")
+
+    def obs_table(self) -> TableReader:
+        table = self._table("obs")
+        return StoreTable(table, range(len(table)), as_source_errors)
 
     def var(self, key: str) -> pd.DataFrame:
         return self._raw_var()[0] if key == "raw/X" else self._frame("var")
@@ -163,6 +172,14 @@ class AnnDataZarrSource:
         with as_source_errors():
             return read_element(self._location, path, self._nodes, whole=False)
 
+    def row_array(self, path: str) -> RowArray:
+        found = row_array_of(self._nodes.get(path))
+        if found is None or node_attributes(self._nodes, path).get("encoding-type", "array") != "array":
+            return WholeArray(self.spec.path, path, self.element(path))
+        with as_source_errors():
+            opened = ElementRows(self._location, path, self._nodes, whole=False)
+        return LazyArray(lambda start, stop: _reading_rows(opened, start, stop), *found)
+
     def provenance(self) -> None:
         return None
 
@@ -174,6 +191,11 @@ class AnnDataZarrSource:
         return sorted(name for name in names if name and "/" not in name)
 
     def _frame(self, key: str) -> pd.DataFrame:
+        table = self._table(key)
+        with as_source_errors():
+            return table.to_pandas()
+
+    def _table(self, key: str) -> LazyTable:
         if key not in self._nodes:
             raise SourceError(f"{self._where} has no {key}")
         with as_source_errors():
@@ -182,7 +204,7 @@ class AnnDataZarrSource:
             if len(set(table.columns)) != len(table.columns):
                 repeated = sorted({name for name in table.columns if table.columns.count(name) > 1})
                 raise SourceError(f"{self._where}: {key} has repeated columns: {repeated}")
-            return table.to_pandas()
+            return table
 
     def _length(self, table: str) -> int:
         """As many rows as the index has entries: it may be an array, or a group around one."""
@@ -194,10 +216,17 @@ class AnnDataZarrSource:
         return 0  # the table will say what is wrong with its index
 
 
-class ZarrCsrMatrix:
-    """A CSR matrix of an opened store.  See :class:`scdl_zarr.conversion.sources.MatrixReader`."""
+def _reading_rows(opened: ElementRows, start: int, stop: int) -> npt.NDArray[Any]:
+    with as_source_errors():
+        found: npt.NDArray[Any] = opened.rows(start, stop)
+        return found
+
+
+class ZarrSparseMatrix:
+    """A sparse matrix of an opened store, by rows or by columns: pointers, and values with the ids of the other axis."""
 
     def __init__(self, location: StoreLocation, layout: MatrixLayout) -> None:
+        self._origin = location, layout
         arrays = MatrixArrays(location, layout, threads=1)
         self._parts = {part: _Part(arrays, f"{layout.path}/{part}", layout) for part in ("data", "indices", "indptr")}
         self.header = MatrixHeader(
@@ -210,6 +239,16 @@ class ZarrCsrMatrix:
             chunk_bytes=max(part.piece * part.dtype.itemsize for part in self._parts.values()),
         )
 
+    def another(self) -> ZarrSparseMatrix:
+        """The same for another thread, which holds pieces of its own."""
+        return ZarrSparseMatrix(*self._origin)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def ids(self, start: int, stop: int, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        return self._parts["indices"].read(start, stop, out)
+
     def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         return self._parts["indptr"].read(start, stop).astype(np.int64, copy=False)
 
@@ -221,7 +260,7 @@ class ZarrCsrMatrix:
 
 
 class _Part:
-    """One array of a CSR matrix, read in pieces of whole chunks; the last one is kept, because the next range starts in it."""
+    """One array of a sparse matrix, read in pieces of whole chunks; the last one is kept, because the next range starts in it."""
 
     def __init__(self, arrays: MatrixArrays, path: str, layout: MatrixLayout) -> None:
         node = layout.nodes[path]

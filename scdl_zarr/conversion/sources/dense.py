@@ -13,10 +13,7 @@ is a part of it and its chunks are decoded once for each part: slower, and in bo
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,13 +21,13 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.kernels import count_stored, take_stored
 from scdl_zarr.conversion.sources import MatrixHeader
+from scdl_zarr.conversion.sources.counts import RowCounts, forget_counts, keep_counts, known_counts
 from scdl_zarr.errors import SourceError
 
-__all__ = ["DenseMatrix", "DenseRows", "RowCounts", "block_height"]
+__all__ = ["DenseMatrix", "DenseRows", "block_height"]
 
 BLOCK_BYTES = 1 << 22
 LARGEST_BLOCK_BYTES = 1 << 28
-KEPT_COUNTS_BYTES = 1 << 27  # 2 bytes a row where there are fewer than 65,536 genes
 
 
 class DenseRows(Protocol):
@@ -56,42 +53,6 @@ def block_height(rows: DenseRows) -> int:
     return max(min(whole, rows.n_obs), 1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowCounts:
-    """How many values each row stores, in few bytes: a matrix has many rows, and every shard asks."""
-
-    height: int
-    counts: npt.NDArray[Any]  # uint16 or uint32, of each row
-    starts: npt.NDArray[np.int64]  # stored values before each block of `height` rows, and in all
-
-    @property
-    def total(self) -> int:
-        return int(self.starts[-1])
-
-    @property
-    def largest_block(self) -> int:
-        """Stored values of the fullest block."""
-        return int(np.diff(self.starts).max(initial=0))
-
-    @property
-    def nbytes(self) -> int:
-        return self.counts.nbytes + self.starts.nbytes
-
-    def pointers(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Row pointers [start, stop)."""
-        block = min(start // self.height, len(self.starts) - 1)
-        before = self.counts[block * self.height : max(stop - 1, 0)]
-        pointers = np.empty(len(before) + 1, np.int64)
-        pointers[0] = self.starts[block]
-        np.cumsum(before, dtype=np.int64, out=pointers[1:])
-        pointers[1:] += self.starts[block]
-        return pointers[start - block * self.height :][: stop - start]
-
-    def of_block(self, block: int) -> npt.NDArray[np.int64]:
-        """The counts of a block's rows."""
-        return self.counts[block * self.height : (block + 1) * self.height].astype(np.int64)
-
-
 class DenseMatrix:
     """See :class:`scdl_zarr.conversion.sources.MatrixReader`.  Not shared between threads.
 
@@ -104,16 +65,18 @@ class DenseMatrix:
         File and matrix, for messages.
     identity
         What is the same only for the same matrix with the same content.
+    counts
+        What another process counted.
     """
 
-    def __init__(self, rows: DenseRows, *, key: str, where: str, identity: Hashable) -> None:
+    def __init__(self, rows: DenseRows, *, key: str, where: str, identity: Hashable, counts: RowCounts | None = None) -> None:
         if rows.dtype.kind not in "biuf" or rows.dtype.itemsize > 8:
             raise SourceError(f"{where} has values of dtype {rows.dtype}; integers, floats and booleans can be converted")
         self._rows, self._where, self._identity = rows, where, identity
         self._words = np.dtype(f"u{rows.dtype.itemsize}")
         sign = 1 << (8 * rows.dtype.itemsize - 1) if rows.dtype.kind == "f" else 0
         self._mask = self._words.type(np.iinfo(self._words).max - sign)
-        self._counts = KNOWN.get(identity) or self._count()
+        self._counts = self._accepted(counts) or self._accepted(known_counts(identity)) or self._count()
         self._held: tuple[int, npt.NDArray[Any], npt.NDArray[np.int32]] | None = None
         self._room = self._counts.largest_block + rows.n_vars  # as `take_stored` wants it
         block_bytes = self._counts.height * rows.n_vars * rows.dtype.itemsize
@@ -126,6 +89,7 @@ class DenseMatrix:
             dtype=rows.dtype,
             index_dtype=np.dtype(np.int32),
             chunk_bytes=-(-held // 4),  # plans count four of these a task
+            layout="dense",
         )
 
     def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -165,10 +129,16 @@ class DenseMatrix:
         (cells,) = self._rows.blocks([(start, min(start + height, self._rows.n_obs))])
         bad = take_stored(cells.view(self._words), self._mask, self._counts.of_block(block), values.view(self._words), ids)
         if bad >= 0:
-            KNOWN.forget(self._identity)
+            forget_counts(self._identity)
             raise SourceError(
                 f"{self._where} changed while it was being converted (row {start + bad}); run again when nothing writes it"
             )
+
+    def _accepted(self, counts: RowCounts | None) -> RowCounts | None:
+        """Counts from elsewhere, if they are of such a matrix in such blocks; whether they are its own shows in `_take`."""
+        if counts is None or len(counts.counts) != self._rows.n_obs or counts.height != block_height(self._rows):
+            return None
+        return keep_counts(self._identity, counts)
 
     def _count(self) -> RowCounts:
         rows, height = self._rows, block_height(self._rows)
@@ -181,33 +151,4 @@ class DenseMatrix:
             count_stored(next(blocks).view(self._words), self._mask, own)  # no name holds a block while the next one is made
             counts[start:stop] = own
             starts[block + 1] = starts[block] + own.sum()
-        counted = RowCounts(height=height, counts=counts, starts=starts)
-        KNOWN.keep(self._identity, counted)
-        return counted
-
-
-class _KnownCounts:
-    """The counts of matrices that this process counted, up to ``KEPT_COUNTS_BYTES``; those used longest ago make room."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: OrderedDict[Hashable, RowCounts] = OrderedDict()
-
-    def get(self, identity: Hashable) -> RowCounts | None:
-        with self._lock:
-            if identity in self._counts:
-                self._counts.move_to_end(identity)
-            return self._counts.get(identity)
-
-    def keep(self, identity: Hashable, counts: RowCounts) -> None:
-        with self._lock:
-            self._counts[identity] = counts
-            while len(self._counts) > 1 and sum(known.nbytes for known in self._counts.values()) > KEPT_COUNTS_BYTES:
-                self._counts.popitem(last=False)
-
-    def forget(self, identity: Hashable) -> None:
-        with self._lock:
-            self._counts.pop(identity, None)
-
-
-KNOWN = _KnownCounts()
+        return keep_counts(self._identity, RowCounts(height=height, counts=counts, starts=starts))

@@ -1,4 +1,4 @@
-"""H5AD files as sources: CSR and dense matrices in X, raw.X and layers, written by any anndata from 0.6 on.
+"""H5AD files as sources: sparse and dense matrices in X, raw.X and layers, written by any anndata from 0.6 on.
 
 Files are opened read-only.  Tables are read here, those of the usual encodings (``h5ad_frames.py``) and the compound ones that
 anndata wrote before 0.7; anndata is imported only for what is neither.  What any other HDF5 file needs as a source is here, too:
@@ -8,8 +8,9 @@ opening it (:class:`Hdf5Source`) and reading three datasets as a CSR matrix (:cl
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.hdf5_chunks import ElementReader, RowReader, filter_advice, unavailable_filters
-from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, SourceSpec
+from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, RowArray, SourceSpec, TableReader
+from scdl_zarr.conversion.sources.csc import CscMatrix
 from scdl_zarr.conversion.sources.dense import DenseMatrix
-from scdl_zarr.conversion.sources.h5ad_frames import read_frame
+from scdl_zarr.conversion.sources.h5ad_frames import H5adTable, dataset_rows, is_usual, read_frame
+from scdl_zarr.conversion.sources.row_readers import LazyArray, WholeArray, WholeTable
 from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible
 from scdl_zarr.errors import ScdlZarrError, SourceError, StoreAccessError, StoreNotFoundError, StoreReplacedError
 from scdl_zarr.storage.remote import RemoteLocation, RemoteObject
@@ -55,7 +58,7 @@ class Hdf5Source:
 
     def __init__(self, spec: SourceSpec) -> None:
         self.spec = spec
-        self._readers: list[ElementReader] = []
+        self._readers: list[H5adMatrix] = []
         self._remote: RemoteFile | None = None
 
     def __enter__(self) -> Self:
@@ -119,9 +122,9 @@ class Hdf5Source:
         if (status.st_size, status.st_mtime_ns) != (self.spec.size, self.spec.mtime_ns):
             raise SourceError(f"{self.spec.path} changed while it was being converted; run again when nothing writes it")
 
-    def _csr(self, key: str, where: str, parts: CsrParts) -> H5adMatrix:
-        matrix = H5adMatrix(self.spec.path, key, where, parts)
-        self._readers += matrix.readers
+    def _sparse(self, key: str, where: str, parts: SparseParts, *, by_columns: bool = False) -> H5adMatrix:
+        matrix = H5adMatrix(self.spec.path, key, where, parts, by_columns=by_columns)
+        self._readers.append(matrix)
         return matrix
 
 
@@ -158,13 +161,26 @@ class H5adSource(Hdf5Source):
             with reading(self.spec.path, shown):
                 refuse_unreadable(where, node, self._file)
                 return DenseMatrix(RowReader(node, where), key=key, where=where, identity=(self.spec, key))
-        with reading(self.spec.path, shown, "is not a readable CSR matrix"):
-            return self._csr(key, where, _csr_parts(node))
+        with reading(self.spec.path, shown, f"is not a readable {kind.upper()} matrix"):
+            matrix = self._sparse(key, where, _sparse_parts(node), by_columns=kind == "csc")
+        return CscMatrix(matrix, where=where, identity=(self.spec, key)) if kind == "csc" else matrix
 
     # ---- tables and the rest
 
     def obs(self) -> pd.DataFrame:
         return self._frame("obs")
+
+    def obs_table(self) -> TableReader:
+        node = self._node("obs")
+        if not isinstance(node, h5py.Group):
+            return WholeTable(self._frame("obs"))
+        with reading(self.spec.path, "obs"):
+            refuse_undecodable(self.spec.path, node)
+            if not is_usual(node):
+                return WholeTable(self._frame("obs"))
+            table = H5adTable(node, lambda: reading(self.spec.path, "obs"))
+            self._require_distinct("obs", table.columns)
+            return table
 
     def var(self, key: str) -> pd.DataFrame:
         return self._raw_var()[0] if key == "raw/X" else self._frame("var")
@@ -196,10 +212,26 @@ class H5adSource(Hdf5Source):
             refuse_undecodable(self.spec.path, self._file[path])
             return read_elem(self._file[path])
 
+    def row_array(self, path: str) -> RowArray:
+        with reading(self.spec.path, path):
+            node = self._file.get(path)
+            usual = isinstance(node, h5py.Dataset) and _text(node.attrs.get("encoding-type", "array")) == "array"
+            if usual and node.ndim >= 2 and node.dtype.kind in "biuf":
+                refuse_undecodable(self.spec.path, node)
+                return LazyArray(self._reading(dataset_rows(node), path), node.shape, node.dtype)
+        return WholeArray(self.spec.path, path, self.element(path))
+
     def provenance(self) -> None:
         return None
 
     # ---- inside
+
+    def _reading(self, read: Callable[[int, int], npt.NDArray[Any]], what: str) -> Callable[[int, int], npt.NDArray[Any]]:
+        def rows(start: int, stop: int) -> npt.NDArray[Any]:
+            with reading(self.spec.path, what):
+                return read(start, stop)
+
+        return rows
 
     def _old_neighbors(self) -> list[str]:
         """Matrices that belong to obsp and lie in ``uns/neighbors``, where scanpy put them before anndata 0.7."""
@@ -239,16 +271,18 @@ class H5adSource(Hdf5Source):
             frame = _compound_frame(node, self._file.get("uns")) if isinstance(node, h5py.Dataset) else _group_frame(node)
         if not isinstance(frame, pd.DataFrame):
             raise SourceError(f"{self.spec.path}: {key} is not a dataframe")
-        if not frame.columns.is_unique:
-            raise SourceError(
-                f"{self.spec.path}: {key} has repeated columns: {sorted(frame.columns[frame.columns.duplicated()])}"
-            )
+        self._require_distinct(key, list(frame.columns))
         return frame
+
+    def _require_distinct(self, key: str, columns: list[str]) -> None:
+        if len(set(columns)) < len(columns):
+            repeated = sorted({name for name in columns if columns.count(name) > 1})
+            raise SourceError(f"{self.spec.path}: {key} has repeated columns: {repeated}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CsrParts:
-    """What a CSR matrix of an opened HDF5 file consists of, as found."""
+class SparseParts:
+    """What a sparse matrix of an opened HDF5 file consists of, as found."""
 
     data: h5py.Dataset
     indices: h5py.Dataset
@@ -256,33 +290,42 @@ class CsrParts:
     shape: tuple[int, int]  # cells, genes
 
 
-def _csr_parts(group: h5py.Group) -> CsrParts:
+def _sparse_parts(group: h5py.Group) -> SparseParts:
     """The parts of a sparse matrix that anndata wrote."""
     n_obs, n_vars = (int(n) for n in (group.attrs["shape"] if "shape" in group.attrs else group.attrs["h5sparse_shape"]))
-    return CsrParts(data=group["data"], indices=group["indices"], indptr=group["indptr"], shape=(n_obs, n_vars))
+    return SparseParts(data=group["data"], indices=group["indices"], indptr=group["indptr"], shape=(n_obs, n_vars))
 
 
 class H5adMatrix:
-    """A CSR matrix of an opened HDF5 file, checked as far as headers go; `where` is file and matrix, for messages."""
+    """A sparse matrix of an opened HDF5 file, by rows or by columns: pointers, and values with the ids of the other axis.
 
-    def __init__(self, path: str, key: str, where: str, parts: CsrParts) -> None:
+    It is checked as far as headers go; `where` is file and matrix, for messages.
+    """
+
+    def __init__(self, path: str, key: str, where: str, parts: SparseParts, *, by_columns: bool = False) -> None:
         data, indices, indptr, (n_obs, n_vars) = parts.data, parts.indices, parts.indptr, parts.shape
+        self._axis, there = ("column", "row") if by_columns else ("row", "gene")
         for part in (data, indices, indptr):
             if not isinstance(part, h5py.Dataset) or part.ndim != 1:
-                raise SourceError(f"{where} is not a CSR matrix: {part.name} should be one-dimensional")
+                kind = "CSC" if by_columns else "CSR"
+                raise SourceError(f"{where} is not a {kind} matrix: {part.name} should be one-dimensional")
             refuse_unreadable(where, part, data.file)
         if data.dtype.kind not in "biuf" or data.dtype.itemsize > 8:
             raise SourceError(f"{where} has values of dtype {data.dtype}; integers, floats and booleans can be converted")
         if indices.dtype.kind not in "iu" or indptr.dtype.kind not in "iu":
-            raise SourceError(f"{where} has ids of dtype {indices.dtype} and row pointers of {indptr.dtype}, expected integers")
+            raise SourceError(
+                f"{where} has ids of dtype {indices.dtype} and {self._axis} pointers of {indptr.dtype}, expected integers"
+            )
         if len(data) != len(indices):
-            raise SourceError(f"{where} has {len(data)} values and {len(indices)} gene ids")
-        if len(indptr) != n_obs + 1:
-            raise SourceError(f"{where} has {len(indptr)} row pointers for {n_obs} rows")
-        self._where = where
+            raise SourceError(f"{where} has {len(data)} values and {len(indices)} {there} ids")
+        n_pointers = (n_vars if by_columns else n_obs) + 1
+        if min(n_obs, n_vars) < 0:
+            raise SourceError(f"{where} has shape {n_obs} × {n_vars}")
+        if len(indptr) != n_pointers:
+            raise SourceError(f"{where} has {len(indptr)} {self._axis} pointers for {n_pointers - 1} {self._axis}s")
+        self._where, self._path = where, path
+        self._parts = data, indices, indptr
         self._data, self._indices = ElementReader(data, path), ElementReader(indices, path)
-        self._indptr = indptr
-        self.readers = [self._data, self._indices]
         self.header = MatrixHeader(
             key=key,
             n_obs=n_obs,
@@ -293,19 +336,29 @@ class H5adMatrix:
             chunk_bytes=max(self._data.chunk_bytes, self._indices.chunk_bytes),
         )
 
+    def another(self) -> H5adMatrix:
+        """The same for another thread, which holds chunks of its own; it closes it."""
+        same = copy.copy(self)
+        same._data, same._indices = (ElementReader(part, self._path) for part in self._parts[:2])
+        return same
+
+    def close(self) -> None:
+        self._data.close()
+        self._indices.close()
+
     def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        with reading(self._where, f"row pointers {start} to {stop - 1}"):
-            return np.asarray(self._indptr[start:stop]).astype(np.int64, copy=False)
+        with reading(self._where, f"{self._axis} pointers {start} to {stop - 1}"):
+            return np.asarray(self._parts[2][start:stop]).astype(np.int64, copy=False)
+
+    def ids(self, start: int, stop: int, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """The ids of elements [start, stop) alone."""
+        return self._indices.read(start, stop, out)
 
     def elements(
         self, start: int, stop: int, out: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         values, ids = out or (None, None)
         return self._data.read(start, stop, values), self._indices.read(start, stop, ids)
-
-    def ids(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """The gene ids of elements [start, stop) alone."""
-        return self._indices.read(start, stop)
 
 
 def refuse_unreadable(where: str, part: h5py.Dataset, file: h5py.File) -> None:

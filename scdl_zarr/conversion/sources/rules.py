@@ -25,14 +25,12 @@ def missing_matrix(where: str, key: str, found: Mapping[str, str]) -> SourceErro
 
 
 def require_convertible(where: str, key: str, kind: str) -> None:
-    """Refuse a matrix that is stored by columns, and a dense obsp: a value for every pair of cells has no neighbours to read."""
-    if kind == "csr" or (kind == "dense" and not key.startswith("obsp/")):
-        return
-    takes = "CSR matrices" if key.startswith("obsp/") else "matrices that are stored CSR or dense"
-    raise SourceError(
-        f"{where}: {matrix_name(key)} is stored {kind}, this version converts {takes}; "
-        "write it with anndata as scipy.sparse.csr_matrix first"
-    )
+    """Refuse a dense obsp: a value for every pair of cells has no neighbours to read."""
+    if kind == "dense" and key.startswith("obsp/"):
+        raise SourceError(
+            f"{where}: {matrix_name(key)} is stored dense, this version converts sparse matrices between cells; "
+            "write it with anndata as scipy.sparse.csr_matrix first"
+        )
 
 
 def genes_of_raw(raw: pd.DataFrame, var: pd.DataFrame | None) -> tuple[pd.DataFrame, list[str]]:

@@ -25,9 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, SourceSpec
-from scdl_zarr.conversion.sources import dense as counting
-from scdl_zarr.conversion.sources.dense import RowCounts
-from scdl_zarr.conversion.sources.h5ad import CsrParts, H5adMatrix, Hdf5Source, reading, refuse_undecodable
+from scdl_zarr.conversion.sources.counts import RowCounts, forget_counts, keep_counts, known_counts
+from scdl_zarr.conversion.sources.h5ad import H5adMatrix, Hdf5Source, SparseParts, reading, refuse_undecodable
+from scdl_zarr.conversion.sources.row_readers import WholeArray, WholeTable
 from scdl_zarr.conversion.sources.rules import missing_matrix
 from scdl_zarr.errors import SourceError
 from scdl_zarr.storage.remote import RemoteObject
@@ -144,7 +144,7 @@ class TenxSource(Hdf5Source):
             parts = {name: self._dataset(name) for name in ("data", "indices", "indptr")}
             self._require_length("indptr", self._n_obs + 1, f"{self._n_obs} barcodes")
             self._require_length("indices", len(parts["data"]), f"{len(parts['data'])} values")
-            matrix = self._csr(key, self._where, CsrParts(**parts, shape=(self._n_obs, self._n_features)))
+            matrix = self._sparse(key, self._where, SparseParts(**parts, shape=(self._n_obs, self._n_features)))
         chosen = self._chosen()
         return matrix if chosen is None else SelectedMatrix(matrix, chosen, where=self._where, identity=(self.spec, key))
 
@@ -161,6 +161,9 @@ class TenxSource(Hdf5Source):
             genome = self._groups[self.spec.part]
             columns["genome"] = pd.Categorical.from_codes(np.zeros(self._n_obs, np.int8), categories=[genome])
         return pd.DataFrame(columns, index=pd.Index(barcodes))
+
+    def obs_table(self) -> WholeTable:
+        return WholeTable(self.obs())
 
     def var(self, key: str) -> pd.DataFrame:  # noqa: ARG002 (there is one matrix)
         import pandas as pd
@@ -188,6 +191,9 @@ class TenxSource(Hdf5Source):
 
     def element(self, path: str) -> Any:
         raise SourceError(f"{self.spec.path} has no {path}: a file of 10x Genomics has a matrix, barcodes and features alone")
+
+    def row_array(self, path: str) -> WholeArray:
+        return WholeArray(self.spec.path, path, self.element(path))
 
     def provenance(self) -> None:
         return None
@@ -281,7 +287,7 @@ class SelectedMatrix:
     def __init__(self, matrix: H5adMatrix, chosen: npt.NDArray[np.bool_], *, where: str, identity: Hashable) -> None:
         self._matrix, self._where, self._identity = matrix, where, identity
         self._numbers = np.where(chosen, np.cumsum(chosen) - 1, -1).astype(np.int32)
-        self._counts = counting.KNOWN.get(identity) or self._count()
+        self._counts = known_counts(identity) or self._count()
         self._reached: _Position | None = None
         whole = matrix.header
         piece = PIECE_VALUES * (whole.dtype.itemsize + whole.index_dtype.itemsize + 4 + 8)  # and new ids, and positions
@@ -292,6 +298,7 @@ class SelectedMatrix:
             nnz=self._counts.total,
             dtype=whole.dtype,
             index_dtype=np.dtype(np.int32),
+            layout="selected",
             chunk_bytes=whole.chunk_bytes + -(-piece // 4),  # plans count four of these a task
         )
 
@@ -316,7 +323,7 @@ class SelectedMatrix:
         """Read the piece at a position and put what is chosen of it where it belongs; the position after that."""
         low, high = position.stored, min(position.stored + PIECE_VALUES, self._matrix.header.nnz)
         if low >= high:
-            counting.KNOWN.forget(self._identity)
+            forget_counts(self._identity)
             raise SourceError(f"{self._where} changed while it was being converted; run again when nothing writes it")
         values, ids = self._matrix.elements(low, high)
         numbers = self._numbers[self._checked(ids, low)]
@@ -367,7 +374,7 @@ class SelectedMatrix:
         if last != self._matrix.header.nnz:
             raise SourceError(f"{self._where}/indptr ends at {last}, but there are {self._matrix.header.nnz} stored values")
         counted = RowCounts(height=COUNTED_ROWS, counts=counts, starts=starts)
-        counting.KNOWN.keep(self._identity, counted)
+        keep_counts(self._identity, counted)
         return counted
 
     def _check_pointers(self, pointers: npt.NDArray[np.int64], row: int, last: int) -> None:
