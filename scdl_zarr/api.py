@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy.typing as npt
 
 from scdl_zarr.dataset import Check, SingleCellZarrDataset
+from scdl_zarr.storage.remote import is_remote
 
 __all__ = ["convert", "open_store"]
 
@@ -19,24 +20,32 @@ def open_store(
     threads: int | None = None,
     check: Check = "first",
     chunk_cache_bytes: str | int = "64MB",
+    storage_options: Mapping[str, Any] | None = None,
 ) -> SingleCellZarrDataset:
     """Open a store for reading: one that :func:`convert` made, or any other AnnData Zarr store.
 
     Parameters
     ----------
     store
-        A path, a ``file://`` URL or an opened ``zarr.abc.store.Store``.
+        A path, a URL (``file://``, ``s3://bucket/path``, ``gs://bucket/path``, ``az://account/container/path``, ``http(s)://``)
+        or an opened ``zarr.abc.store.Store``.
     threads
         Threads for large batches (default: the cores this process may use, at most 8).
     check
         When a chunk's crc32c is verified: the ``"first"`` time this dataset reads it, ``"always"`` or ``"never"``.
     chunk_cache_bytes
         Memory for decoded chunks that are read again and again (0: none; never used with ``check="always"``).
+    storage_options
+        How to reach a URL of an object store, by obstore's configuration names: ``endpoint``, ``region``, ``access_key_id``,
+        ``secret_access_key``, ``skip_signature``, ``allow_http``, ``timeout``, ``max_retries``, ...  What is not given comes from
+        the cloud's usual environment variables and services.
 
     Raises
     ------
     StoreNotFoundError
         Nothing lies there.
+    StoreAccessError, StoreUnreachableError
+        It cannot be reached with these credentials, or at all.
     NotAStoreError
         Something else lies there, or an AnnData store without an X that can be read.
     UncommittedStoreError
@@ -69,7 +78,9 @@ def open_store(
     is, raises :class:`StoreReplacedError` at the next read; values written into an array that stays go unnoticed, and so does
     whatever happens to an opened store.
     """
-    return SingleCellZarrDataset(store, threads=threads, check=check, chunk_cache_bytes=chunk_cache_bytes)
+    return SingleCellZarrDataset(
+        store, threads=threads, check=check, chunk_cache_bytes=chunk_cache_bytes, storage_options=storage_options
+    )
 
 
 # public as scdl_zarr.open: help() and pickle go by these names
@@ -258,4 +269,4 @@ def convert(
     summary = run_conversion(sources, target, options)
     if progress:
         print(summary)
-    return open_store(target)
+    return open_store(target, storage_options=storage_options if is_remote(target) else None)

@@ -17,6 +17,7 @@ from scdl_zarr.reading.plan import resolve_row, resolve_rows
 from scdl_zarr.resources import parse_bytes, usable_cores
 from scdl_zarr.storage.foreign import dtype_name, open_pinned
 from scdl_zarr.storage.location import StoreLocation, locate
+from scdl_zarr.storage.remote import is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ class SingleCellZarrDataset:
     Parameters
     ----------
     data_path
-        The store, or any other AnnData Zarr store (see :func:`scdl_zarr.open`): a path, a ``file://`` URL or an opened
+        The store, or any other AnnData Zarr store (see :func:`scdl_zarr.open`): a path, a URL or an opened
         ``zarr.abc.store.Store``.
     h5ad_path
         H5AD file to convert into `data_path`.  A finished store of the same conversion is opened and nothing is written.
@@ -59,6 +60,8 @@ class SingleCellZarrDataset:
     chunk_cache_bytes
         Memory for decoded chunks that are read again and again (0: none), shared by the matrices and threads of this object;
         once more as much for obsm, once rows of it are read.
+    storage_options
+        How to reach a URL of an object store (see :func:`scdl_zarr.open`).
     conversion
         Further keyword arguments of :func:`scdl_zarr.convert`.
 
@@ -88,6 +91,7 @@ class SingleCellZarrDataset:
         threads: int | None = None,
         check: Check = "first",
         chunk_cache_bytes: str | int = "64MB",
+        storage_options: Mapping[str, Any] | None = None,
         **conversion: Any,
     ) -> None:
         if check not in ("first", "always", "never"):
@@ -98,12 +102,13 @@ class SingleCellZarrDataset:
             from scdl_zarr.conversion.execution import run_conversion
             from scdl_zarr.conversion.plan import ConversionOptions
 
-            summary = run_conversion(h5ad_path, data_path, ConversionOptions(**conversion))
+            summary = run_conversion(h5ad_path, data_path, ConversionOptions(storage_options=storage_options, **conversion))
+            storage_options = storage_options if is_remote(data_path) else None  # they were the source's
             if conversion.get("progress", True):
                 print(summary)
         elif conversion:
             raise OptionError(f"{', '.join(sorted(conversion))}: options of a conversion, which needs h5ad_path")
-        self._location = locate(data_path)
+        self._location = locate(data_path, storage_options)
         self._options: dict[str, Any] = {"threads": threads, "check": check, "chunk_cache_bytes": chunk_cache_bytes}
         self._cache_bytes = parse_bytes(chunk_cache_bytes, smallest=0)
         self._open()

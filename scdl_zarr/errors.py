@@ -13,6 +13,8 @@
     ├── FormatVersionError        ValueError          written by a format this version does not know
     ├── CorruptStoreError         ValueError          the bytes contradict their checksums or each other
     ├── StoreReplacedError        OSError             another store lies now where this one was opened (errno is ESTALE)
+    ├── StoreUnreachableError     ConnectionError     an object store or server did not answer, also not after retries
+    ├── ForkedProcessError        RuntimeError        a library that does not survive a fork is needed in a forked child
     ├── SourceError               ValueError          a source file cannot be converted
     ├── InexactValueError         ValueError          a value does not survive the dtype that was asked for
     ├── OptionError               ValueError          an argument outside what a call accepts
@@ -30,6 +32,7 @@ import errno
 __all__ = [
     "CorruptStoreError",
     "FeatureNameError",
+    "ForkedProcessError",
     "FormatVersionError",
     "InexactValueError",
     "MissingDependencyError",
@@ -44,6 +47,7 @@ __all__ = [
     "StoreFullError",
     "StoreNotFoundError",
     "StoreReplacedError",
+    "StoreUnreachableError",
     "UncommittedStoreError",
 ]
 
@@ -102,6 +106,14 @@ class StoreReplacedError(ScdlZarrError, OSError):
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+
+class StoreUnreachableError(ScdlZarrError, ConnectionError):
+    """An object store or a server did not answer, or not with what was asked for, and retrying did not help."""
+
+
+class ForkedProcessError(ScdlZarrError, RuntimeError):
+    """A library is needed that hangs in the child of a fork once its parent has used it."""
 
 
 class SourceError(ScdlZarrError, ValueError):

@@ -10,6 +10,7 @@ import numpy as np
 from scdl_zarr.conversion.construction import Construction
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan
+from scdl_zarr.conversion.remote_building import RemoteConstruction
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.survey import Survey
 from scdl_zarr.conversion.values import union_stats
@@ -29,7 +30,7 @@ def encode_tables(survey: Survey) -> EncodedElements:
 
 
 def commit_store(
-    construction: Construction,
+    construction: Construction | RemoteConstruction,
     survey: Survey,
     options: ConversionOptions,
     results: dict[str, list[ShardResult]],

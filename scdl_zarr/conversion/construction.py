@@ -52,6 +52,7 @@ from scdl_zarr.storage.schema import BUILD_FOLDER, node_document
 
 if TYPE_CHECKING:
     from scdl_zarr.reading.blocks import Blocks
+    from scdl_zarr.storage.remote import RemoteLocation
 
 __all__ = [
     "Construction",
@@ -59,12 +60,16 @@ __all__ = [
     "check_room",
     "committed_plan",
     "describe_options",
+    "describe_plans",
     "describe_sources",
     "exclusive",
     "explained_errors",
     "finish_documents",
     "finish_interrupted",
+    "mark_document",
     "open_blocks",
+    "parse_mark",
+    "perform_task",
     "prepare_target",
     "read_mark",
     "restore_interrupted",
@@ -90,18 +95,19 @@ def run_task(task: Task) -> ShardResult:
     if found is not None:
         return found
     began = time.perf_counter()
-    result = _perform(task)
+    result = perform_task(task)
     evidence = _evidence(root, task)
     result = replace(result, bytes_out=sum(evidence["sizes"]), seconds=time.perf_counter() - began)
     mark = _mark_path(root, task)
     mark.parent.mkdir(parents=True, exist_ok=True)
     temporary = partial_path(mark)
-    temporary.write_text(json.dumps({**asdict(result), **evidence}))
+    temporary.write_bytes(mark_document(result, evidence))
     os.replace(temporary, mark)
     return result
 
 
-def _perform(task: Task) -> ShardResult:
+def perform_task(task: Task) -> ShardResult:
+    """Do a task in its folder; nothing notes that it is done."""
     if isinstance(task, ShardTask):
         return write_shard(task)
     if isinstance(task, TransposeTask):
@@ -118,13 +124,23 @@ def _perform(task: Task) -> ShardResult:
 def read_mark(root: Path, task: Task, *, any_dtype: bool = False) -> ShardResult | None:
     """What the task reported when it was done, if what it wrote is still there, whole and in the dtype that is wanted now."""
     record = _read_json(_mark_path(root, task))
-    if record is None or (record.get("dtype") != task.dtype and not any_dtype):
+    if record is None:
         return None
     try:
         evidence = _evidence(root, task)
     except OSError:  # the mark outlived its shard
         return None
-    if {name: record.pop(name, None) for name in evidence} != evidence:
+    return parse_mark(record, task, evidence, any_dtype=any_dtype)
+
+
+def mark_document(result: ShardResult, evidence: Mapping[str, Any]) -> bytes:
+    """A mark: what the task reported, and the evidence."""
+    return json.dumps({**asdict(result), **evidence}).encode()
+
+
+def parse_mark(record: dict[str, Any], task: Task, evidence: Mapping[str, Any], *, any_dtype: bool = False) -> ShardResult | None:
+    """What a mark says, if it counts for that task and fits the evidence."""
+    if (record.get("dtype") != task.dtype and not any_dtype) or {name: record.pop(name, None) for name in evidence} != evidence:
         return None
     try:
         stats = ValueStats(**record.pop("stats"))
@@ -148,7 +164,7 @@ class Construction:
     """The folder of a store that is being built.  Use as a context manager: it holds the lock."""
 
     def __init__(self, root: Path, plan: Mapping[str, Any], *, resume: bool, replaces: bool = False) -> None:
-        self.root = root
+        self.root = self.where = root  # where the folder is, and what it is called in messages
         self._replaces = replaces  # the folder is a scratch place of our own beside the store that it will replace
         self._plan = dict(plan)
         self.plan_digest = hashlib.blake2b(json.dumps(self._plan, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -201,7 +217,7 @@ class Construction:
                 known = None
             else:
                 raise StoreExistsError(
-                    f"{self.root} holds an unfinished conversion of another plan ({_plan_difference(known, wanted)}). "
+                    f"{self.root} holds an unfinished conversion of another plan ({describe_plans(known, wanted)}). "
                     "Run that conversion again to finish it, or start over with overwrite=True (--overwrite)"
                 )
         fresh = known is None or not self._resume
@@ -236,6 +252,13 @@ class Construction:
         with explained_errors(self.root):
             replace_file(self._build / "plan.json", json.dumps({**self._plan, "dtypes": dict(dtypes)}).encode())
             sync_folder(self._build)
+
+    def publish(self) -> None:
+        """Let tasks find what was saved for them in the build folder: they see the folder itself."""
+
+    def placed(self, task: Task) -> Task:
+        """The task as whoever does it needs it."""
+        return task
 
     def finished(self, task: Task) -> ShardResult | None:
         """What the task reported when it was done, if that still counts."""
@@ -313,9 +336,11 @@ def remove_partial_files(root: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def skipped_in_plan(root: Path) -> dict[str, str]:
+def skipped_in_plan(root: Path | RemoteLocation) -> dict[str, str]:
     """Sources that an unfinished conversion goes without, with the reasons."""
-    found = (_read_json(root / BUILD_FOLDER / "plan.json") or {}).get("skipped")
+    from scdl_zarr.storage.location import locate
+
+    found = (_parse_json(locate(root).read(f"{BUILD_FOLDER}/plan.json")) or {}).get("skipped")
     listed = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
     return {str(one.get("name")): str(one.get("reason")) for one in listed}
 
@@ -350,7 +375,7 @@ def describe_sources(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) 
     return "; ".join(parts)
 
 
-def _plan_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def describe_plans(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """In what an unfinished conversion's plan differs from the one asked for."""
     sources = found.get("sources")
     known = [s for s in sources if isinstance(s, dict)] if isinstance(sources, list) else []
@@ -365,8 +390,15 @@ def _short(value: Any) -> str:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return _parse_json(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _parse_json(content: bytes | None) -> dict[str, Any] | None:
+    try:
+        found = json.loads(content or b"")
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
 
@@ -401,7 +433,7 @@ def check_room(target: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def explained_errors(root: Path) -> Iterator[None]:
+def explained_errors(root: Path | RemoteLocation) -> Iterator[None]:
     """Operating system errors in the package's own words."""
     try:
         yield
@@ -509,23 +541,24 @@ def _exchange(a: Path, b: Path) -> bool:
     return bool(renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0)
 
 
-def committed_plan(root: Path) -> dict[str, Any] | None:
+def committed_plan(root: Path | RemoteLocation) -> dict[str, Any] | None:
     """The plan recorded in a finished store of ours at `root`, or None if there is no store."""
-    from scdl_zarr.storage.location import StoreLocation, read_metadata
+    from scdl_zarr.storage.location import locate, read_metadata
 
-    if not (root / "zarr.json").is_file():
+    location = locate(root)
+    if not location.exists("zarr.json"):
         return None
-    header = read_metadata(StoreLocation(path=root)).header
+    header = read_metadata(location).header
     plan = header.get("conversion")
     if not isinstance(plan, dict):
         raise CorruptStoreError(f"{root}: the store records no conversion")
     return dict(plan)
 
 
-def open_blocks(root: Path) -> Blocks:
+def open_blocks(root: Path | RemoteLocation) -> Blocks:
     """The var blocks and sources of a finished store of ours."""
     from scdl_zarr.reading.blocks import Blocks
-    from scdl_zarr.storage.location import StoreLocation, read_metadata
+    from scdl_zarr.storage.location import locate, read_metadata
 
-    location = StoreLocation(path=root)
+    location = locate(root)
     return Blocks(location, read_metadata(location))

@@ -40,6 +40,7 @@ from scdl_zarr.conversion.id_maps import save_maps
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task, projected_bytes
 from scdl_zarr.conversion.problems import Problems, blamed
 from scdl_zarr.conversion.progress import Progress
+from scdl_zarr.conversion.remote_building import RemoteConstruction, finish_remotely
 from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
 from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.conversion.sources.counts import known_counts, save_counts
@@ -56,11 +57,14 @@ from scdl_zarr.errors import (
     OptionError,
     ScdlZarrError,
     SourceError,
+    StoreAccessError,
     StoreBusyError,
     StoreExistsError,
+    StoreUnreachableError,
 )
 from scdl_zarr.resources import parse_bytes, usable_cores
-from scdl_zarr.storage.location import local_path, replacement_path
+from scdl_zarr.storage.location import StoreLocation, local_path, read_metadata, replacement_path
+from scdl_zarr.storage.remote import RemoteLocation, is_remote, parse_remote
 from scdl_zarr.storage.schema import (
     BUILD_FOLDER,
     profile_named,
@@ -181,7 +185,7 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
 class Prepared:
     """A conversion that can begin: everything was looked at, and nothing was written."""
 
-    root: Path
+    root: Path | RemoteLocation
     taken: str | None  # what is at the target: nothing, a "store", or an unfinished "build"
     survey: Survey
     plan: dict[str, Any]
@@ -194,14 +198,16 @@ def prepare(
 
     `bad` are sources that are known not to be readable.
     """
-    root = target_folder(target)
-    with explained_errors(root):
-        problems = Problems(skip=options.skip_bad)
-        specs = find_sources(sources, problems=problems, target=root)
-        if not specs:
-            problems.settle(0)
-        specs = select_features(specs, options.feature_type, problems=problems)
-        taken = target_state(root, [Path(spec.path) for spec in specs], options)
+    problems = Problems(skip=options.skip_bad)
+    root: Path | RemoteLocation
+    if isinstance(target, str) and is_remote(target):
+        root = parse_remote(target, options.storage_options)
+        specs, taken = _look_remotely(sources, root, options, problems)
+    else:
+        root = target_folder(target)
+        with explained_errors(root):
+            specs = _found(sources, root, options, problems)
+        taken = target_state(root, [Path(spec.path) for spec in specs if spec.remote is None], options)
     if options.skip_bad:
         names = {} if options.overwrite or not options.resume else _skipped_before(root, taken)
         for spec in specs:
@@ -213,23 +219,49 @@ def prepare(
     return Prepared(root=root, taken=taken, survey=survey, plan=plan_record(survey, options))
 
 
+def _look_remotely(
+    sources: Any, place: RemoteLocation, options: ConversionOptions, problems: Problems
+) -> tuple[list[SourceSpec], str | None]:
+    """The sources, and what is at a target in an object store."""
+    if place.scheme in ("http", "https") or not place.key:
+        raise OptionError(f"{place}: expected a folder in a bucket, such as s3://bucket/atlas.zarr, to write into")
+    specs = _found(sources, None, options, problems)
+    if any(f"{spec.path}/".startswith(f"{place}/") or f"{place}/".startswith(f"{spec.path}/") for spec in specs):
+        raise OptionError(f"{place} and a source of this conversion lie in one another; choose another target")
+    return specs, _remote_state(place)
+
+
+def _found(sources: Any, target: Path | None, options: ConversionOptions, problems: Problems) -> list[SourceSpec]:
+    specs = find_sources(sources, problems=problems, target=target, storage_options=options.storage_options)
+    if not specs:
+        problems.settle(0)
+    return select_features(specs, options.feature_type, problems=problems)
+
+
 def _run_conversion(
     sources: Any, target: str | os.PathLike[str], options: ConversionOptions, bad: Mapping[SourceSpec, SourceError]
 ) -> ConversionSummary:
     began = time.perf_counter()
     prepared = prepare(sources, target, options, bad)
     root, taken, survey, plan = prepared.root, prepared.taken, prepared.survey, prepared.plan
-    with explained_errors(root):
-        if taken == "store" and not options.overwrite:
+    if taken == "store" and not options.overwrite:
+        with explained_errors(root):
             return same_store(root, plan, survey)
-        prepare_target(root)
-        check_room(root, projected_size(survey, options) + projected_scratch(survey))
+    if isinstance(root, Path):
+        with explained_errors(root):
+            prepare_target(root)
+            check_room(root, projected_size(survey, options) + projected_scratch(survey))
+    elif taken == "store":
+        raise StoreExistsError(
+            f"{root} is a store, and an object store cannot replace one by another in one step; convert to another place, "
+            "or delete this one first"
+        )
     written = write_store(root, survey, options, plan, replaces=taken == "store")
     return summarize(root, survey, time.perf_counter() - began, written)
 
 
 def write_store(
-    root: Path,
+    root: Path | RemoteLocation,
     survey: Survey,
     options: ConversionOptions,
     plan: Mapping[str, Any],
@@ -239,10 +271,13 @@ def write_store(
 ) -> Written:
     """Write what was surveyed, in place of the store that is there if it `replaces` one."""
     record = recorded_plan(plan)
+    resume = options.resume and not options.overwrite
     with hired(survey, options) as executor:
         encoded = tables(survey)  # what cannot be stored is refused here, before anything is written
+        if isinstance(root, RemoteLocation):
+            place = RemoteConstruction(root, plan, resume=resume, take_over=options.overwrite)
+            return build_store(place, survey, options, executor, encoded, record)
         if not replaces:
-            resume = options.resume and not options.overwrite
             return build_store(Construction(root, plan, resume=resume), survey, options, executor, encoded, record)
         with exclusive(root):
             construction = Construction(replacement_path(root), plan, resume=False, replaces=True)
@@ -251,7 +286,7 @@ def write_store(
             return written
 
 
-def _skipped_before(root: Path, taken: str | None) -> dict[str, str]:
+def _skipped_before(root: Path | RemoteLocation, taken: str | None) -> dict[str, str]:
     """Sources that an earlier run of this conversion skipped, with the reasons: some of them only reading every value tells."""
     if taken == "build":
         return skipped_in_plan(root)
@@ -263,7 +298,7 @@ def _skipped_before(root: Path, taken: str | None) -> dict[str, str]:
 
 
 def build_store(
-    construction: Construction,
+    construction: Construction | RemoteConstruction,
     survey: Survey,
     options: ConversionOptions,
     executor: Executor,
@@ -274,10 +309,10 @@ def build_store(
     total = sum(plan.layout.nnz for plan in survey.plans.values())
     with construction, Progress(total, shown=options.progress, log=options.log_json) as progress:
         try:
-            progress.event("started", target=str(construction.root), values=total, crew=str(executor.crew))
+            progress.event("started", target=str(construction.where), values=total, crew=str(executor.crew))
             results = _run(construction, survey, options, executor, progress)
             commit_store(construction, survey, options, results, tables, record)
-            progress.event("committed", target=str(construction.root), tasks=progress.tasks, values=progress.values)
+            progress.event("committed", target=str(construction.where), tasks=progress.tasks, values=progress.values)
             return Written(
                 values=progress.values, bytes_in=progress.bytes_in, bytes_out=progress.bytes_out, crew=str(executor.crew)
             )
@@ -290,6 +325,8 @@ def build_store(
 def _may_pass(error: BaseException) -> bool:
     """Whether a source could not be read for a reason that lies in the machine and not in the file."""
     cause = error.__cause__
+    if isinstance(cause, StoreUnreachableError):
+        return True
     return isinstance(cause, OSError) and cause.errno in {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE}
 
 
@@ -361,7 +398,19 @@ def _target_state(root: Path, options: ConversionOptions) -> str | None:
     return None
 
 
-def same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
+def _remote_state(place: RemoteLocation) -> str | None:
+    """The same for a target in an object store, where nobody can make a folder."""
+    try:
+        if committed_plan(place) is not None:
+            return "store"
+    except NotAStoreError as error:
+        raise StoreExistsError(f"{place} exists and is not a store of ours; choose another target ({error})") from error
+    if place.exists():
+        raise StoreExistsError(f"{place} exists and is an object; choose another target")
+    return "build" if place.at(f"{BUILD_FOLDER}/plan.json").exists() else None
+
+
+def same_store(root: Path | RemoteLocation, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
     """A finished store met again: fine if it is what would be made, an error naming the difference if not."""
     import json
 
@@ -373,20 +422,24 @@ def same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> Conversio
             f"{root} exists and is another store ({difference}). Choose another target, or replace it with overwrite=True "
             "(--overwrite)"
         )
-    if (root / BUILD_FOLDER).is_dir():  # the commit was interrupted after the root document
-        from scdl_zarr.storage.location import StoreLocation, read_metadata
-
-        with contextlib.suppress(StoreBusyError):  # its own conversion is still at it
+    with contextlib.suppress(StoreBusyError):  # its own conversion is still at it
+        if isinstance(root, RemoteLocation):
+            finish_remotely(root)
+        elif (root / BUILD_FOLDER).is_dir():  # the commit was interrupted after the root document
             finish_interrupted(root, read_metadata(StoreLocation(path=root)).nodes)
     return summarize(root, survey, 0.0, None)
 
 
-def _difference(root: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], sources: list[dict[str, Any]]) -> str:
+def _difference(
+    root: Path | RemoteLocation, found: Mapping[str, Any], wanted: Mapping[str, Any], sources: list[dict[str, Any]]
+) -> str:
     """What a finished store was made of and with, and what was asked for now."""
     try:
         blocks = open_blocks(root)
         origins = blocks.origins()
         table = blocks.sources() if origins is None else origins
+    except (StoreAccessError, StoreUnreachableError):
+        raise
     except ScdlZarrError as error:
         return f"its list of sources is damaged: {error}"
     names, sizes = table["name"].tolist(), table["size_bytes"].tolist()
@@ -404,7 +457,10 @@ def plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
     content["matrix"] = survey.matrix_names
     if len(set(content["matrix"])) == 1:
         content["matrix"] = content["matrix"][0]
-    sources = [{"name": spec.name, "size": spec.size, "mtime_ns": spec.mtime_ns} for spec in survey.specs]
+    sources = [
+        {"name": spec.name, "size": spec.size, "mtime_ns": spec.mtime_ns} | ({"version": spec.version} if spec.version else {})
+        for spec in survey.specs
+    ]
     matrices = {
         path: {"shape": [plan.layout.n_obs, plan.layout.n_vars], "values": plan.layout.nnz, "shards": len(plan.cuts)}
         for path, plan in survey.plans.items()
@@ -497,7 +553,7 @@ def projected_scratch(survey: Survey) -> int:
 class _Run:
     """What every step of a run needs."""
 
-    construction: Construction
+    construction: Construction | RemoteConstruction
     survey: Survey
     options: ConversionOptions
     executor: Executor
@@ -555,8 +611,9 @@ class _Run:
         def report(result: ShardResult) -> None:
             self.progress.done(result, widened=result.name in widened)
 
-        with explained_errors(self.construction.root):
-            done = self.executor.run(todo, report, self.progress.say) if todo else []
+        with explained_errors(self.construction.where):
+            placed = [self.construction.placed(task) for task in todo]
+            done = self.executor.run(placed, report, self.progress.say) if todo else []
         results.update({result.name: result for result in done})
         return [result for task in tasks if (result := results[task.name]) is not None]
 
@@ -571,22 +628,27 @@ class _Run:
 
 
 def _run(
-    construction: Construction, survey: Survey, options: ConversionOptions, executor: Executor, progress: Progress
+    construction: Construction | RemoteConstruction,
+    survey: Survey,
+    options: ConversionOptions,
+    executor: Executor,
+    progress: Progress,
 ) -> dict[str, list[ShardResult]]:
     """Write every shard that is not there yet: what every task reported, by matrix."""
     for path, name in construction.dtypes().items():
         if path in survey.plans:
             survey.plans[path] = survey.plans[path].with_dtype(np.dtype(name))
-    with explained_errors(construction.root):
+    with explained_errors(construction.where):
         save_maps(construction.root, survey.vocabulary.maps)
         _save_counts(construction, survey)
         survey.cells.save(construction.root)
+        construction.publish()
     run = _Run(construction=construction, survey=survey, options=options, executor=executor, progress=progress)
     tables = list(survey.cells.tasks(str(construction.root), construction.plan_digest))
     return {path: run.matrix(path, tables if path == "X" else ()) for path in survey.plans}
 
 
-def _save_counts(construction: Construction, survey: Survey) -> None:
+def _save_counts(construction: Construction | RemoteConstruction, survey: Survey) -> None:
     """What was counted, for tasks in other processes."""
     for plan in survey.plans.values():
         for s, source in enumerate(plan.sources):
@@ -607,9 +669,12 @@ def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: V
     return choose_dtype(seen, [source.header.dtype for source in plan.sources], survey.width)
 
 
-def summarize(root: Path, survey: Survey, seconds: float, written: Written | None) -> ConversionSummary:
+def summarize(root: Path | RemoteLocation, survey: Survey, seconds: float, written: Written | None) -> ConversionSummary:
     layout = survey.plans["X"].layout
-    sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob("*") if path.is_file()}
+    if isinstance(root, RemoteLocation):
+        sizes = {entry.key: entry.size for entry in root.list()}
+    else:
+        sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob("*") if path.is_file()}
     return ConversionSummary(
         target=str(root),
         n_obs=layout.n_obs,

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from scdl_zarr.conversion.construction import run_task
 from scdl_zarr.conversion.plan import Task
+from scdl_zarr.conversion.remote_building import run_task
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.stopping import StoppedError, interruptible_pool, refuse_if_stopped
 from scdl_zarr.errors import MissingDependencyError, OptionError, ScdlZarrError

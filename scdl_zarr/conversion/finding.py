@@ -16,7 +16,7 @@ import contextlib
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,8 +24,10 @@ from urllib.parse import urlsplit
 
 from scdl_zarr.conversion.problems import Problems
 from scdl_zarr.conversion.sources import SourceSpec, describe_path, is_store
+from scdl_zarr.conversion.sources.remote import expand_remote
 from scdl_zarr.errors import OptionError, ScdlZarrError, SourceError, StoreAccessError, StoreNotFoundError
 from scdl_zarr.storage.location import ROOT_KEYS, local_path
+from scdl_zarr.storage.remote import parse_remote
 from scdl_zarr.storage.scdl_archive import archive_kind, archives_in
 from scdl_zarr.storage.schema import BUILD_FOLDER
 
@@ -61,7 +63,7 @@ class _Entry:
         """The names on the way from the root; never none."""
         if isinstance(self.place, Path):
             return self.place.parts[1:] or (self.place.name,)
-        return PurePosixPath(urlsplit(self.place).path.strip("/")).parts or (urlsplit(self.place).netloc,)
+        return PurePosixPath(parse_remote(self.place).key).parts or (urlsplit(self.place).netloc,)
 
 
 def find_sources(
@@ -70,6 +72,7 @@ def find_sources(
     repeats: bool = False,
     problems: Problems | None = None,
     target: Path | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> list[SourceSpec]:
     """Describe what a user names as sources.
 
@@ -86,6 +89,8 @@ def find_sources(
         Takes what is wrong with single entries, which are then left out; None raises the first.
     target
         Where the store will be made, or is.  A folder or pattern that would find it there does not.
+    storage_options
+        How to reach URLs.  One of an object store may be a pattern or a prefix, too.
 
     Raises
     ------
@@ -95,14 +100,14 @@ def find_sources(
         An entry that is not there, cannot be read, or is nothing that can be converted.  The message begins with file and line
         of an entry of a text file.
     """
-    search = _Search(problems, target)
+    search = _Search(problems, target, storage_options)
     entries = list(search.entries(_listed(sources)))
     if not repeats:
         _refuse_repeats(entries)
     found: list[SourceSpec] = []
     for entry, name in zip(entries, _names(entries), strict=True):
         with search.noting(str(entry.place), entry.listed, name):
-            found += describe_path(entry.place, name)
+            found += describe_path(entry.place, name, storage_options)
     return _told_apart(found)
 
 
@@ -187,8 +192,9 @@ def _refuse_repeats(entries: list[_Entry]) -> None:
 class _Search:
     """Turns what was listed into entries, and takes note of what is wrong with it."""
 
-    def __init__(self, problems: Problems | None, target: Path | None) -> None:
+    def __init__(self, problems: Problems | None, target: Path | None, storage_options: Mapping[str, Any] | None = None) -> None:
         self._problems = problems
+        self._storage_options = storage_options
         self._target = None if target is None else os.path.realpath(target)
 
     @contextlib.contextmanager
@@ -215,7 +221,8 @@ class _Search:
         found: list[Path] = []
         with self.noting(text, listed):
             if "://" in text and urlsplit(text).scheme != "file":
-                yield _Entry(place=text, listed=listed)
+                for url in expand_remote(text, self._storage_options):
+                    yield _Entry(place=url, listed=listed)
                 return
             path = _absolute(text, folder)
             found = [path] if os.path.lexists(path) or not glob.has_magic(text) else self._matches(text, folder)

@@ -22,6 +22,7 @@ from scdl_zarr.conversion.staging import Staging, TransposeTask, TurnSizes, is_s
 from scdl_zarr.errors import OptionError
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.resources import parse_bytes
+from scdl_zarr.storage.remote_file import CACHE_BYTES
 from scdl_zarr.storage.schema import BUILD_FOLDER, SHARD_VALUES, ArrayLayout, MatrixLayout, profile_named
 
 __all__ = [
@@ -76,7 +77,7 @@ class ConversionOptions:
     seed: int = 0
     feature_type: str | Sequence[str] = ()
     scratch_dir: Any = None
-    storage_options: Any = None
+    storage_options: Any = field(default=None, repr=False)  # some are secrets
     skip_bad: bool = False
     resume: bool = True
     overwrite: bool = False
@@ -409,7 +410,8 @@ def projected_bytes(plans: list[MatrixPlan], workers: int, tables_bytes: int, lo
             read = source.header.dtype.itemsize + source.header.index_dtype.itemsize
             written = sum(layout.dtype.itemsize for layout in stored)
             rare = 3 * 8  # a binary64 copy, ids as int64, a mask
-            per_task = max(per_task, piece * (read + written + rare) + 4 * source.header.chunk_bytes + slabs)
+            remote = 2 * CACHE_BYTES if source.spec.remote is not None else 0  # blocks, and a request on its way into them
+            per_task = max(per_task, piece * (read + written + rare) + 4 * source.header.chunk_bytes + slabs + remote)
             if source.header.layout == "csc" and not is_small(source.header):  # its columns are dealt out before
                 dealing = staging_bytes(source.header, TurnSizes.of(source.header.nnz))
                 per_task = max(per_task, dealing + 4 * source.header.chunk_bytes)

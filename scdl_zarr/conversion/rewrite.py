@@ -139,6 +139,10 @@ def convert_view(
     began = time.perf_counter()
     prepared = prepare(sources, target, options, bad)
     root, taken, whole, plan = prepared.root, prepared.taken, prepared.survey, prepared.plan
+    if not isinstance(root, Path):
+        raise OptionError(
+            f"{root} lies in an object store: rows=, genes= and order= write local stores; convert into a folder, and copy it there"
+        )
     plain = dataclasses.replace(options, rows=None, genes=None, order="source")
     require_known(whole, options)
     if taken == "store" and not options.overwrite:

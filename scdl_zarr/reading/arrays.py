@@ -101,6 +101,8 @@ class MatrixArrays:
     def _result(self, path: str, selection: Selection, result: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
         try:
             values = result()
+        except ScdlZarrError:
+            raise
         except Exception as error:  # the readers have errors of many kinds for bytes that make no sense
             self._refuse(path, selection, error)
         if not self._layout.absent_is_fill:

@@ -180,7 +180,7 @@ def _walk(
 
 
 def _folders(location: StoreLocation, folder: str) -> list[str]:
-    if location.path is None and not location.store.supports_listing:
+    if location.path is None and not location.zarr_store.supports_listing:
         raise NotAStoreError(
             f"{location} has no consolidated metadata and cannot be listed; run zarr.consolidate_metadata on a copy that can"
         )

@@ -1,7 +1,7 @@
 """Where a store is: a small picklable description that opens itself wherever it arrives.
 
-A path (or ``file://`` URL) is read with plain system calls; an opened ``zarr.abc.store.Store`` is read through zarr.  What
-travels to worker processes is a :class:`StoreLocation`, never a handle.
+A path (or ``file://`` URL) is read with plain system calls; an opened ``zarr.abc.store.Store`` is read through zarr, and so is a
+URL of an object store (``remote.py``).  What travels to worker processes is a :class:`StoreLocation`, never a handle.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from scdl_zarr.errors import (
 )
 from scdl_zarr.storage.identity import FileIdentity, FolderIdentity, Imprint, identify, identify_file, this_machine
 from scdl_zarr.storage.metadata import StoreMetadata, parse_store
+from scdl_zarr.storage.remote import RemoteLocation, is_remote, parse_remote
 from scdl_zarr.storage.scdl_archive import archive_advice
 from scdl_zarr.storage.schema import BUILD_FOLDER
 
@@ -52,7 +53,7 @@ LARGEST_ROOT_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class StoreLocation:
-    """A store's place: a local folder, or an opened Zarr store object.
+    """A store's place: a local folder, a prefix in an object store, or an opened Zarr store object.
 
     ``folder`` is which folder was there when the store was opened, if that was asked for (:meth:`pinned`).  A store is replaced
     by another one (a cast, ``overwrite=True``) in one rename, after which the same path is another folder.  ``imprint`` is what
@@ -65,22 +66,34 @@ class StoreLocation:
     folder: FolderIdentity | None = field(default=None, compare=False)
     imprint: Imprint | None = field(default=None, compare=False)
     files: tuple[tuple[str, FileIdentity | None], ...] = field(default=(), compare=False)
+    remote: RemoteLocation | None = None
 
     def __str__(self) -> str:
+        if self.remote is not None:
+            return str(self.remote)
         return str(self.path) if self.path is not None else str(self.store)
 
-    @cached_property
+    @property
     def zarr_store(self) -> Store:
         """The store as zarr-python opens it, read-only."""
+        if self.remote is not None:  # asked for each time: a child of a fork is refused there
+            from scdl_zarr.storage.remote_zarr import open_remote
+
+            return open_remote(self.remote)
         if self.path is None:
             _require_open(self.store)
             return self.store  # type: ignore[no-any-return]
+        return self._local_store
+
+    @cached_property
+    def _local_store(self) -> Store:
         from zarr.storage import LocalStore
 
+        assert self.path is not None
         return LocalStore(self.path, read_only=True)
 
-    def __reduce__(self) -> tuple[type[StoreLocation], tuple[Path | None, Any, None, Imprint | None]]:
-        return type(self), (self.path, self.store, None, self._imprint())
+    def __reduce__(self) -> tuple[type[StoreLocation], tuple[Any, ...]]:
+        return type(self), (self.path, self.store, None, self._imprint(), (), self.remote)
 
     def pinned(self) -> StoreLocation:
         """This location, bound to the folder that is there now.
@@ -93,7 +106,7 @@ class StoreLocation:
         folder = None if self.path is None else identify(self.path)
         if folder is not None and self.imprint is not None and not self._is(folder):
             raise StoreReplacedError(f"{self} was replaced since it was pickled; open it again to read what is there now")
-        return StoreLocation(path=self.path, store=self.store, folder=folder)
+        return StoreLocation(path=self.path, store=self.store, folder=folder, remote=self.remote)
 
     def watching(self, keys: Iterable[str]) -> StoreLocation:
         """This location, bound also to the files under those keys as they are now (an opened store: as it is)."""
@@ -152,12 +165,16 @@ class StoreLocation:
         """Whether there is an object under `key`."""
         if self.path is not None:
             return (self.path / key).is_file()
+        if self.remote is not None:
+            return self.remote.at(key).exists()
         from zarr.core.sync import sync
 
         return bool(sync(self.zarr_store.exists(key)))
 
     def read(self, key: str) -> bytes | None:
         """The whole object under `key`, or None if there is none."""
+        if self.remote is not None:
+            return _read_remote(self.remote, key)
         if self.path is None:
             return _read_object(self.zarr_store, key)
         try:
@@ -225,6 +242,13 @@ def _read_object(store: Store, key: str) -> bytes | None:
     return None if found is None else found.to_bytes()
 
 
+def _read_remote(remote: RemoteLocation, key: str) -> bytes | None:
+    try:
+        return remote.at(key).get(LARGEST_ROOT_BYTES)
+    except StoreNotFoundError:
+        return None
+
+
 def local_path(where: str | os.PathLike[str]) -> Path:
     """The absolute local path of a path or ``file://`` URL; other URL schemes are an :class:`OptionError`."""
     text = os.fspath(where)
@@ -238,10 +262,18 @@ def local_path(where: str | os.PathLike[str]) -> Path:
     return Path(os.path.abspath(os.path.expanduser(text)))
 
 
-def locate(where: str | os.PathLike[str] | StoreLocation | Any) -> StoreLocation:
-    """A location from a path, a ``file://`` URL, an opened Zarr store or a location."""
+def locate(
+    where: str | os.PathLike[str] | StoreLocation | Any, storage_options: Mapping[str, Any] | None = None
+) -> StoreLocation:
+    """A location from a path, a URL, an opened Zarr store or a location; a URL of an object store with its options."""
+    if isinstance(where, str) and is_remote(where):
+        return StoreLocation(remote=parse_remote(where, storage_options))
+    if storage_options:
+        raise OptionError("storage_options belong to the URL of an object store; this is none")
     if isinstance(where, StoreLocation):
         return where
+    if isinstance(where, RemoteLocation):
+        return StoreLocation(remote=where)
     if isinstance(where, (str, os.PathLike)):
         return StoreLocation(path=local_path(where))
     root = getattr(where, "root", None)
@@ -249,7 +281,7 @@ def locate(where: str | os.PathLike[str] | StoreLocation | Any) -> StoreLocation
         return StoreLocation(path=Path(os.path.abspath(root)))
     if callable(getattr(where, "get", None)) and hasattr(where, "supports_listing"):
         return StoreLocation(store=where)
-    raise OptionError(f"cannot open {where!r}: expected a path, a file:// URL or a zarr Store")
+    raise OptionError(f"cannot open {where!r}: expected a path, a URL or a zarr Store")
 
 
 def replacement_path(target: Path) -> Path:
@@ -279,6 +311,13 @@ def read_metadata(location: StoreLocation) -> StoreMetadata:
     if document is not None:
         return parse_store(document, str(location))
     path = location.path
+    if location.remote is not None and location.exists(f"{BUILD_FOLDER}/plan.json"):
+        raise UncommittedStoreError(
+            f"{location} is a conversion that did not finish. Run the same conversion again to go on from where it stopped "
+            f"(scdl-zarr convert SOURCE {location}), or delete what is below it"
+        )
+    if location.remote is not None:
+        raise StoreNotFoundError(f"no store at {location}: there is no {ROOT_KEY}")
     if path is None:
         raise StoreNotFoundError(f"{location} holds no zarr.json")
     if (path / BUILD_FOLDER).is_dir():

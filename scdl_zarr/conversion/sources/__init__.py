@@ -8,6 +8,7 @@ with several genomes.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from scdl_zarr.storage.remote import RemoteLocation, is_remote, parse_remote
 from scdl_zarr.storage.schema import ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -48,7 +50,9 @@ class SourceSpec:
     """Which file, and what identifies its content.
 
     ``name`` goes into the store; ``path`` and ``mtime_ns`` never do (the same sources give the same bytes anywhere).  ``part`` is
-    which of the sources at that path it is.  ``feature_types`` selects features of a file of 10x Genomics; none: all of them.
+    which of the sources at that path it is.  ``feature_types`` selects features of a file of 10x Genomics; none: all of them.  Of
+    an object there is ``version``, which identifies its content, in the place of ``mtime_ns``, and ``remote`` says how to reach
+    it.
     """
 
     path: str
@@ -58,6 +62,8 @@ class SourceSpec:
     kind: SourceKind = "h5ad"
     part: int = 0
     feature_types: tuple[str, ...] = ()
+    version: str = ""
+    remote: RemoteLocation | None = None
     view: View | None = None  # which rows and genes of a store, in which order, for the kind "view"
 
 
@@ -237,8 +243,10 @@ class Source(Protocol):
         """What is recorded of it; None for a file, of which it is found out now."""
 
 
-def describe_path(path: str | os.PathLike[str], name: str | None = None) -> list[SourceSpec]:
-    """The sources at a path, described without reading them.
+def describe_path(
+    path: str | os.PathLike[str], name: str | None = None, storage_options: Mapping[str, Any] | None = None
+) -> list[SourceSpec]:
+    """The sources at a path or URL, described without reading them.
 
     Raises
     ------
@@ -247,6 +255,10 @@ def describe_path(path: str | os.PathLike[str], name: str | None = None) -> list
     """
     from scdl_zarr.storage.scdl_archive import archive_kind
 
+    if isinstance(path, str) and is_remote(path):
+        from scdl_zarr.conversion.sources.remote import describe_remote
+
+        return describe_remote(parse_remote(path, storage_options), name)
     where = Path(os.path.abspath(os.path.expanduser(path)))
     if is_store(where):
         from scdl_zarr.conversion.sources.store import store_specs

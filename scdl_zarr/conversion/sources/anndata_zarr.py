@@ -28,8 +28,9 @@ from scdl_zarr.reading.row_ranges import ElementRows
 from scdl_zarr.reading.tables import LazyTable, read_element, refuse_pickles
 from scdl_zarr.reading.tensorstore_arrays import FILES_AT_ONCE
 from scdl_zarr.storage.foreign import Nodes, chunk_shape, describe_matrix, open_nodes
-from scdl_zarr.storage.location import ROOT_KEY, StoreLocation
+from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, locate
 from scdl_zarr.storage.metadata import is_ours, node_attributes, parse_root
+from scdl_zarr.storage.remote import RemoteLocation
 from scdl_zarr.storage.schema import MatrixLayout
 
 if TYPE_CHECKING:
@@ -42,25 +43,38 @@ PIECE_VALUES = 1 << 17  # values read at once, in whole chunks
 ASIDE = ("obsm", "varm", "obsp", "varp", "uns")
 
 
-def anndata_zarr_spec(where: Path, name: str | None = None) -> SourceSpec:
-    """Describe a folder by its root documents."""
+def anndata_zarr_spec(where: Path | RemoteLocation, name: str | None = None) -> SourceSpec:
+    """Describe a folder (or a prefix of an object store) by its root documents."""
+    remote = where if isinstance(where, RemoteLocation) else None
     with as_source_errors():
-        size, mtime_ns = _stamp(where)
+        size, mtime_ns, version = _stamp(where)
         if not size:
-            raise SourceError(f"{where} is a folder, expected an H5AD file or an AnnData Zarr store")
-        document = StoreLocation(path=where).read(ROOT_KEY)
+            what = "is a folder, expected" if remote is None else "is no object and has no root document of Zarr, expected"
+            raise SourceError(f"{where} {what} an H5AD file or an AnnData Zarr store")
+        document = locate(where).read(ROOT_KEY)
         if document is not None and is_ours(parse_root(document, str(where))):
             raise SourceError(f"{where} is a store that scdl-zarr made, which this version does not convert; open it as it is")
-    return SourceSpec(path=str(where), name=name or where.name, size=size, mtime_ns=mtime_ns, kind="anndata-zarr")
+    return SourceSpec(
+        path=str(where),
+        name=name or where.name,
+        size=size,
+        mtime_ns=mtime_ns,
+        kind="anndata-zarr",
+        version=version,
+        remote=remote,
+    )
 
 
-def _stamp(where: Path) -> tuple[int, int]:
-    """Bytes of the root documents, and when the last of them was written."""
+def _stamp(where: Path | RemoteLocation) -> tuple[int, int, str]:
+    """Bytes of the root documents, when the last of them was written, and (of objects) their versions."""
+    if isinstance(where, RemoteLocation):
+        objects = {name: entry for name in ROOT_DOCUMENTS if (entry := where.at(name).head()) is not None}
+        return sum(e.size for e in objects.values()), 0, " ".join(f"{name}={e.version}" for name, e in objects.items())
     found = []
     for name in ROOT_DOCUMENTS:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             found.append((where / name).stat())
-    return sum(status.st_size for status in found), max((status.st_mtime_ns for status in found), default=0)
+    return sum(status.st_size for status in found), max((status.st_mtime_ns for status in found), default=0), ""
 
 
 @contextlib.contextmanager
@@ -84,9 +98,10 @@ class AnnDataZarrSource:
     def __init__(self, spec: SourceSpec) -> None:
         self.spec = spec
         self._where = spec.path
+        self._place = spec.remote or Path(spec.path)
 
     def __enter__(self) -> AnnDataZarrSource:
-        self._location = StoreLocation(path=Path(self.spec.path)).pinned()
+        self._location = locate(self._place).pinned()
         self._check_unchanged()
         with as_source_errors():
             self._nodes: Nodes = open_nodes(self._location)
@@ -97,7 +112,7 @@ class AnnDataZarrSource:
             self._check_unchanged()
 
     def _check_unchanged(self) -> None:
-        if _stamp(Path(self.spec.path)) != (self.spec.size, self.spec.mtime_ns):
+        if _stamp(self._place) != (self.spec.size, self.spec.mtime_ns, self.spec.version):
             raise SourceError(f"{self.spec.path} changed while it was being converted; run again when nothing writes it")
 
     # ---- matrices

@@ -27,7 +27,9 @@ from scdl_zarr.conversion.sources.dense import DenseMatrix
 from scdl_zarr.conversion.sources.h5ad_frames import H5adTable, dataset_rows, is_usual, read_frame
 from scdl_zarr.conversion.sources.row_readers import LazyArray, WholeArray, WholeTable
 from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible
-from scdl_zarr.errors import ScdlZarrError, SourceError, StoreAccessError, StoreNotFoundError
+from scdl_zarr.errors import ScdlZarrError, SourceError, StoreAccessError, StoreNotFoundError, StoreReplacedError
+from scdl_zarr.storage.remote import RemoteLocation, RemoteObject
+from scdl_zarr.storage.remote_file import RemoteFile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,8 +59,12 @@ class Hdf5Source:
     def __init__(self, spec: SourceSpec) -> None:
         self.spec = spec
         self._readers: list[H5adMatrix] = []
+        self._remote: RemoteFile | None = None
 
     def __enter__(self) -> Self:
+        if self.spec.remote is not None:
+            self._open_remote(self.spec.remote)
+            return self
         path = self.spec.path
         try:
             with open(path, "rb") as file:
@@ -75,10 +81,39 @@ class Hdf5Source:
             raise SourceError(f"{path} cannot be opened, it is truncated or damaged: {error}") from error
         return self
 
+    def _open_remote(self, location: RemoteLocation) -> None:
+        """Through HDF5's driver for file objects; every answer is checked to come from the object that was described."""
+        self._remote = RemoteFile(location, RemoteObject(key="", size=self.spec.size, version=self.spec.version))
+        signature = b""
+        try:
+            signature = bytes(self._remote.read(len(_HDF5_SIGNATURE)) or b"")
+            self._file = h5py.File(self._remote, "r")
+        except Exception as error:
+            self._raise_failure()
+            if signature != _HDF5_SIGNATURE:
+                raise SourceError(
+                    f"{self.spec.path} is not an HDF5 file (it starts with {signature!r}); an H5AD file is expected"
+                ) from error
+            raise SourceError(f"{self.spec.path} cannot be opened, it is truncated or damaged: {error}") from error
+
+    def _raise_failure(self) -> None:
+        """What kept a remote file from being read says more than what HDF5 made of it."""
+        failure = None if self._remote is None else self._remote.failure
+        if isinstance(failure, StoreReplacedError):
+            raise SourceError(
+                f"{self.spec.path} changed while it was being converted; run again when nothing writes it"
+            ) from None
+        if failure is not None:
+            raise failure from None
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for reader in self._readers:
             reader.close()
         self._file.close()
+        if self._remote is not None:
+            self._raise_failure()
+            self._remote.close()
+            return
         if kind is None or issubclass(kind, SourceError):
             self._check_unchanged()
 

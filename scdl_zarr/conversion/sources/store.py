@@ -24,15 +24,16 @@ import numpy.typing as npt
 from scdl_zarr.conversion.kernels import map_rows, sort_rows
 from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, Provenance, RowArray, SourceSpec, TableReader
 from scdl_zarr.conversion.sources.row_readers import LazyArray, StoreTable, WholeArray, row_array_of
-from scdl_zarr.errors import CorruptStoreError, SourceError
+from scdl_zarr.errors import CorruptStoreError, ScdlZarrError, SourceError
 from scdl_zarr.reading.blocks import Blocks
 from scdl_zarr.reading.csr import Columns, open_columns, row_of, value_dtype
 from scdl_zarr.reading.local_genes import local_numbers
 from scdl_zarr.reading.plan import Int64Array, plan_rows
 from scdl_zarr.reading.row_arrays import LazyArrays
 from scdl_zarr.reading.tables import LazyTable
-from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, read_metadata
+from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, locate, read_metadata
 from scdl_zarr.storage.metadata import StoreMetadata
+from scdl_zarr.storage.remote import RemoteLocation
 from scdl_zarr.storage.schema import MatrixLayout
 
 if TYPE_CHECKING:
@@ -43,14 +44,28 @@ __all__ = ["OpenedStore", "StoreSource", "forget_stores", "open_kept", "store_sp
 OPEN_STORES = 16  # kept open between the tasks of a process
 
 
-def store_specs(path: Path) -> list[SourceSpec]:
+def store_specs(path: Path | RemoteLocation) -> list[SourceSpec]:
     """The sources of a committed store, in order."""
-    status = os.stat(path / ROOT_KEY)
-    opened = open_kept(str(path), status.st_size, status.st_mtime_ns)
+    size, mtime_ns, version = _stamp(path)
+    opened = open_kept(path, (size, mtime_ns, version))
+    remote = path if isinstance(path, RemoteLocation) else None
     return [
-        SourceSpec(path=str(path), name=name, size=status.st_size, mtime_ns=status.st_mtime_ns, kind="store", part=part)
+        SourceSpec(
+            path=str(path), name=name, size=size, mtime_ns=mtime_ns, kind="store", part=part, version=version, remote=remote
+        )
         for part, name in enumerate(opened.names)
     ]
+
+
+def _stamp(path: Path | RemoteLocation) -> tuple[int, int, str]:
+    """What identifies the state of a store: its root document's size, and the time or the version of it."""
+    if isinstance(path, RemoteLocation):
+        found = path.at(ROOT_KEY).head()
+        if found is None:
+            raise SourceError(f"{path} has no {ROOT_KEY} any more")
+        return found.size, 0, found.version
+    status = os.stat(path / ROOT_KEY)
+    return status.st_size, status.st_mtime_ns, ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +126,9 @@ class OpenedStore:
 
 
 @functools.lru_cache(OPEN_STORES)
-def open_kept(path: str, _size: int, _mtime_ns: int) -> OpenedStore:
+def open_kept(path: Path | RemoteLocation, _stamp: tuple[int, int, str]) -> OpenedStore:
     """The store at a path as long as its root document is that one, kept open between the tasks of a process."""
-    location = StoreLocation(path=Path(path)).pinned()
+    location = locate(path).pinned()
     metadata = read_metadata(location)
     blocks = Blocks(location, metadata)
     return OpenedStore(
@@ -139,10 +154,11 @@ class StoreSource:
 
     def __init__(self, spec: SourceSpec) -> None:
         self.spec = spec
+        self._place = spec.remote or Path(spec.path)
 
     def __enter__(self) -> StoreSource:
         self._require_unchanged()
-        self._store = open_kept(self.spec.path, self.spec.size, self.spec.mtime_ns)
+        self._store = open_kept(self._place, (self.spec.size, self.spec.mtime_ns, self.spec.version))
         lengths = np.asarray(self._store.sources["n_obs"], np.int64)
         stop = int(lengths[: self.spec.part + 1].sum())
         self._rows = range(stop - int(lengths[self.spec.part]), stop)
@@ -154,10 +170,12 @@ class StoreSource:
 
     def _require_unchanged(self) -> None:
         try:
-            status = os.stat(os.path.join(self.spec.path, ROOT_KEY))
+            found = _stamp(self._place)
+        except ScdlZarrError:
+            raise
         except OSError as error:
             raise SourceError(f"{self.spec.path} cannot be read any more: {error.strerror}") from error
-        if (status.st_size, status.st_mtime_ns) != (self.spec.size, self.spec.mtime_ns):
+        if found != (self.spec.size, self.spec.mtime_ns, self.spec.version):
             raise SourceError(f"{self.spec.path} changed while it was being converted; run again when nothing writes it")
 
     # ---- matrices

@@ -30,6 +30,8 @@ from scdl_zarr.conversion.sources.h5ad import H5adMatrix, Hdf5Source, SparsePart
 from scdl_zarr.conversion.sources.row_readers import WholeArray, WholeTable
 from scdl_zarr.conversion.sources.rules import missing_matrix
 from scdl_zarr.errors import SourceError
+from scdl_zarr.storage.remote import RemoteObject
+from scdl_zarr.storage.remote_file import RemoteFile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +60,10 @@ def hdf5_kind(path: str | os.PathLike[str]) -> str | None:
 
 def tenx_specs(spec: SourceSpec) -> list[SourceSpec]:
     """The sources of a file that is of 10x Genomics by its content, one for each genome; none of another file."""
-    kind, groups = _look_at(spec.path)
+    if spec.remote is None:
+        kind, groups = _look_at(spec.path)
+    else:
+        kind, groups = _look_at(RemoteFile(spec.remote, RemoteObject(key="", size=spec.size, version=spec.version)))
     if kind != "tenx":
         return []
     if len(groups) == 1:
@@ -66,10 +71,10 @@ def tenx_specs(spec: SourceSpec) -> list[SourceSpec]:
     return [replace(spec, kind="tenx", part=part, name=f"{spec.name}/{group}") for part, group in enumerate(groups)]
 
 
-def _look_at(path: str | os.PathLike[str]) -> tuple[str | None, list[str]]:
+def _look_at(path: str | os.PathLike[str] | RemoteFile) -> tuple[str | None, list[str]]:
     """The kind of a file, and its groups that are matrices.  What has a table of AnnData is H5AD, whatever lies beside it."""
     try:
-        with h5py.File(path, "r", locking="best-effort") as file:
+        with h5py.File(path, "r", locking=None if isinstance(path, RemoteFile) else "best-effort") as file:
             if any(name in file for name in ANNDATA_ROOTS):
                 return "h5ad", []
             groups = _matrix_groups(file)
