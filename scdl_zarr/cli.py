@@ -75,11 +75,11 @@ def _common(
 @app.command()
 def convert(
     paths: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
             metavar="SOURCE... TARGET",
             help="H5AD and 10x HDF5 files, AnnData Zarr stores, BioNeMo-SCDL archives, folders or text files of these, patterns; "
-            "then the store to make (a new folder).",
+            "then the store to make (a new folder). URLs such as s3://bucket/a.h5ad are paths, too.",
         ),
     ],
     matrix: Annotated[
@@ -121,6 +121,12 @@ def convert(
     threads: ThreadsOption = None,
     workers: WorkersOption = None,
     scheduler: SchedulerOption = None,
+    storage_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--storage-option", metavar="NAME=VALUE", help="How object stores are reached: region=..., endpoint=... (repeat)."
+        ),
+    ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Convert the other sources where some cannot be.")] = False,
     log_json: Annotated[Path | None, typer.Option(help="File to add a line of JSON to for each thing that happens.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
@@ -161,6 +167,7 @@ def convert(
             "threads": threads,
             "workers": workers,
             "client": scheduler,
+            "storage_options": _named(storage_option or []),
             "skip_bad": skip_bad,
             "log_json": log_json,
             "overwrite": overwrite,
@@ -241,7 +248,7 @@ def write(
 @app.command()
 def append(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="The store that grows.")],
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Files or stores whose rows are added.")],
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files or stores whose rows are added.")],
     matrix: Annotated[
         list[str] | None,
         typer.Option("--matrix", help="X, raw, or the name of a layer; or SOURCE=NAME. [default: what the store was made with]"),
@@ -278,7 +285,7 @@ def append(
         raise typer.Exit(130) from None
 
 
-def _show_plan(sources: list[Path], target: Path, chosen: dict[str, Any], as_json: bool) -> None:
+def _show_plan(sources: list[str], target: str, chosen: dict[str, Any], as_json: bool) -> None:
     from scdl_zarr.conversion.plan import ConversionOptions
     from scdl_zarr.conversion.preview import plan_conversion
 
@@ -286,9 +293,17 @@ def _show_plan(sources: list[Path], target: Path, chosen: dict[str, Any], as_jso
     typer.echo(json.dumps(plan.facts(), indent=2) if as_json else str(plan))
 
 
-def _chosen_matrix(given: list[str], sources: list[Path]) -> str | dict[str, str]:
+def _named(given: list[str]) -> dict[str, str] | None:
+    """Options of object stores: ``endpoint=https://...``."""
+    wrong = [text for text in given if not text.partition("=")[0] or "=" not in text]
+    if wrong:
+        raise typer.BadParameter(f"{wrong[0].partition('=')[0]!r} is not NAME=VALUE", param_hint="--storage-option")
+    return {name: value for name, _, value in (text.partition("=") for text in given)} or None
+
+
+def _chosen_matrix(given: list[str], sources: list[str]) -> str | dict[str, str]:
     """One name for all sources, or a name for each: ``a.h5ad=raw``."""
-    known = {text for source in sources for text in (str(source), source.name)}
+    known = {text for source in sources for text in (source, Path(source).name)}
     pairs = [text.rpartition("=") for text in given]
     if len(given) == 1 and (not pairs[0][1] or pairs[0][0] not in known):  # the name of a layer may have an = in it
         return given[0]

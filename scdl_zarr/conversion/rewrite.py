@@ -141,7 +141,7 @@ def convert_view(
     root, taken, whole, plan = prepared.root, prepared.taken, prepared.survey, prepared.plan
     if not isinstance(root, Path):
         raise OptionError(
-            f"{root} lies in an object store: rows=, genes= and order= write local stores; convert into a folder, and copy it there"
+            f"{root} lies in an object store, and rows=, genes= and order= make local stores; convert into a folder and copy it"
         )
     plain = dataclasses.replace(options, rows=None, genes=None, order="source")
     require_known(whole, options)
