@@ -1,4 +1,4 @@
-"""The command line: ``scdl-zarr convert | append | info | verify | demo``."""
+"""The command line: ``scdl-zarr convert | write | append | info | verify | demo``."""
 
 from __future__ import annotations
 
@@ -49,6 +49,12 @@ WorkersOption = Annotated[int | None, typer.Option(help="Processes of this machi
 SchedulerOption = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="Scheduler of a Dask cluster, tcp://..., whose workers write the shards.")
 ]
+
+
+RowsOption = Annotated[str | None, typer.Option(help="Query of obs in pandas' syntax: the rows to take [default: all].")]
+GenesOption = Annotated[Path | None, typer.Option(help="Text file with the name of a gene in each line [default: all genes].")]
+OrderOption = Annotated[str, typer.Option(help="source, shuffle, or a column of obs to sort by.")]
+SeedOption = Annotated[int, typer.Option(help="Of the shuffle.")]
 
 
 def _show_version(asked: bool) -> None:
@@ -103,6 +109,14 @@ def convert(
     ] = WidthChoice.auto,
     chunk_values: Annotated[int | None, typer.Option(help="Stored values per chunk [default: 2048].")] = None,
     shard_values: Annotated[int | None, typer.Option(help="Stored values per shard file [default: 16777216].")] = None,
+    rows: RowsOption = None,
+    genes: GenesOption = None,
+    order: OrderOption = "source",
+    seed: SeedOption = 0,
+    scratch_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the joined store that --rows, --genes and --order ask for [default: in TARGET]."),
+    ] = None,
     memory_budget: MemoryOption = "2GB",
     threads: ThreadsOption = None,
     workers: WorkersOption = None,
@@ -138,6 +152,11 @@ def convert(
             "width": width.value,
             "chunk_values": chunk_values,
             "shard_values": shard_values,
+            "rows": rows,
+            "genes": genes,
+            "order": order,
+            "seed": seed,
+            "scratch_dir": scratch_dir,
             "memory_budget": memory_budget,
             "threads": threads,
             "workers": workers,
@@ -154,6 +173,66 @@ def convert(
             from scdl_zarr.api import convert as run
 
             run(sources, target, **chosen)
+    except KeyboardInterrupt:
+        typer.echo("scdl-zarr: stopped; run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def write(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="The store whose rows are written.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The store to make (a new folder).")],
+    rows: RowsOption = None,
+    genes: GenesOption = None,
+    order: OrderOption = "source",
+    seed: SeedOption = 0,
+    layer: Annotated[list[str] | None, typer.Option("--layer", help="Layer to carry along [default: all].")] = None,
+    obsm: Annotated[list[str] | None, typer.Option("--obsm", help="obsm to carry along [default: all].")] = None,
+    obsp: Annotated[list[str] | None, typer.Option("--obsp", help="obsp to carry along [default: all].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the values [default: the store's].")] = None,
+    profile: Annotated[ProfileChoice | None, typer.Option(help="As for convert [default: the store's].")] = None,
+    width: Annotated[WidthChoice | None, typer.Option(help="As for convert [default: the store's].")] = None,
+    chunk_values: Annotated[int | None, typer.Option(help="Stored values per chunk [default: the store's].")] = None,
+    shard_values: Annotated[int | None, typer.Option(help="Stored values per shard file [default: the store's].")] = None,
+    memory_budget: MemoryOption = "2GB",
+    threads: ThreadsOption = None,
+    workers: WorkersOption = None,
+    scheduler: SchedulerOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is already there.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Start an unfinished store over.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")] = False,
+) -> None:
+    """Write rows and genes of a store, in any order, as a new store.
+
+    An interrupted command goes on when it is run again. The same command gives the same bytes.
+
+    Example: scdl-zarr write atlas.zarr shuffled.zarr --rows "n_genes > 500" --order shuffle --seed 1
+    """
+    from scdl_zarr.api import open_store
+
+    try:
+        open_store(store).write(
+            target,
+            rows=rows,
+            genes=genes,
+            order=order,
+            seed=seed,
+            layers=layer,
+            obsm=obsm,
+            obsp=obsp,
+            dtype=dtype,
+            profile=None if profile is None else profile.value,
+            width=None if width is None else width.value,
+            chunk_values=chunk_values,
+            shard_values=shard_values,
+            memory_budget=memory_budget,
+            threads=threads,
+            workers=workers,
+            client=scheduler,
+            overwrite=overwrite,
+            resume=not restart,
+            progress=not quiet,
+        )
     except KeyboardInterrupt:
         typer.echo("scdl-zarr: stopped; run the same command again to go on", err=True)
         raise typer.Exit(130) from None

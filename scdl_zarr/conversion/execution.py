@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,11 @@ __all__ = [
     "projected_scratch",
     "projected_size",
     "run_conversion",
+    "same_store",
     "summarize",
+    "target_folder",
+    "target_state",
+    "write_store",
 ]
 
 SLOWEST_SHOWN = 0.5  # million values a second: what is slower rounds to 0
@@ -157,9 +161,13 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     """
     bad: dict[SourceSpec, SourceError] = {}  # what was found to be wrong with a source when its values were read
     try:
+        if options.chooses:
+            from scdl_zarr.conversion.rewrite import convert_view as run  # which is made of what is here
+        else:
+            run = _run_conversion
         while True:
             try:
-                return _run_conversion(sources, target, options, bad)
+                return run(sources, target, options, bad)
             except SourceError as error:
                 spec = blamed(error)
                 if not options.skip_bad or spec is None or spec in bad or _may_pass(error):
@@ -186,24 +194,14 @@ def prepare(
 
     `bad` are sources that are known not to be readable.
     """
-    if not isinstance(target, (str, os.PathLike)):
-        raise OptionError(f"target={target!r}; expected a path")
-    root = local_path(target)
+    root = target_folder(target)
     with explained_errors(root):
-        if root.is_symlink():  # what it points to is made or replaced, the link stays
-            root = Path(os.path.realpath(root))
         problems = Problems(skip=options.skip_bad)
         specs = find_sources(sources, problems=problems, target=root)
         if not specs:
             problems.settle(0)
         specs = select_features(specs, options.feature_type, problems=problems)
-        if any(Path(spec.path) == root or root in Path(spec.path).parents for spec in specs):
-            raise OptionError(f"{root} holds a source of this conversion; choose another target")
-        if any(Path(spec.path) in root.parents for spec in specs):
-            raise OptionError(f"{root} lies inside of a source of this conversion; choose another target")
-        _require_outside(root)
-        restore_interrupted(root)
-        taken = _target_state(root, options)
+        taken = target_state(root, [Path(spec.path) for spec in specs], options)
     if options.skip_bad:
         names = {} if options.overwrite or not options.resume else _skipped_before(root, taken)
         for spec in specs:
@@ -221,23 +219,36 @@ def _run_conversion(
     began = time.perf_counter()
     prepared = prepare(sources, target, options, bad)
     root, taken, survey, plan = prepared.root, prepared.taken, prepared.survey, prepared.plan
-    record = recorded_plan(plan)
     with explained_errors(root):
         if taken == "store" and not options.overwrite:
-            return _same_store(root, plan, survey)
+            return same_store(root, plan, survey)
         prepare_target(root)
         check_room(root, projected_size(survey, options) + projected_scratch(survey))
-    with hired(survey, options) as executor:
-        tables = encode_tables(survey)  # what cannot be stored is refused here, before anything is written
-        if taken == "store":
-            with exclusive(root):
-                construction = Construction(replacement_path(root), plan, resume=False, replaces=True)
-                written = build_store(construction, survey, options, executor, tables, record)
-                swap_folders(construction.root, root)
-        else:
-            resume = options.resume and not options.overwrite
-            written = build_store(Construction(root, plan, resume=resume), survey, options, executor, tables, record)
+    written = write_store(root, survey, options, plan, replaces=taken == "store")
     return summarize(root, survey, time.perf_counter() - began, written)
+
+
+def write_store(
+    root: Path,
+    survey: Survey,
+    options: ConversionOptions,
+    plan: Mapping[str, Any],
+    *,
+    replaces: bool,
+    tables: Callable[[Survey], EncodedElements] = encode_tables,
+) -> Written:
+    """Write what was surveyed, in place of the store that is there if it `replaces` one."""
+    record = recorded_plan(plan)
+    with hired(survey, options) as executor:
+        encoded = tables(survey)  # what cannot be stored is refused here, before anything is written
+        if not replaces:
+            resume = options.resume and not options.overwrite
+            return build_store(Construction(root, plan, resume=resume), survey, options, executor, encoded, record)
+        with exclusive(root):
+            construction = Construction(replacement_path(root), plan, resume=False, replaces=True)
+            written = build_store(construction, survey, options, executor, encoded, record)
+            swap_folders(construction.root, root)
+            return written
 
 
 def _skipped_before(root: Path, taken: str | None) -> dict[str, str]:
@@ -285,6 +296,27 @@ def _may_pass(error: BaseException) -> bool:
 # ---- the target
 
 
+def target_folder(target: str | os.PathLike[str]) -> Path:
+    """Where the store goes: what a link points to is made or replaced, the link stays."""
+    if not isinstance(target, (str, os.PathLike)):
+        raise OptionError(f"target={target!r}; expected a path")
+    root = local_path(target)
+    with explained_errors(root):
+        return Path(os.path.realpath(root)) if root.is_symlink() else root
+
+
+def target_state(root: Path, sources: list[Path], options: ConversionOptions) -> str | None:
+    """What is there: None, "store", or "build" (unfinished).  What must not be replaced is refused."""
+    with explained_errors(root):
+        if any(path == root or root in path.parents for path in sources):
+            raise OptionError(f"{root} holds a source of this conversion; choose another target")
+        if any(path in root.parents for path in sources):
+            raise OptionError(f"{root} lies inside of a source of this conversion; choose another target")
+        _require_outside(root)
+        restore_interrupted(root)
+        return _target_state(root, options)
+
+
 def _require_outside(root: Path) -> None:
     """A store inside another one would be deleted with it: when that one is replaced, nobody looks what lies in its folder."""
     for folder in root.parents:
@@ -329,7 +361,7 @@ def _target_state(root: Path, options: ConversionOptions) -> str | None:
     return None
 
 
-def _same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
+def same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
     """A finished store met again: fine if it is what would be made, an error naming the difference if not."""
     import json
 
@@ -352,7 +384,9 @@ def _same_store(root: Path, plan: Mapping[str, Any], survey: Survey) -> Conversi
 def _difference(root: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], sources: list[dict[str, Any]]) -> str:
     """What a finished store was made of and with, and what was asked for now."""
     try:
-        table = open_blocks(root).sources()
+        blocks = open_blocks(root)
+        origins = blocks.origins()
+        table = blocks.sources() if origins is None else origins
     except ScdlZarrError as error:
         return f"its list of sources is damaged: {error}"
     names, sizes = table["name"].tolist(), table["size_bytes"].tolist()
