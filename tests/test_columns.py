@@ -163,7 +163,7 @@ def expected(frames: list[pd.DataFrame], arrays: list[np.ndarray[Any, Any]]) -> 
     return whole.objects() | {"nodes": repr(sorted(whole.nodes().items())).encode()}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(frames=tables_of_sources(), rows=st.integers(1, 4))
 def test_blocks_join_as_the_whole_tables_do(frames: list[pd.DataFrame], rows: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -202,7 +202,7 @@ def assert_same(found: pd.Series[Any], expected: pd.Series[Any]) -> None:
         assert [type(value) for value in found] == [type(value) for value in expected]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(frames=tables_of_sources(), chunk=st.sampled_from([2, 3, 8]))
 def test_tasks_write_what_encoding_the_whole_table_gives(frames: list[pd.DataFrame], chunk: int) -> None:
     """The same files, byte for byte, and the same documents; whatever is left of sharding in small tables too."""
@@ -300,7 +300,7 @@ def opened_endless(spec: SourceSpec) -> Iterator[Any]:
 
 
 def test_four_times_the_rows_take_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunk = 1 << 12
+    chunk = 1 << 11
     monkeypatch.setattr(columns, "BLOCK_ROWS", chunk)
     monkeypatch.setattr(elements, "CHUNK_ROWS", chunk)
     monkeypatch.setattr(elements, "SHARD_ROWS", 64 * chunk)

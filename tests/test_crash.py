@@ -126,8 +126,12 @@ def finished_shards(target: Path) -> dict[str, tuple[int, int]]:
     found = {}
     for mark in (target / BUILD_FOLDER / "done").glob("*.json"):
         matrix, kind, number = json.loads(mark.read_bytes())["name"].split("-")
-        for part in ("data", "indices") if kind == "values" else ("indptr",):
-            shard = target / matrix / part / "c" / str(int(number))
+        if kind == "rows":  # of all columns; their categories are the commit's
+            places = [path for path in (target / matrix).rglob("c") if path.parent.name != "categories"]
+            assert places
+        else:
+            places = [target / matrix / part / "c" for part in (("data", "indices") if kind == "values" else ("indptr",))]
+        for shard in (place / str(int(number)) for place in places):
             found[str(shard)] = (shard.stat().st_ino, shard.stat().st_mtime_ns)
     return found
 
