@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scdl_zarr.conversion.assembly import merge_runs
+from scdl_zarr.conversion.execution import projected_memory
 from scdl_zarr.conversion.finding import find_sources
 from scdl_zarr.conversion.plan import (
     ConversionOptions,
     SourceMatrix,
     border_elements,
     cut_shards,
-    projected_bytes,
 )
 from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
 from scdl_zarr.conversion.survey import scan_pointers, survey_sources
@@ -191,9 +191,7 @@ def test_measured_memory_stays_under_what_is_projected(tmp_path: Path) -> None:
         make_atlas(source, n)
         options = ConversionOptions(threads=2, shard_values=1 << 20)
         survey = survey_sources(find_sources(source), options)
-        from scdl_zarr.conversion.execution import table_bytes
-
-        projected.append(projected_bytes(list(survey.plans.values()), 2, table_bytes(survey), survey.longest_row))
+        projected.append(projected_memory(survey, 2))
         done = subprocess.run(
             [sys.executable, "-c", PEAK, str(source), str(tmp_path / f"{n}.zarr")], capture_output=True, text=True, check=True
         )

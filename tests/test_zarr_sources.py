@@ -307,7 +307,7 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
 
 
 def test_a_store_that_changes_while_it_is_converted(source: Path, tmp_path: Path) -> None:
-    plain = anndata_zarr.AnnDataZarrSource.obs
+    plain = anndata_zarr.AnnDataZarrSource.obs_table
 
     def written_to(self: Any) -> Any:
         with warnings.catch_warnings():
@@ -315,19 +315,19 @@ def test_a_store_that_changes_while_it_is_converted(source: Path, tmp_path: Path
             zarr.open_group(source, mode="r+").attrs["touched"] = True
         return plain(self)
 
-    with mock.patch.object(anndata_zarr.AnnDataZarrSource, "obs", written_to):
+    with mock.patch.object(anndata_zarr.AnnDataZarrSource, "obs_table", written_to):
         refused(source, tmp_path / "x.zarr", "changed while it was being converted")
 
 
 def test_a_store_that_is_replaced_while_it_is_converted(source: Path, tmp_path: Path) -> None:
     other, status = write_with_anndata(tmp_path / "other.zarr", rich()), (source / "zarr.json").stat()
     os.utime(other / "zarr.json", ns=(status.st_atime_ns, status.st_mtime_ns))  # its root document is the same
-    plain = anndata_zarr.AnnDataZarrSource.obs
+    plain = anndata_zarr.AnnDataZarrSource.obs_table
 
     def replaced(self: Any) -> Any:
         source.rename(tmp_path / "old.zarr")
         other.rename(source)
         return plain(self)
 
-    with mock.patch.object(anndata_zarr.AnnDataZarrSource, "obs", replaced):
+    with mock.patch.object(anndata_zarr.AnnDataZarrSource, "obs_table", replaced):
         refused(source, tmp_path / "x.zarr", "it changed while it was being converted")

@@ -51,9 +51,11 @@ from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.conversion.sources.store import forget_stores, store_specs
 from scdl_zarr.conversion.survey import DECIDED, Survey, choose_matrices, digest_of, survey_sources
+from scdl_zarr.conversion.tables import TablePlan, TableTask
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.errors import CorruptStoreError, NotAStoreError, OptionError, StoreExistsError
 from scdl_zarr.reading.blocks import Blocks
+from scdl_zarr.reading.tables import read_element
 from scdl_zarr.storage.location import StoreLocation, read_metadata, replacement_path
 from scdl_zarr.storage.metadata import StoreMetadata
 from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout
@@ -124,10 +126,11 @@ def _extend(base: _Base, survey: Survey, options: ConversionOptions, record: Map
     place, plan = replacement_path(base.root), plan_record(survey, options)
     with hired(survey, options) as executor:
         tables = encode_tables(survey)
+        rows = _SharedRows(base, survey.cells, tables.nodes())
         try:
-            written = build_store(_Extension(base, place, plan, resume=True), survey, options, executor, tables, record)
+            written = build_store(_Extension(base, rows, place, plan, resume=True), survey, options, executor, tables, record)
         except StoreExistsError:  # something else was begun there and given up: a cast, an overwrite, another append
-            written = build_store(_Extension(base, place, plan, resume=False), survey, options, executor, tables, record)
+            written = build_store(_Extension(base, rows, place, plan, resume=False), survey, options, executor, tables, record)
     swap_folders(place, base.root)
     return written
 
@@ -244,20 +247,54 @@ class _Base:
         return ValueStats(count=1, low=low, high=high, float32_exact=matrix.float32_exact)
 
 
+class _SharedRows:
+    """Which shards of obs and obsm the longer store has in common with the shorter one: nothing in them is new or another."""
+
+    def __init__(self, base: _Base, cells: TablePlan, documents: Mapping[str, Mapping[str, Any]]) -> None:
+        self._n_rows = base.metadata.n_obs
+        known = base.metadata.nodes
+        arrays = [path for path in cells.array_paths if not _alike(known.get(path), documents[path])]
+        self._nothing = bool(arrays) or not all(
+            _begins_with(categories, base, path) for path, categories in cells.categories.items() if path in known
+        )
+
+    def reported(self, task: TableTask) -> ShardResult | None:
+        """What doing that task would report, if the store has the rows already; a shard that is not full gets new ones."""
+        if self._nothing or task.stop > self._n_rows or not task.is_full:
+            return None
+        return ShardResult(name=task.name, dtype=task.dtype, stats=ValueStats())
+
+
+def _alike(known: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> bool:
+    """Whether two arrays differ in their length alone."""
+    if known is None or known.get("node_type") != "array":
+        return False
+    own, other = ({**node, "shape": list(node["shape"])[1:], "attributes": None} for node in (known, wanted))
+    return all(own.get(name) == value for name, value in other.items())
+
+
+def _begins_with(categories: Any, base: _Base, path: str) -> bool:
+    """Whether the store's categories are the first of those there are now: its codes then mean the same."""
+    known = list(read_element(StoreLocation(path=base.root), path, base.metadata.nodes))
+    return known == list(categories[: len(known)])
+
+
 class _Extension(Construction):
     """The longer store while it is being built: shards that the shorter one has are linked when they are asked for."""
 
-    def __init__(self, base: _Base, place: Path, plan: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(self, base: _Base, rows: _SharedRows, place: Path, plan: Mapping[str, Any], *, resume: bool) -> None:
         super().__init__(place, plan, resume=resume, replaces=True)
-        self._base = base
+        self._base, self._rows = base, rows
 
     def finished(self, task: Task) -> ShardResult | None:
         found = super().finished(task)
-        if found is not None or not isinstance(task, ShardTask):
-            return found
-        found = self._base.reported(task)
         if found is not None:
-            for layout in task.arrays:
-                key = layout.shard_key(task.number)
+            return found
+        if isinstance(task, ShardTask):
+            found = self._base.reported(task)
+        elif isinstance(task, TableTask):
+            found = self._rows.reported(task)
+        if found is not None:
+            for key in task.files:
                 link_file(self._base.root / key, self.root / key)
         return found

@@ -9,7 +9,6 @@ import numpy as np
 
 from scdl_zarr.conversion.construction import Construction
 from scdl_zarr.conversion.elements import EncodedElements
-from scdl_zarr.conversion.frames import join_frames
 from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.survey import Survey
@@ -22,12 +21,10 @@ DICT_GROUPS = ("layers", "obsm", "obsp", "varm", "varp", "uns", "uns/scdl", "uns
 
 
 def encode_tables(survey: Survey) -> EncodedElements:
-    """obs, var and obsm of the store, encoded; a column that no AnnData store can hold is a SourceError."""
+    """var, and of obs and obsm what is not written by tasks; a column that no AnnData store can hold is a SourceError."""
     elements = EncodedElements()
-    elements.add_frame("obs", join_frames(survey.obs))
+    survey.cells.add_to(elements)
     elements.add_frame("var", survey.vocabulary.frame())
-    for name, values in survey.obsm.items():
-        elements.add_array(f"obsm/{name}", np.concatenate(values))
     return elements
 
 

@@ -34,6 +34,7 @@ from scdl_zarr.conversion.plan import ShardTask, Task
 from scdl_zarr.conversion.shards import ShardResult, write_shard
 from scdl_zarr.conversion.staging import SCRATCH, TransposeTask, scratch_folder
 from scdl_zarr.conversion.stopping import STATE, state_document
+from scdl_zarr.conversion.tables import TABLES_FOLDER, TableTask, write_table_shard
 from scdl_zarr.conversion.transpose import stage_run
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.conversion.widen import WidenTask, widen_shard
@@ -105,6 +106,8 @@ def _perform(task: Task) -> ShardResult:
         return write_shard(task)
     if isinstance(task, TransposeTask):
         return ShardResult(name=task.name, dtype=task.dtype, stats=ValueStats(), bytes_in=stage_run(task))
+    if isinstance(task, TableTask):
+        return write_table_shard(task)
     assert isinstance(task, WidenTask), type(task)
     try:
         return widen_shard(task)
@@ -215,7 +218,7 @@ class Construction:
             for path in self.root.iterdir():
                 if path.name in OWN_NAMES:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            for name in ("done", "maps", "counts", SCRATCH):
+            for name in ("done", "maps", "counts", TABLES_FOLDER, SCRATCH):
                 shutil.rmtree(self._build / name, ignore_errors=True)
 
     # ---- state

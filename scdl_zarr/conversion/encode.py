@@ -29,7 +29,7 @@ from scdl_zarr.conversion.plan import SLAB_BYTES
 from scdl_zarr.errors import CorruptStoreError
 from scdl_zarr.storage.schema import ArrayLayout
 
-__all__ = ["ShardEncoder", "shard_chunks"]
+__all__ = ["ShardEncoder", "ShardFile", "shard_chunks"]
 
 _ABSENT = 2**64 - 1
 _SHUFFLES = {
@@ -39,23 +39,18 @@ _SHUFFLES = {
 }
 
 
-class ShardEncoder:
-    """Writes one shard file.  As a context manager: renamed into place on success, removed on an error."""
+class ShardFile:
+    """A file of encoded chunks and then their index.  As a context manager: in its place on success, removed on an error.
 
-    def __init__(self, path: Path, layout: ArrayLayout) -> None:
+    `chunks` is how many the index lists; those that are not written are absent.  With 0 there is no index: the file is one chunk.
+    """
+
+    def __init__(self, path: Path, chunks: int) -> None:
         self._path = path
-        self._layout = layout
-        self._sizes = np.zeros(layout.chunks_per_shard, np.uint64)  # with the checksum's bytes; 0: absent
-        self._chunks = 0
-        self._rest = np.empty(layout.chunk, layout.dtype)  # values that do not fill a chunk yet
-        self._held = 0
-        self._slab = max(1, SLAB_BYTES // layout.chunk_bytes)  # chunks encoded by one call
-        self._address = blosc_address() if layout.codec == "blosc" else None
-        self._name = ctypes.create_string_buffer(layout.cname.encode())
-        self._out: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
-        self._differences: npt.NDArray[Any] = np.empty(0, layout.dtype)
+        self._sizes = np.zeros(chunks, np.uint64)  # with the checksum's bytes
+        self._written = 0
 
-    def __enter__(self) -> ShardEncoder:
+    def __enter__(self) -> ShardFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = partial_path(self._path)
         self._file = open(self._temporary, "xb", buffering=0)
@@ -71,6 +66,57 @@ class ShardEncoder:
                 sync_folder(self._path.parent)
         finally:
             self._temporary.unlink(missing_ok=True)
+
+    def write(self, content: bytes | memoryview, sizes: npt.NDArray[np.uint64] | list[int]) -> None:
+        """The next chunks, one after the other, and how many bytes each has."""
+        if len(self._sizes):
+            self._sizes[self._written : self._written + len(sizes)] = sizes
+        self._written += len(sizes)
+        self._write(content)
+
+    def _write(self, content: bytes | memoryview) -> None:
+        view = memoryview(content)
+        while view:
+            view = view[self._file.write(view) :]
+
+    def _finish(self) -> None:
+        if len(self._sizes):
+            index = np.full((len(self._sizes), 2), _ABSENT, "<u8")
+            sizes = self._sizes[: self._written]
+            index[: self._written, 0] = np.cumsum(sizes) - sizes
+            index[: self._written, 1] = sizes
+            raw = index.tobytes()
+            self._write(raw + google_crc32c.value(raw).to_bytes(CHECKSUM_BYTES, "little"))
+        os.fsync(self._file.fileno())
+
+
+class ShardEncoder:
+    """Writes one shard file.  As a context manager: renamed into place on success, removed on an error."""
+
+    def __init__(self, path: Path, layout: ArrayLayout) -> None:
+        self._file = ShardFile(path, layout.chunks_per_shard)
+        self._layout = layout
+        self._rest = np.empty(layout.chunk, layout.dtype)  # values that do not fill a chunk yet
+        self._held = 0
+        self._slab = max(1, SLAB_BYTES // layout.chunk_bytes)  # chunks encoded by one call
+        self._address = blosc_address() if layout.codec == "blosc" else None
+        self._name = ctypes.create_string_buffer(layout.cname.encode())
+        self._out: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._differences: npt.NDArray[Any] = np.empty(0, layout.dtype)
+
+    def __enter__(self) -> ShardEncoder:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None and self._held:
+            try:
+                self._rest[self._held :] = 0
+                self._write_chunks(self._rest)
+            except BaseException as failed:
+                self._file.__exit__(type(failed), failed, failed.__traceback__)
+                raise
+        self._file.__exit__(kind, error, trace)
 
     def add(self, values: npt.NDArray[Any]) -> None:
         """The next values, in the array's dtype."""
@@ -96,14 +142,12 @@ class ShardEncoder:
         """Encode and write whole chunks, at most a slab of them."""
         layout = self._layout
         count = len(values) // layout.chunk
-        sizes = self._sizes[self._chunks : self._chunks + count]
-        self._chunks += count
+        sizes = np.zeros(count, np.uint64)
         if layout.delta:
             values = self._delta(values)
         if self._address is None:
             encoded = [self._encode(chunk) for chunk in values.reshape(count, layout.chunk)]
-            sizes[:] = [len(chunk) for chunk in encoded]
-            self._write(b"".join(encoded))
+            self._file.write(b"".join(encoded), [len(chunk) for chunk in encoded])
             return
         if not len(self._out):
             room = min(self._slab, layout.chunks_per_shard) * (layout.chunk_bytes + BLOSC_OVERHEAD + CHECKSUM_BYTES)
@@ -113,7 +157,7 @@ class ShardEncoder:
         total = encode_chunks(self._address, name, layout.clevel, shuffle, layout.dtype.itemsize, source, sizes, self._out)
         if total < 0:
             raise RuntimeError(f"blosc could not compress a chunk of {layout.path}")
-        self._write(self._out[:total].data)
+        self._file.write(self._out[:total].data, sizes)
 
     def _delta(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if len(self._differences) < len(values):
@@ -140,23 +184,6 @@ class ShardEncoder:
             )
         check: bytes = google_crc32c.value(raw).to_bytes(CHECKSUM_BYTES, "little")
         return raw + check
-
-    def _write(self, content: bytes | memoryview) -> None:
-        view = memoryview(content)
-        while view:
-            view = view[self._file.write(view) :]
-
-    def _finish(self) -> None:
-        if self._held:
-            self._rest[self._held :] = 0
-            self._write_chunks(self._rest)
-        index = np.full((self._layout.chunks_per_shard, 2), _ABSENT, "<u8")
-        sizes = self._sizes[: self._chunks]
-        index[: self._chunks, 0] = np.cumsum(sizes) - sizes
-        index[: self._chunks, 1] = sizes
-        raw = index.tobytes()
-        self._write(raw + google_crc32c.value(raw).to_bytes(4, "little"))
-        os.fsync(self._file.fileno())
 
 
 def shard_chunks(path: Path, layout: ArrayLayout) -> Iterator[npt.NDArray[Any]]:

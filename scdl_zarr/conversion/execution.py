@@ -89,7 +89,7 @@ __all__ = [
 ]
 
 SLOWEST_SHOWN = 0.5  # million values a second: what is slower rounds to 0
-TABLE_FACTOR = 6  # obs and var: as read, joined, as objects, encoded
+TABLE_FACTOR = 6  # var: as read, joined, as objects, encoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -450,7 +450,7 @@ def _crew(kind: str, processes: int, threads: int, survey: Survey, options: Conv
     """As many threads in each process as its memory holds, and no more of either than there are shards."""
     budget = parse_bytes(options.memory_budget)
     staged = (TurnSizes.of(s.header.nnz).runs for plan in survey.plans.values() for s in plan.sources if scratch_bytes(s.header))
-    shards = max(sum(len(plan.cuts) for plan in survey.plans.values()), *staged, 1)
+    shards = max(sum(len(plan.cuts) for plan in survey.plans.values()), *staged, survey.cells.n_shards, 1)
     threads = min(threads, shards)
     while threads > 1 and projected_memory(survey, threads) > budget:
         threads -= 1
@@ -465,31 +465,14 @@ def _crew(kind: str, processes: int, threads: int, survey: Survey, options: Conv
 
 def projected_memory(survey: Survey, threads: int) -> int:
     """Peak bytes of a process that does so many tasks at a time (of this one: it holds the tables, too)."""
-    return projected_bytes(list(survey.plans.values()), threads, table_bytes(survey), survey.longest_row)
+    plans, cells = list(survey.plans.values()), survey.cells
+    tables = TABLE_FACTOR * frame_bytes(survey.vocabulary.frame()) + cells.plan_bytes
+    return projected_bytes(plans, threads, tables, survey.longest_row, cells.task_bytes)
 
 
-def table_bytes(survey: Survey) -> int:
-    """What obs, var and obsm take while they are joined and encoded."""
-    counted: set[int] = set()  # categories that frames share count once
-    held = sum(_frame_bytes(frame, counted) for frame in (*survey.obs, survey.vocabulary.frame()))
-    return TABLE_FACTOR * held + 3 * sum(int(value.nbytes) for values in survey.obsm.values() for value in values)
-
-
-def _frame_bytes(frame: pd.DataFrame, counted: set[int]) -> int:
-    import pandas as pd
-
-    held = int(frame.index.memory_usage(deep=True))
-    for name in frame.columns:
-        column = frame[name]
-        values = column.array
-        if not isinstance(values, pd.Categorical):
-            held += int(column.memory_usage(index=False, deep=True))
-            continue
-        held += int(values.codes.nbytes)
-        if id(values.categories) not in counted:
-            counted.add(id(values.categories))
-            held += int(values.categories.memory_usage(deep=True))
-    return held
+def frame_bytes(frame: pd.DataFrame) -> int:
+    """Memory of a table."""
+    return int(frame.memory_usage(deep=True).sum())
 
 
 def projected_size(survey: Survey, options: ConversionOptions) -> int:
@@ -520,15 +503,18 @@ class _Run:
     executor: Executor
     progress: Progress
 
-    def matrix(self, path: str) -> list[ShardResult]:
-        """Write every shard of a matrix that is not there yet; with dtype="auto", in a wider dtype where a value does not fit."""
+    def matrix(self, path: str, beside: Sequence[Task] = ()) -> list[ShardResult]:
+        """Write every shard of a matrix that is not there yet; with dtype="auto", in a wider dtype where a value does not fit.
+
+        The tasks `beside` are done at the same time.
+        """
         survey, seen, begun = self.survey, ValueStats(), self.progress.position
         while True:
             self.progress.position = begun
             tasks = self._tasks(path)
             self._stage(path, tasks)
             try:
-                results = self.tasks(tasks)
+                results = self.tasks([*beside, *tasks])[len(beside) :]
                 seen |= union_stats(result.stats for result in results)
             except DtypeTooNarrowError as found:
                 results = []
@@ -594,8 +580,10 @@ def _run(
     with explained_errors(construction.root):
         save_maps(construction.root, survey.vocabulary.maps)
         _save_counts(construction, survey)
+        survey.cells.save(construction.root)
     run = _Run(construction=construction, survey=survey, options=options, executor=executor, progress=progress)
-    return {path: run.matrix(path) for path in survey.plans}
+    tables = list(survey.cells.tasks(str(construction.root), construction.plan_digest))
+    return {path: run.matrix(path, tables if path == "X" else ()) for path in survey.plans}
 
 
 def _save_counts(construction: Construction, survey: Survey) -> None:

@@ -392,13 +392,14 @@ def cut_shards(
     return tuple(tuple(cut) for cut in cuts)
 
 
-def projected_bytes(plans: list[MatrixPlan], workers: int, tables_bytes: int, longest_row: int) -> int:
+def projected_bytes(plans: list[MatrixPlan], workers: int, tables_bytes: int, longest_row: int, table_task_bytes: int = 0) -> int:
     """Peak memory of a conversion in this process: what everything takes, plus what each running task takes.
 
     A task holds one piece: values and ids as they come out of HDF5 and in the store's dtypes, and what rare dtypes take beside;
-    of both arrays a chunk, raw and inflated, and a slab of chunks on its way to the file.
+    of both arrays a chunk, raw and inflated, and a slab of chunks on its way to the file.  Or it is one of those that write obs,
+    which hold `table_task_bytes`.
     """
-    per_task = 0
+    per_task = table_task_bytes
     for plan in plans:
         assert plan.layout.data is not None and plan.layout.indices is not None
         stored = (plan.layout.data, plan.layout.indices)

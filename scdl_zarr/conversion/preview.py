@@ -134,7 +134,7 @@ def plan_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
             state={"build": "unfinished", "store": "store"}.get(prepared.taken or "", ""),
             sources=tuple(_sources(survey)),
             matrices=matrices,
-            tasks=sum(matrix.shards for matrix in matrices) + pointers + columns,
+            tasks=sum(matrix.shards for matrix in matrices) + pointers + columns + survey.cells.n_shards,
             crew=str(crew),
             size_bytes=projected_size(survey, options),
             scratch_bytes=projected_scratch(survey),
@@ -172,7 +172,7 @@ def _joined(survey: Survey) -> list[str]:
     if len(lengths) > 1:
         genes = f"{min(lengths):,} to {max(lengths):,} genes"
         lines.append(f"{_count(len(lengths), 'table')} of {genes} to one of {len(survey.vocabulary):,}")
-    columns = Counter(str(column) for frame in survey.obs for column in frame.columns)
+    columns = Counter(name for table in survey.cells.tables for name in table.columns)
     partial = sorted(name for name, n in columns.items() if n < len(survey.specs))
     if partial:
         shown = ", ".join(partial[:5]) + (f" and {len(partial) - 5} more" if len(partial) > 5 else "")

@@ -196,7 +196,7 @@ def _join(scratch: Path, survey: Survey, options: ConversionOptions) -> None:
 
 def require_known(survey: Survey, options: ConversionOptions) -> None:
     """Refuse names that no source has before all of them are converted."""
-    columns = list(dict.fromkeys(str(name) for frame in survey.obs for name in frame.columns))
+    columns = survey.cells.names
     if options.order not in (*ORDERS, *columns):
         raise OptionError(_no_order(options.order, columns))
     if options.rows is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from scdl_zarr.conversion.columns import ArraySummary, TableSummary, summarize, summarize_array
 from scdl_zarr.conversion.id_maps import IdMap
 from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan, SourceMatrix, asked_dtype, border_elements, cut_shards
 from scdl_zarr.conversion.problems import Problem, Problems
@@ -22,15 +23,16 @@ from scdl_zarr.conversion.sources import (
     Provenance,
     Source,
     SourceSpec,
+    TableReader,
     open_source,
     read_matrix,
     stored_elements,
 )
 from scdl_zarr.conversion.sources.h5ad import matrix_name
+from scdl_zarr.conversion.tables import TablePlan
 from scdl_zarr.conversion.values import choose_dtype, value_stats
 from scdl_zarr.conversion.vocabulary import Vocabulary
 from scdl_zarr.errors import OptionError, SourceError
-from scdl_zarr.storage.packing import TablePacker
 from scdl_zarr.storage.schema import NARROW_FROM, matrix_layouts, profile_named
 
 if TYPE_CHECKING:
@@ -56,8 +58,7 @@ class Survey:
     plans: dict[str, MatrixPlan]  # by path in the store: X, layers/<name>, obsp/<name>
     vocabulary: Vocabulary
     tables: list[int]  # var table of each source
-    obs: list[pd.DataFrame]
-    obsm: dict[str, list[Any]]
+    cells: TablePlan  # obs and obsm
     left_out: list[str]
     hints: list[str]  # what is allowed and may not be what was meant
     width: str
@@ -118,8 +119,8 @@ class _Findings:
     keys: list[str] = field(default_factory=list)
     origins: list[Provenance | None] = field(default_factory=list)
     tables: list[int] = field(default_factory=list)
-    obs: list[pd.DataFrame] = field(default_factory=list)
-    obsm: dict[str, list[Any]] = field(init=False)
+    obs: list[TableSummary] = field(default_factory=list)
+    obsm: dict[str, list[ArraySummary]] = field(init=False)
     matrices: dict[str, list[SourceMatrix]] = field(init=False)
     borders: dict[str, list[npt.NDArray[np.int64]]] = field(init=False)
     left_out: list[set[str]] = field(default_factory=list)
@@ -138,12 +139,13 @@ class _Findings:
         options = self.options
         with open_source(spec) as source:
             matrix = source.matrix(key)
-            obs, var = source.obs(), source.var(key)
-            _check_tables(spec, matrix.header, obs, var)
+            table, var = source.obs_table(), source.var(key)
+            _check_tables(spec, matrix.header, table, var)
             n_obs = matrix.header.n_obs
             headers = {"X": matrix.header}
             headers |= {f"layers/{name}": _layer_header(source, name, matrix.header, var) for name in options.layers}
             headers |= {f"obsp/{name}": _obsp_header(source, name, n_obs, options.obsp_missing) for name in options.obsp}
+            obs = summarize(table, spec.path, shared_categories=spec.kind == "store")
             obsm = {name: _obsm(source, name, n_obs) for name in options.obsm}
             left_out = _left_out(source, key, options)
             origin = source.provenance() if key == "X" else None
@@ -156,22 +158,22 @@ class _Findings:
                 _sample_values(reader, digest)
                 longest = max(longest, row)
         digest.update(repr(spec.size).encode())
-        table = self.vocabulary.add(var, spec.path)
+        number = self.vocabulary.add(var, spec.path)
         # nothing of what follows can fail
         self.specs.append(spec)
         self.keys.append(key)
         self.origins.append(origin)
-        self.tables.append(table)
+        self.tables.append(number)
         self.obs.append(obs)
         self.left_out.append(left_out)
         self.longest_row = max(self.longest_row, longest)
-        for name, values in obsm.items():
-            self.obsm[name].append(values)
+        for name, array in obsm.items():
+            self.obsm[name].append(array)
         for path, one in placed.items():
-            self.matrices[path].append(replace(one, table=len(self.specs) - 1 if path.startswith("obsp/") else table))
+            self.matrices[path].append(replace(one, table=len(self.specs) - 1 if path.startswith("obsp/") else number))
             self.borders[path].append(borders[path])
-        parts = [digest.hexdigest(), self.vocabulary.packer.digests[table], _frame_digest(obs, spec)]
-        self.digests.append(digest_of([*parts, *(_bytes_digest(values) for values in obsm.values())]))
+        parts = [digest.hexdigest(), self.vocabulary.packer.digests[number], obs.digest]
+        self.digests.append(digest_of([*parts, *(array.digest for array in obsm.values())]))
 
     def _placed(self, spec: SourceSpec, path: str, header: MatrixHeader) -> SourceMatrix:
         """The matrix behind those of the sources before; which table it goes through is not known yet."""
@@ -209,8 +211,7 @@ class _Findings:
             plans=plans,
             vocabulary=self.vocabulary,
             tables=self.tables,
-            obs=self.obs,
-            obsm=self.obsm,
+            cells=TablePlan(specs=self.specs, tables=self.obs, arrays=self.obsm),
             left_out=name_left_out(self.left_out, [spec.name for spec in self.specs]),
             hints=_hints(self.vocabulary, self.tables, self.specs),
             width=width,
@@ -283,10 +284,10 @@ def _matrix_key(name: str) -> str:
 # ---- what must agree
 
 
-def _check_tables(spec: SourceSpec, header: MatrixHeader, obs: pd.DataFrame, var: pd.DataFrame) -> None:
+def _check_tables(spec: SourceSpec, header: MatrixHeader, obs: TableReader, var: pd.DataFrame) -> None:
     shown = matrix_name(header.key)
-    if len(obs) != header.n_obs:
-        raise SourceError(f"{spec.path}: {shown} has {header.n_obs} rows and obs has {len(obs)}")
+    if obs.n_rows != header.n_obs:
+        raise SourceError(f"{spec.path}: {shown} has {header.n_obs} rows and obs has {obs.n_rows}")
     if len(var) != header.n_vars:
         raise SourceError(f"{spec.path}: {shown} has {header.n_vars} genes and its var has {len(var)}")
 
@@ -319,33 +320,27 @@ def _obsp_header(source: Source, name: str, n_obs: int, missing: str) -> MatrixH
     return header
 
 
-def _obsm(source: Source, name: str, n_obs: int) -> Any:
+def _obsm(source: Source, name: str, n_obs: int) -> ArraySummary:
     path = f"obsm/{name}"
     if path not in source.others():
         listed = ", ".join(p.removeprefix("obsm/") for p in source.others() if p.startswith("obsm/")) or "none"
         raise SourceError(f"{source.spec.path} has no obsm {name!r}; it has: {listed}")
-    value = source.element(path)
-    if not isinstance(value, np.ndarray) or value.ndim < 2 or value.dtype.kind not in "biuf":
-        raise SourceError(f"{source.spec.path}: {path} is {type(value).__name__}; dense numeric arrays can be carried")
-    if len(value) != n_obs:
-        raise SourceError(f"{source.spec.path}: {path} has {len(value)} rows for {n_obs} cells")
-    return value
+    array = source.row_array(path)
+    if array.shape[0] != n_obs:
+        raise SourceError(f"{source.spec.path}: {path} has {array.shape[0]} rows for {n_obs} cells")
+    return summarize_array(array)
 
 
-def _check_widths(obsm: dict[str, list[Any]], specs: list[SourceSpec]) -> None:
-    for name, values in obsm.items():
-        if len({value.shape[1:] for value in values}) > 1:
-            shapes = ", ".join(f"{spec.name} {value.shape}" for spec, value in zip(specs, values, strict=True))
+def _check_widths(obsm: dict[str, list[ArraySummary]], specs: list[SourceSpec]) -> None:
+    for name, arrays in obsm.items():
+        if len({array.shape[1:] for array in arrays}) > 1:
+            shapes = ", ".join(f"{spec.name} {array.shape}" for spec, array in zip(specs, arrays, strict=True))
             raise SourceError(f"obsm {name!r} has different widths: {shapes}; leave it out of obsm= (--obsm)")
-        joint = np.result_type(*(value.dtype for value in values))
-        for spec, value in zip(specs, values, strict=True):
-            if (
-                value.dtype.kind in "iu"
-                and joint.kind == "f"
-                and not np.array_equal(value.astype(joint).astype(value.dtype), value)
-            ):
+        joint = np.result_type(*(array.dtype for array in arrays))
+        for spec, array in zip(specs, arrays, strict=True):
+            if array.dtype.kind in "iu" and joint.kind == "f" and joint.name not in array.exact_in:
                 raise SourceError(
-                    f"obsm {name!r} is {value.dtype} in {spec.name}, with numbers that {joint}, which the other sources ask "
+                    f"obsm {name!r} is {array.dtype} in {spec.name}, with numbers that {joint}, which the other sources ask "
                     "for, does not hold; leave it out of obsm= (--obsm)"
                 )
 
@@ -469,20 +464,6 @@ def _sample_values(matrix: MatrixReader, digest: Any) -> None:
     for start in sorted({nnz * k // 8 for k in range(8)} | {max(nnz - SAMPLE_VALUES, 0)}):
         for part in stored_elements(matrix, start, min(start + SAMPLE_VALUES, nnz)):
             digest.update(part.tobytes())
-
-
-def _frame_digest(frame: pd.DataFrame, spec: SourceSpec) -> str:
-    packer = TablePacker()
-    if spec.kind == "store":  # its part of a table whose categories are those of all sources
-        frame = frame.apply(lambda column: column.cat.remove_unused_categories() if hasattr(column, "cat") else column)
-    packer.add(frame, "obs")
-    return packer.digests[0]
-
-
-def _bytes_digest(values: npt.NDArray[Any]) -> str:
-    digest = hashlib.blake2b(repr((values.dtype.str, values.shape)).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()
 
 
 def digest_of(parts: Iterable[str]) -> str:

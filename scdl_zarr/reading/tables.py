@@ -24,9 +24,20 @@ from scdl_zarr.storage.metadata import node_attributes
 if TYPE_CHECKING:
     import pandas as pd
 
+    from scdl_zarr.reading.row_ranges import ElementRows
     from scdl_zarr.storage.location import StoreLocation
 
-__all__ = ["LazyTable", "read_element", "refuse_pickles", "require_objects"]
+__all__ = [
+    "LazyTable",
+    "arrays_of",
+    "decode_element",
+    "decode_old_categories",
+    "nullable_values",
+    "read_element",
+    "refuse_pickles",
+    "require_objects",
+    "text_values",
+]
 
 COLUMN_PARTS = {  # of the encodings that are groups: the arrays as long as the table
     "categorical": ("codes",),
@@ -90,8 +101,7 @@ class LazyTable:
         """The index: gene names of ``var``, cell names of ``obs``."""
         import pandas as pd
 
-        name = None if self._index_name == "_index" else self._index_name
-        names: pd.Index = pd.Index(self._values(self._index_name), name=name, copy=True)
+        names: pd.Index = pd.Index(self._values(self._index_name), name=self.index_name, copy=True)
         return names
 
     @property
@@ -197,6 +207,19 @@ class LazyTable:
             self._require(name)
         return self._values(name if name in self._columns else self._index_name)
 
+    @property
+    def index_name(self) -> str | None:
+        """What the index is called; None where it has no name of its own."""
+        return None if self._index_name == "_index" else self._index_name
+
+    def open_column(self, column: str | None) -> ElementRows:
+        """A column (None: the index) opened to be read by ranges of rows; nothing of it is kept here."""
+        from scdl_zarr.reading.row_ranges import ElementRows
+
+        path = f"{self._path}/{self._index_name if column is None else column}"
+        self._require_readable(path)
+        return ElementRows(self._location, path, self._nodes, whole=self._whole)
+
     def _require(self, column: str) -> None:
         if column not in self._columns:
             raise FeatureNameError(
@@ -207,11 +230,14 @@ class LazyTable:
         found = self._kept.get(column)
         if found is None:
             path = f"{self._path}/{column}"
-            refuse_pickles(self._location, {at: node for at, node in self._nodes.items() if f"{at}/".startswith(f"{path}/")})
-            self._require_length(path)
+            self._require_readable(path)
             found = read_element(self._location, path, self._nodes, whole=self._whole)
             self._kept[column] = found
         return found
+
+    def _require_readable(self, path: str) -> None:
+        refuse_pickles(self._location, {at: node for at, node in self._nodes.items() if f"{at}/".startswith(f"{path}/")})
+        self._require_length(path)
 
     def _require_length(self, path: str) -> None:
         """A column has a value for each row: so its documents say, before memory is taken for what they claim."""
@@ -308,13 +334,20 @@ def decode_old_categorical(location: StoreLocation, nodes: Mapping[str, Mapping[
     """A categorical of anndata 0.7: codes with an attribute that names the array of categories in the same table."""
     import pandas as pd
 
+    categories, ordered = decode_old_categories(location, nodes, codes, path)
+    return pd.Categorical.from_codes(np.asarray(codes[...]), categories=categories, ordered=ordered)
+
+
+def decode_old_categories(
+    location: StoreLocation, nodes: Mapping[str, Mapping[str, Any]], codes: Any, path: str
+) -> tuple[Any, bool]:
+    """The categories that the codes of an anndata 0.7 column name, and whether they are ordered."""
     name = str(codes.attrs["categories"])
     table = path.split("/")[0]
     if not name.startswith("__categories/") or ".." in name:
         raise CorruptStoreError(f"{location}: {path} has its categories at {name!r}, expected a place in __categories")
     categories = read_element(location, f"{table}/{name}", nodes, whole=False)
-    ordered = bool(node_attributes(nodes, f"{table}/{name}").get("ordered", False))
-    return pd.Categorical.from_codes(np.asarray(codes[...]), categories=categories, ordered=ordered)
+    return categories, bool(node_attributes(nodes, f"{table}/{name}").get("ordered", False))
 
 
 def decode_element(element: Any) -> Any:
@@ -324,24 +357,33 @@ def decode_element(element: Any) -> Any:
     if kind == "array":
         return np.asarray(element[...])
     if kind == "string-array":
-        return _strings(element)
+        return text_values(element[...])
     if kind == "categorical":
         codes = np.asarray(element["codes"][...])
         return pd.Categorical.from_codes(
             codes, categories=decode_element(element["categories"]), ordered=bool(element.attrs.get("ordered", False))
         )
     if kind in ("nullable-integer", "nullable-boolean", "nullable-string-array"):
-        values, mask = decode_element(element["values"]), np.asarray(element["mask"][...], bool)
-        if kind == "nullable-integer":
-            return pd.arrays.IntegerArray(values, mask)
-        if kind == "nullable-boolean":
-            return pd.arrays.BooleanArray(np.asarray(values, bool), mask)
-        values[mask] = pd.NA
-        return pd.array(values, dtype="string")
+        return nullable_values(kind, np.asarray(element["values"][...]), element["mask"][...])
     from anndata.io import read_elem
 
     return read_elem(element)
 
 
-def _strings(element: Any) -> npt.NDArray[np.object_]:
-    return np.asarray(element[...]).astype(object)
+def nullable_values(kind: str, values: npt.NDArray[Any], mask: npt.NDArray[Any]) -> Any:
+    """One of pandas' arrays that may miss values, of the parts that are stored."""
+    import pandas as pd
+
+    mask = np.asarray(mask, bool)
+    if kind == "nullable-integer":
+        return pd.arrays.IntegerArray(values, mask)
+    if kind == "nullable-boolean":
+        return pd.arrays.BooleanArray(np.asarray(values, bool), mask)
+    texts = text_values(values)
+    texts[mask] = pd.NA
+    return pd.array(texts, dtype="string")
+
+
+def text_values(values: Any) -> npt.NDArray[np.object_]:
+    """Texts as Python's, in a new array."""
+    return np.asarray(values).astype(object)

@@ -29,9 +29,11 @@ __all__ = [
     "MatrixHeader",
     "MatrixReader",
     "Provenance",
+    "RowArray",
     "Source",
     "SourceKind",
     "SourceSpec",
+    "TableReader",
     "describe_path",
     "open_source",
     "read_matrix",
@@ -147,6 +149,49 @@ def stored_elements(matrix: MatrixReader, start: int, stop: int) -> tuple[npt.ND
     return stored(start, stop) if stored is not None else matrix.elements(start, stop)
 
 
+class TableReader(Protocol):
+    """The cells' table of an opened source, by ranges of rows: nothing is as long as the table unless ``held_bytes`` says so.
+
+    What it gives has the dtypes and the categories that the whole table has, so that pieces put together are the table.
+    """
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns, in order; none twice."""
+
+    @property
+    def n_rows(self) -> int: ...
+
+    @property
+    def index_name(self) -> str | None: ...
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory it keeps for as long as it is there: that of a table which could only be read whole."""
+
+    def column(self, name: str, start: int, stop: int) -> pd.Series[Any]:
+        """Rows [start, stop) of a column, numbered from 0."""
+
+    def names(self, start: int, stop: int) -> pd.Index:
+        """Rows [start, stop) of the index."""
+
+
+class RowArray(Protocol):
+    """A dense numeric array with a row for each cell, by ranges of rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def held_bytes(self) -> int: ...
+
+    def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [start, stop)."""
+
+
 class Source(Protocol):
     """An opened source."""
 
@@ -167,6 +212,9 @@ class Source(Protocol):
     def obs(self) -> pd.DataFrame:
         """The cells' table, indexed by name."""
 
+    def obs_table(self) -> TableReader:
+        """The same table, to be read by ranges of rows."""
+
     def var(self, key: str) -> pd.DataFrame:
         """The genes' table that belongs to that matrix, indexed by name.
 
@@ -181,6 +229,9 @@ class Source(Protocol):
 
     def element(self, path: str) -> Any:
         """One of those elements, in memory."""
+
+    def row_array(self, path: str) -> RowArray:
+        """One of those elements, to be read by ranges of rows; what is no dense numeric array is a SourceError."""
 
     def provenance(self) -> Provenance | None:
         """What is recorded of it; None for a file, of which it is found out now."""

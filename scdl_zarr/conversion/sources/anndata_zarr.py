@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, SourceSpec
+from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, RowArray, SourceSpec, TableReader
 from scdl_zarr.conversion.sources.csc import CscMatrix
 from scdl_zarr.conversion.sources.dense import DenseMatrix
+from scdl_zarr.conversion.sources.row_readers import LazyArray, StoreTable, WholeArray, row_array_of
 from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible
 from scdl_zarr.errors import CorruptStoreError, NotAStoreError, SourceError, StoreAccessError, StoreReplacedError
 from scdl_zarr.reading.arrays import MatrixArrays
+from scdl_zarr.reading.row_ranges import ElementRows
 from scdl_zarr.reading.tables import LazyTable, read_element, refuse_pickles
 from scdl_zarr.reading.tensorstore_arrays import FILES_AT_ONCE
 from scdl_zarr.storage.foreign import Nodes, chunk_shape, describe_matrix, open_nodes
@@ -135,6 +137,10 @@ class AnnDataZarrSource:
     def obs(self) -> pd.DataFrame:
         return self._frame("obs")
 
+    def obs_table(self) -> TableReader:
+        table = self._table("obs")
+        return StoreTable(table, range(len(table)), as_source_errors)
+
     def var(self, key: str) -> pd.DataFrame:
         return self._raw_var()[0] if key == "raw/X" else self._frame("var")
 
@@ -151,6 +157,14 @@ class AnnDataZarrSource:
         with as_source_errors():
             return read_element(self._location, path, self._nodes, whole=False)
 
+    def row_array(self, path: str) -> RowArray:
+        found = row_array_of(self._nodes.get(path))
+        if found is None or node_attributes(self._nodes, path).get("encoding-type", "array") != "array":
+            return WholeArray(self.spec.path, path, self.element(path))
+        with as_source_errors():
+            opened = ElementRows(self._location, path, self._nodes, whole=False)
+        return LazyArray(lambda start, stop: _reading_rows(opened, start, stop), *found)
+
     def provenance(self) -> None:
         return None
 
@@ -162,6 +176,11 @@ class AnnDataZarrSource:
         return sorted(name for name in names if name and "/" not in name)
 
     def _frame(self, key: str) -> pd.DataFrame:
+        table = self._table(key)
+        with as_source_errors():
+            return table.to_pandas()
+
+    def _table(self, key: str) -> LazyTable:
         if key not in self._nodes:
             raise SourceError(f"{self._where} has no {key}")
         with as_source_errors():
@@ -170,7 +189,7 @@ class AnnDataZarrSource:
             if len(set(table.columns)) != len(table.columns):
                 repeated = sorted({name for name in table.columns if table.columns.count(name) > 1})
                 raise SourceError(f"{self._where}: {key} has repeated columns: {repeated}")
-            return table.to_pandas()
+            return table
 
     def _length(self, table: str) -> int:
         """As many rows as the index has entries: it may be an array, or a group around one."""
@@ -180,6 +199,12 @@ class AnnDataZarrSource:
             if isinstance(shape, list) and len(shape) == 1 and isinstance(shape[0], int):
                 return shape[0]
         return 0  # the table will say what is wrong with its index
+
+
+def _reading_rows(opened: ElementRows, start: int, stop: int) -> npt.NDArray[Any]:
+    with as_source_errors():
+        found: npt.NDArray[Any] = opened.rows(start, stop)
+        return found
 
 
 class ZarrSparseMatrix:

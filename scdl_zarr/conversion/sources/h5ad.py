@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.hdf5_chunks import ElementReader, RowReader, filter_advice, unavailable_filters
-from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, SourceSpec
+from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, RowArray, SourceSpec, TableReader
 from scdl_zarr.conversion.sources.csc import CscMatrix
 from scdl_zarr.conversion.sources.dense import DenseMatrix
-from scdl_zarr.conversion.sources.h5ad_frames import read_frame
+from scdl_zarr.conversion.sources.h5ad_frames import H5adTable, dataset_rows, is_usual, read_frame
+from scdl_zarr.conversion.sources.row_readers import LazyArray, WholeArray, WholeTable
 from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible
 from scdl_zarr.errors import ScdlZarrError, SourceError, StoreAccessError, StoreNotFoundError
 
@@ -134,6 +135,18 @@ class H5adSource(Hdf5Source):
     def obs(self) -> pd.DataFrame:
         return self._frame("obs")
 
+    def obs_table(self) -> TableReader:
+        node = self._node("obs")
+        if not isinstance(node, h5py.Group):
+            return WholeTable(self._frame("obs"))
+        with reading(self.spec.path, "obs"):
+            refuse_undecodable(self.spec.path, node)
+            if not is_usual(node):
+                return WholeTable(self._frame("obs"))
+            table = H5adTable(node, lambda: reading(self.spec.path, "obs"))
+            self._require_distinct("obs", table.columns)
+            return table
+
     def var(self, key: str) -> pd.DataFrame:
         return self._raw_var()[0] if key == "raw/X" else self._frame("var")
 
@@ -164,10 +177,26 @@ class H5adSource(Hdf5Source):
             refuse_undecodable(self.spec.path, self._file[path])
             return read_elem(self._file[path])
 
+    def row_array(self, path: str) -> RowArray:
+        with reading(self.spec.path, path):
+            node = self._file.get(path)
+            usual = isinstance(node, h5py.Dataset) and _text(node.attrs.get("encoding-type", "array")) == "array"
+            if usual and node.ndim >= 2 and node.dtype.kind in "biuf":
+                refuse_undecodable(self.spec.path, node)
+                return LazyArray(self._reading(dataset_rows(node), path), node.shape, node.dtype)
+        return WholeArray(self.spec.path, path, self.element(path))
+
     def provenance(self) -> None:
         return None
 
     # ---- inside
+
+    def _reading(self, read: Callable[[int, int], npt.NDArray[Any]], what: str) -> Callable[[int, int], npt.NDArray[Any]]:
+        def rows(start: int, stop: int) -> npt.NDArray[Any]:
+            with reading(self.spec.path, what):
+                return read(start, stop)
+
+        return rows
 
     def _old_neighbors(self) -> list[str]:
         """Matrices that belong to obsp and lie in ``uns/neighbors``, where scanpy put them before anndata 0.7."""
@@ -207,11 +236,13 @@ class H5adSource(Hdf5Source):
             frame = _compound_frame(node, self._file.get("uns")) if isinstance(node, h5py.Dataset) else _group_frame(node)
         if not isinstance(frame, pd.DataFrame):
             raise SourceError(f"{self.spec.path}: {key} is not a dataframe")
-        if not frame.columns.is_unique:
-            raise SourceError(
-                f"{self.spec.path}: {key} has repeated columns: {sorted(frame.columns[frame.columns.duplicated()])}"
-            )
+        self._require_distinct(key, list(frame.columns))
         return frame
+
+    def _require_distinct(self, key: str, columns: list[str]) -> None:
+        if len(set(columns)) < len(columns):
+            repeated = sorted({name for name in columns if columns.count(name) > 1})
+            raise SourceError(f"{self.spec.path}: {key} has repeated columns: {repeated}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
+from scdl_zarr.conversion.sources.row_readers import WholeArray, WholeTable
 from scdl_zarr.conversion.sources.scdl_layout import COLPTR, DATA, PROBE_VALUES, ROWPTR, check_values, read_layout
 from scdl_zarr.conversion.sources.scdl_tables import TableFolder, last_part
 from scdl_zarr.errors import SourceError, StoreAccessError, StoreNotFoundError
@@ -167,6 +168,9 @@ class ScdlSource:
 
         return pd.DataFrame(index=pd.Index([str(row) for row in range(self.row_start, self.row_stop)], dtype=object))
 
+    def obs_table(self) -> WholeTable:
+        return WholeTable(self.obs())
+
     def var(self, key: str) -> pd.DataFrame:  # noqa: ARG002
         return self._layout.var.table(self.spec.part)
 
@@ -190,6 +194,9 @@ class ScdlSource:
 
     def provenance(self) -> None:
         return None
+
+    def row_array(self, path: str) -> WholeArray:
+        return WholeArray(self.spec.path, path, self.element(path))
 
     def element(self, path: str) -> Any:
         raise SourceError(f"{self._path} has no {path}; a BioNeMo-SCDL archive has obs, var, one matrix and neighbours")

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.kernels import map_rows, sort_rows
-from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, Provenance, SourceSpec
+from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, Provenance, RowArray, SourceSpec, TableReader
+from scdl_zarr.conversion.sources.row_readers import LazyArray, StoreTable, WholeArray, row_array_of
 from scdl_zarr.errors import CorruptStoreError, SourceError
 from scdl_zarr.reading.blocks import Blocks
 from scdl_zarr.reading.csr import Columns, open_columns, row_of, value_dtype
@@ -66,9 +67,9 @@ class OpenedStore:
     def names(self) -> list[str]:
         return [str(name) for name in self.sources["name"]]
 
-    @functools.cached_property
-    def obs(self) -> pd.DataFrame:
-        return LazyTable(self.location, "obs", self.metadata.nodes, self.metadata.n_obs).to_pandas()
+    @property
+    def obs(self) -> LazyTable:
+        return LazyTable(self.location, "obs", self.metadata.nodes, self.metadata.n_obs)
 
     @functools.cached_property
     def _columns(self) -> dict[str, Columns]:
@@ -183,7 +184,10 @@ class StoreSource:
     # ---- tables and the rest
 
     def obs(self) -> pd.DataFrame:
-        return self._store.obs.iloc[self._rows.start : self._rows.stop]
+        return self._store.obs.to_pandas().iloc[self._rows.start : self._rows.stop]
+
+    def obs_table(self) -> TableReader:
+        return StoreTable(self._store.obs, self._rows)
 
     def var(self, key: str) -> pd.DataFrame:  # noqa: ARG002 (all matrices of a store have the same genes)
         return self._store.table(self._store.tables[self.spec.part])
@@ -203,6 +207,22 @@ class StoreSource:
         nodes, n_obs = self._store.metadata.nodes, self._store.metadata.n_obs
         arrays = LazyArrays(self._store.location, group, self._store.metadata.children(group), nodes, n_obs)
         return arrays.read(name, slice(self._rows.start, self._rows.stop))
+
+    def row_array(self, path: str) -> RowArray:
+        group, _, name = path.partition("/")
+        nodes, n_obs = self._store.metadata.nodes, self._store.metadata.n_obs
+        arrays = LazyArrays(self._store.location, group, self._store.metadata.children(group), nodes, n_obs)
+        found = row_array_of(nodes.get(path))
+        if found is None:
+            return WholeArray(self.spec.path, path, self.element(path))
+        (_, *width), dtype = found
+        first = self._rows.start
+
+        def rows(start: int, stop: int) -> npt.NDArray[Any]:
+            values: npt.NDArray[Any] = arrays.read(name, slice(first + start, first + stop))
+            return values
+
+        return LazyArray(rows, (len(self._rows), *width), dtype)
 
     def provenance(self) -> Provenance:
         row = self._store.sources.iloc[self.spec.part]

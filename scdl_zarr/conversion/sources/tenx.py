@@ -27,6 +27,7 @@ import numpy.typing as npt
 from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, SourceSpec
 from scdl_zarr.conversion.sources.counts import RowCounts, forget_counts, keep_counts, known_counts
 from scdl_zarr.conversion.sources.h5ad import H5adMatrix, Hdf5Source, SparseParts, reading, refuse_undecodable
+from scdl_zarr.conversion.sources.row_readers import WholeArray, WholeTable
 from scdl_zarr.conversion.sources.rules import missing_matrix
 from scdl_zarr.errors import SourceError
 
@@ -156,6 +157,9 @@ class TenxSource(Hdf5Source):
             columns["genome"] = pd.Categorical.from_codes(np.zeros(self._n_obs, np.int8), categories=[genome])
         return pd.DataFrame(columns, index=pd.Index(barcodes))
 
+    def obs_table(self) -> WholeTable:
+        return WholeTable(self.obs())
+
     def var(self, key: str) -> pd.DataFrame:  # noqa: ARG002 (there is one matrix)
         import pandas as pd
 
@@ -182,6 +186,9 @@ class TenxSource(Hdf5Source):
 
     def element(self, path: str) -> Any:
         raise SourceError(f"{self.spec.path} has no {path}: a file of 10x Genomics has a matrix, barcodes and features alone")
+
+    def row_array(self, path: str) -> WholeArray:
+        return WholeArray(self.spec.path, path, self.element(path))
 
     def provenance(self) -> None:
         return None

@@ -1,0 +1,154 @@
+"""Elements of a store read by ranges of rows, for whoever walks a table that memory does not hold.
+
+A column is opened once (:class:`ElementRows`): what belongs to all of its rows, such as the categories, is decoded then and
+shared by every range.  Where an array is stored in pieces longer than the ranges, the last piece stays decoded, because the next
+range starts in it (:class:`KeptPiece`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scdl_zarr.errors import CorruptStoreError, ScdlZarrError
+from scdl_zarr.reading.first_use import FIRST_USE
+from scdl_zarr.reading.tables import (
+    arrays_of,
+    decode_element,
+    decode_old_categories,
+    nullable_values,
+    refuse_pickles,
+    require_objects,
+    text_values,
+)
+from scdl_zarr.reading.zarr_arrays import open_part
+
+if TYPE_CHECKING:
+    from scdl_zarr.storage.location import StoreLocation
+
+__all__ = ["ElementRows", "KeptPiece", "RANGE_ROWS"]
+
+RANGE_ROWS = 1 << 16  # what is asked for at a time: pieces up to this length are not worth keeping
+NULLABLE = ("nullable-integer", "nullable-boolean", "nullable-string-array")
+
+
+class KeptPiece:
+    """An array by ranges of rows; of one that is stored in long pieces the last piece is kept.
+
+    Parameters
+    ----------
+    read
+        Gives rows [start, stop) of the array.
+    n_rows
+        How many it has.
+    piece_rows
+        How many are decoded together, whatever is asked for.
+    """
+
+    def __init__(self, read: Callable[[int, int], npt.NDArray[Any]], n_rows: int, piece_rows: int) -> None:
+        self._read, self._n_rows, self._piece_rows = read, n_rows, piece_rows
+        self._held: tuple[int, npt.NDArray[Any]] | None = None
+
+    def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [start, stop), which the caller may not change."""
+        if self._piece_rows <= RANGE_ROWS or start == stop:
+            return self._read(start, stop)
+        numbers = range(start // self._piece_rows, -(-stop // self._piece_rows))
+        parts = []
+        for number in numbers:
+            first = number * self._piece_rows
+            parts.append(self._piece(number)[max(start - first, 0) : stop - first])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _piece(self, number: int) -> npt.NDArray[Any]:
+        if self._held is None or self._held[0] != number:
+            self._held = None  # one at a time
+            first = number * self._piece_rows
+            self._held = number, self._read(first, min(first + self._piece_rows, self._n_rows))
+        return self._held[1]
+
+
+class ElementRows:
+    """One column, or one array with a row for each cell, of an opened store.  Use in one thread.
+
+    An element of an encoding that is not known here is read whole, by anndata, and kept.
+
+    Raises
+    ------
+    CorruptStoreError, NotAStoreError, StoreReplacedError
+        As :func:`scdl_zarr.reading.tables.read_element`, here and when rows are read.
+    """
+
+    def __init__(self, location: StoreLocation, path: str, nodes: Mapping[str, Mapping[str, Any]], *, whole: bool = True) -> None:
+        self._location, self._path = location, path
+        self._kept: Any = None
+        with self._explained():
+            with FIRST_USE:
+                element = open_part(location, path, nodes)[path]
+                arrays = list(arrays_of(element))
+            refuse_pickles(location, {array.path: array.metadata.to_dict() for array in arrays})
+            for array in arrays if whole else ():
+                require_objects(location, array)
+            self._rows = self._reader(element, nodes)
+        location.require_same()
+
+    @property
+    def kept(self) -> Any:
+        """The whole element where it had to be read whole, else None."""
+        return self._kept
+
+    def rows(self, start: int, stop: int) -> Any:
+        """Rows [start, stop), as NumPy or pandas values in the dtype that the whole element has."""
+        try:
+            with self._explained():
+                return self._rows(start, stop)
+        finally:
+            self._location.require_same()
+
+    def _reader(self, element: Any, nodes: Mapping[str, Mapping[str, Any]]) -> Callable[[int, int], Any]:
+        import pandas as pd
+
+        kind = element.attrs.get("encoding-type", "array")
+        if "categories" in element.attrs and hasattr(element, "chunks"):
+            labels, ordered = decode_old_categories(self._location, nodes, element, self._path)
+            dtype, codes = pd.CategoricalDtype(labels, ordered=ordered), _pieces(element)
+            return lambda start, stop: pd.Categorical.from_codes(codes(start, stop), dtype=dtype)
+        if kind == "array" and hasattr(element, "chunks"):
+            return _pieces(element)
+        if kind == "string-array":
+            texts = _pieces(element)
+            return lambda start, stop: text_values(texts(start, stop))
+        if kind == "categorical":
+            dtype = pd.CategoricalDtype(decode_element(element["categories"]), ordered=bool(element.attrs.get("ordered", False)))
+            codes = _pieces(element["codes"])
+            return lambda start, stop: pd.Categorical.from_codes(codes(start, stop), dtype=dtype)
+        if kind in NULLABLE:
+            values, mask = _pieces(element["values"]), _pieces(element["mask"])
+            return lambda start, stop: nullable_values(kind, values(start, stop), mask(start, stop))
+        whole = self._kept = decode_element(element)
+        return lambda start, stop: whole[start:stop]
+
+    def _explained(self) -> _Explained:
+        return _Explained(f"{self._location}: {self._path} cannot be read")
+
+
+class _Explained:
+    """What zarr, numcodecs, pandas and anndata raise for bytes that make no sense, in the package's words."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ScdlZarrError):
+            raise CorruptStoreError(f"{self._what}: {error}") from error
+
+
+def _pieces(array: Any) -> Callable[[int, int], npt.NDArray[Any]]:
+    read = KeptPiece(lambda start, stop: np.asarray(array[start:stop]), array.shape[0], array.chunks[0])
+    return read.rows
