@@ -126,7 +126,8 @@ def check(
         assert entries(written, layer) == [moved(before[r], new_gene) for r in rows.tolist()]
     expected = data.obs.to_pandas().iloc[rows]
     found = written.obs.to_pandas()
-    pd.testing.assert_frame_equal(found, expected)
+    # of no rows, pandas 3 infers another kind of text
+    pd.testing.assert_frame_equal(found, expected, check_dtype=len(rows) > 0, check_index_type=len(rows) > 0)
     assert found.index.tolist() == expected.index.tolist()
     assert written.var_names.tolist() == chosen
     length = data.var["length"].set_axis(names)
