@@ -13,6 +13,7 @@ found again from the row pointers of the store.  Where values are dropped, rows 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,24 +22,28 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.kernels import drop_unmapped, map_rows, sort_rows
-from scdl_zarr.conversion.sources import MatrixHeader, Provenance, RowArray, SourceSpec, TableReader
+from scdl_zarr.conversion.sources import MatrixHeader, Provenance, RowArray, SourceSpec
 from scdl_zarr.conversion.sources.order import RowOrder, View, open_numbers
 from scdl_zarr.conversion.sources.row_readers import LazyArray, WholeArray, row_array_of
 from scdl_zarr.conversion.sources.store import OpenedStore, StoreSource
 from scdl_zarr.errors import CorruptStoreError, FeatureNameError, SourceError
 from scdl_zarr.reading.plan import Int64Array, plan_rows
 from scdl_zarr.reading.row_arrays import LazyArrays
-from scdl_zarr.reading.tables import LazyTable
 from scdl_zarr.storage.schema import MatrixLayout
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from scdl_zarr.reading.row_ranges import ElementRows
+    from scdl_zarr.reading.tables import LazyTable
+
 __all__ = ["ViewMatrix", "ViewSource", "ViewTable", "gene_numbers"]
 
 BLOCK_ROWS = 1 << 16
 BATCH_VALUES = 1 << 19  # read at once where some of them are dropped
-ARRAY_BYTES = 1 << 28  # decoded chunks of obsm that are kept: random rows touch all of them
+WINDOW_ROWS = 1 << 20  # of a column of obs
+WINDOW_BYTES = 1 << 26  # of an array of obsm
+CHUNK_ROWS = 1 << 16  # of tables that we write
 KEPT_BLOCKS = 2  # of row pointers: a piece of a task may lie in two
 
 
@@ -62,38 +67,6 @@ def gene_numbers(names: pd.Index, wanted: tuple[str, ...]) -> Int64Array:
         places = {name: place for place, name in reversed(list(enumerate(names)))}
         return np.array([places.get(name, -1) for name in wanted], np.int64)
     return np.asarray(names.get_indexer(list(wanted)), np.int64)
-
-
-class ViewTable:
-    """Rows of the table of a store in an order.  See ``sources.TableReader``.
-
-    Rows that follow one another here may lie anywhere there, so the column that is read is held whole, and one alone.
-    """
-
-    def __init__(self, opened: Callable[[], LazyTable], order: RowOrder, n_stored: int) -> None:
-        table = opened()
-        self._open, self._order, self._n_stored = opened, order, n_stored
-        self.columns, self.index_name, self.n_rows = table.columns, table.index_name, len(order)
-        self.held_bytes = 0
-        self._held: tuple[str | None, pd.Series[Any]] | None = None
-
-    def column(self, name: str, start: int, stop: int) -> pd.Series[Any]:
-        return self._rows(name, start, stop).reset_index(drop=True)
-
-    def names(self, start: int, stop: int) -> pd.Index:
-        import pandas as pd
-
-        return pd.Index(self._rows(None, start, stop).array, name=self.index_name)
-
-    def _rows(self, name: str | None, start: int, stop: int) -> pd.Series[Any]:
-        import pandas as pd
-
-        if self._held is None or self._held[0] != name:
-            self._held = None
-            table = self._open()
-            self._held = name, pd.Series(table.names.array if name is None else table[name].array)
-            self.held_bytes = max(self.held_bytes, int(self._held[1].memory_usage(deep=True)))
-        return self._held[1].iloc[self._order.rows(start, stop, self._n_stored)]
 
 
 class ViewSource(StoreSource):
@@ -156,10 +129,11 @@ class ViewSource(StoreSource):
     # ---- tables and the rest
 
     def obs(self) -> pd.DataFrame:
-        return self._store.obs.to_pandas().iloc[self._numbers()]
+        rows = self._view.order.rows(0, len(self._view.order), self._n_stored)
+        return self._store.obs.to_pandas().iloc[rows]
 
-    def obs_table(self) -> TableReader:
-        return ViewTable(lambda: self._store.obs, self._view.order, self._n_stored)
+    def obs_table(self) -> ViewTable:
+        return ViewTable(self._store.obs, self._view.order)
 
     def _vocabulary(self) -> pd.DataFrame:
         if "vocabulary" not in self._store.kept:
@@ -187,26 +161,22 @@ class ViewSource(StoreSource):
         return [path for path in super().others() if not path.startswith("uns/")]  # origins come along
 
     def element(self, path: str) -> Any:
-        return self.array_rows(path, 0, len(self._view.order))
-
-    def array_rows(self, path: str, start: int, stop: int) -> Any:
-        """Rows [start, stop) of an array with a row for each cell (``obsm/<name>``)."""
-        group, _, name = path.partition("/")
-        if ("arrays", group) not in self._store.kept:
-            children = self._store.metadata.children(group)
-            nodes = self._store.metadata.nodes
-            self._store.kept["arrays", group] = LazyArrays(
-                self._store.location, group, children, nodes, self._n_stored, budget_bytes=ARRAY_BYTES
-            )
-        arrays: LazyArrays = self._store.kept["arrays", group]
-        return arrays.read(name, self._view.order.rows(start, stop, self._n_stored))
+        return self._arrays(path).read(path.partition("/")[2], self._view.order.rows(0, len(self._view.order), self._n_stored))
 
     def row_array(self, path: str) -> RowArray:
         found = row_array_of(self._store.metadata.nodes.get(path))
         if found is None:
             return WholeArray(self.spec.path, path, self.element(path))
         (_, *width), dtype = found
-        return LazyArray(lambda start, stop: self.array_rows(path, start, stop), (len(self._view.order), *width), dtype)
+        arrays, order, n_stored, name = self._arrays(path), self._view.order, self._n_stored, path.partition("/")[2]
+        height = max(WINDOW_BYTES // max(int(np.prod(width)) * dtype.itemsize, 1), 1)
+        windows = _Windows(lambda start, stop: arrays.read(name, order.rows(start, stop, n_stored)), len(order), height)
+        return LazyArray(windows.rows, (len(order), *width), dtype)
+
+    def _arrays(self, path: str) -> LazyArrays:
+        group = path.partition("/")[0]
+        children, nodes = self._store.metadata.children(group), self._store.metadata.nodes
+        return LazyArrays(self._store.location, group, children, nodes, self._n_stored)
 
     def provenance(self) -> Provenance | None:  # type: ignore[override]  # the whole store is a file like any other
         if self._view.source is None:
@@ -227,6 +197,85 @@ def _take_genes(var: pd.DataFrame, numbers: Int64Array, names: tuple[str, ...]) 
         return var.iloc[numbers].set_axis(index)
     plain = {str(name): nullable(var[name].reset_index(drop=True)).array.take(numbers, allow_fill=True) for name in var.columns}
     return pd.DataFrame(plain, index=index)
+
+
+# ---- tables
+
+
+class _Windows:
+    """Rows of a view by ranges.  Rows that follow one another in it lie anywhere in the store, and whatever holds one is decoded
+    whole, so many are taken at once and kept for the ranges that follow."""
+
+    def __init__(self, read: Callable[[int, int], Any], n_rows: int, height: int) -> None:
+        self._read, self._n_rows, self._height = read, n_rows, height
+        self._held: tuple[int, Any] | None = None
+
+    def rows(self, start: int, stop: int) -> Any:
+        """Rows [start, stop), which the caller may not change."""
+        import pandas as pd
+
+        if start == stop:
+            return self._window(min(start, max(self._n_rows - 1, 0)) // self._height)[:0]
+        parts = []
+        for number in range(start // self._height, -(-stop // self._height)):
+            first = number * self._height
+            parts.append(self._window(number)[max(start - first, 0) : stop - first])
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else pd.concat(parts, ignore_index=True)
+
+    def _window(self, number: int) -> Any:
+        if self._held is None or self._held[0] != number:
+            self._held = None  # one at a time
+            first = number * self._height
+            self._held = number, self._read(first, min(first + self._height, self._n_rows))
+        return self._held[1]
+
+
+class ViewTable:
+    """The cells' table of a view, a window of one column at a time.  See ``sources.TableReader``."""
+
+    def __init__(self, table: LazyTable, order: RowOrder) -> None:
+        self._table, self._order = table, order
+        self.columns, self.index_name, self.n_rows = table.columns, table.index_name, len(order)
+        self.held_bytes = 0
+        self._opened: tuple[str | None, _Windows] | None = None
+
+    def column(self, name: str, start: int, stop: int) -> pd.Series[Any]:
+        found: pd.Series[Any] = self._windows(name).rows(start, stop).reset_index(drop=True)
+        return found
+
+    def names(self, start: int, stop: int) -> pd.Index:
+        import pandas as pd
+
+        return pd.Index(self._windows(None).rows(start, stop).array, name=self.index_name)
+
+    def _windows(self, name: str | None) -> _Windows:
+        if self._opened is None or self._opened[0] != name:
+            self._opened = None
+            opened = self._table.open_column(name)
+            self._opened = name, _Windows(functools.partial(self._gathered, opened), self.n_rows, WINDOW_ROWS)
+        return self._opened[1]
+
+    def _gathered(self, opened: ElementRows, start: int, stop: int) -> pd.Series[Any]:
+        """The values at positions [start, stop): each chunk of the store that has one is read once."""
+        import pandas as pd
+
+        if start == stop:  # a row where there is one: of none at all, pandas would infer another dtype
+            return pd.Series(opened.rows(0, min(1, len(self._table))))[:0]
+        rows = self._order.rows(start, stop, len(self._table))
+        order = np.argsort(rows, kind="stable")
+        _, firsts = np.unique(rows[order] // CHUNK_ROWS, return_index=True)
+        parts = []
+        for places in np.split(order, firsts[1:]):
+            low, high = int(rows[places[0]]), int(rows[places[-1]]) + 1
+            parts.append(pd.Series(opened.rows(low, high)).iloc[rows[places] - low])
+        found = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0].reset_index(drop=True)
+        back = np.empty(len(order), np.int64)
+        back[order] = np.arange(len(order))
+        window = found.iloc[back].reset_index(drop=True)
+        self.held_bytes = max(self.held_bytes, int(window.memory_usage(deep=True)))
+        return window
 
 
 # ---- matrices
