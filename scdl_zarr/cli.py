@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -69,7 +70,7 @@ def _common(
 @app.command()
 def convert(
     paths: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
             metavar="SOURCE... TARGET",
             help="H5AD and 10x HDF5 files, AnnData Zarr stores, BioNeMo-SCDL archives, folders or text files of these, patterns; "
@@ -111,6 +112,15 @@ def convert(
     log_json: Annotated[Path | None, typer.Option(help="File to add a line of JSON to for each thing that happens.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
+    storage_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--storage-option",
+            metavar="NAME=VALUE",
+            help="How to reach URLs, such as endpoint=https://... or region=... (may be repeated). Secrets belong into the "
+            "cloud's environment variables.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is already there.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Start an unfinished conversion over.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")] = False,
@@ -144,6 +154,7 @@ def convert(
             "client": scheduler,
             "skip_bad": skip_bad,
             "log_json": log_json,
+            "storage_options": _storage_options(storage_option or []),
             "overwrite": overwrite,
             "resume": not restart,
             "progress": not quiet,
@@ -199,7 +210,7 @@ def append(
         raise typer.Exit(130) from None
 
 
-def _show_plan(sources: list[Path], target: Path, chosen: dict[str, Any], as_json: bool) -> None:
+def _show_plan(sources: list[str], target: str, chosen: dict[str, Any], as_json: bool) -> None:
     from scdl_zarr.conversion.plan import ConversionOptions
     from scdl_zarr.conversion.preview import plan_conversion
 
@@ -207,9 +218,19 @@ def _show_plan(sources: list[Path], target: Path, chosen: dict[str, Any], as_jso
     typer.echo(json.dumps(plan.facts(), indent=2) if as_json else str(plan))
 
 
-def _chosen_matrix(given: list[str], sources: list[Path]) -> str | dict[str, str]:
+def _storage_options(given: list[str]) -> dict[str, str | int] | None:
+    """``NAME=VALUE`` pairs; numbers where numbers are asked for."""
+    pairs = [text.partition("=") for text in given]
+    wrong = [name for name, equals, _ in pairs if not equals]
+    if wrong:
+        raise typer.BadParameter(f"{wrong[0]!r} is not NAME=VALUE", param_hint="--storage-option")
+    numbers = ("max_retries", "retry_timeout")
+    return {name: int(value) if name in numbers and value.isdigit() else value for name, _, value in pairs} or None
+
+
+def _chosen_matrix(given: list[str], sources: Sequence[str | Path]) -> str | dict[str, str]:
     """One name for all sources, or a name for each: ``a.h5ad=raw``."""
-    known = {text for source in sources for text in (str(source), source.name)}
+    known = {text for source in sources for text in (str(source), Path(source).name)}
     pairs = [text.rpartition("=") for text in given]
     if len(given) == 1 and (not pairs[0][1] or pairs[0][0] not in known):  # the name of a layer may have an = in it
         return given[0]

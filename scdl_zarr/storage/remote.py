@@ -14,6 +14,7 @@ refused at once.
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import os
 import re
@@ -261,6 +262,8 @@ class RemoteLocation:
         """The bucket (server), or what is `below` this location, as obstore opens it: once in a process."""
         refuse_forked(self.url)
         known = (self.url if below else _joined(self.url, ""), self.options)
+        if not _handles:
+            atexit.register(_handles.clear)  # while there is still an interpreter
         if known not in _handles:
             _handles[known] = self._opened(self.key if below else "")
         return _handles[known]  # type: ignore[no-any-return]
