@@ -127,13 +127,14 @@ def convert(
         H5AD files, 10x Genomics HDF5 files (Cell Ranger 2 and later), AnnData Zarr stores (Zarr v2, v3), stores of this package,
         folders that BioNeMo-SCDL made (see Notes).  One, or a list of them; a folder, which is all of these below it; a pattern
         such as ``"data/**/*.h5ad"``; a text file (``.txt``, ``.list``) with one of these on each line; a URL
-        (``s3://``, ``gs://``, ``az://``, ``http(s)://``) of such a file or store, where a pattern or a prefix of an object store is
-        all that is below it.  Matrices are stored by
+        (``s3://``, ``gs://``, ``az://``, ``http(s)://``) of such a file or store, where a pattern or a prefix of an object store
+        is all that is below it.  Matrices are stored by
         rows (CSR), by columns (CSC, turned into rows as SciPy's ``tocsr`` does) or dense; of a dense one, what is not equal to
         zero is stored, as ``scipy.sparse.csr_matrix`` has it (NaN is stored, -0.0 is not).  Rows follow one another; sources
         with different genes are outer-joined: ids are those of the union, in order of first appearance.
     target
-        Folder to make, or a URL such as ``s3://bucket/atlas.zarr`` (see Notes).  A finished store of the same sources and options is opened and nothing is written; an unfinished one
+        Folder to make, or a URL such as ``s3://bucket/atlas.zarr`` (see Notes).  A finished store of the same sources
+        and options is opened and nothing is written; an unfinished one
         is finished; anything else there is an error.
     matrix
         ``"X"``, ``"raw"``, the name of a layer, or one of these per source (``{source: name}``).  ``"auto"``: raw if every
