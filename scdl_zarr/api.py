@@ -144,6 +144,11 @@ def convert(
         Names to carry along.  Everything else (uns, varm, ...; with raw, what var alone knows) is left out and listed in
         the summary.  An obsp must be sparse in every source; the cells that it names are numbered through over the sources,
         as the rows are.
+    genes
+        Names of the genes to take, in any order, or the path of a text file with a name in each line; genes that no source has
+        become columns without values.  By default all.
+    rows
+        A query of the joined obs in pandas' syntax: ``"n_genes > 500 and cell_type in ['B', 'T']"``.  By default all rows.
     var_key
         Column of var to match genes by; by default their names.  A key that repeats within a source is matched by occurrence.
     dtype
@@ -161,6 +166,11 @@ def convert(
         ``"archive"`` (half the size, slow).
     chunk_values, shard_values
         Stored values per chunk and per shard file (default 2,048 and 2**24).
+    order
+        ``"source"``: as the sources have them.  ``"shuffle"``: a uniform permutation of the rows that are taken, which `seed` and
+        their number decide.  The name of a column of obs: sorted by it, stably, categories in their order, missing values last.
+    seed
+        Any integer.
     memory_budget
         Most memory a process may use; fewer tasks run at a time where it is tight.
     threads
@@ -170,6 +180,9 @@ def convert(
     client
         A ``dask.distributed.Client``, or the address of a scheduler, whose workers write the shards instead.  They must see the
         sources and the target under the same paths.  A task of a worker that is lost is done by another one.
+    scratch_dir
+        Folder for the joined store that is made first where `order`, `rows` or `genes` is given, and removed at the end.  By
+        default it lies with what is being built.
     skip_bad
         Convert the other sources where some cannot be: those are named in the summary and in ``uns/scdl/skipped``.
     resume
@@ -216,6 +229,9 @@ def convert(
     A dense matrix is read twice: once to count what its rows store, before anything is written, and once by the shards.  It is
     read in blocks of 4 MB, or one row of chunks where that is more.  Chunks that are tall and narrow, so that a row of them takes
     more than 256 MB, are decoded once for each such part: chunks of a few hundred rows convert faster.
+
+    With `order`, `rows` or `genes` the sources are first joined in a store of their own, whose rows are then written as they were
+    chosen: see :meth:`SingleCellZarrDataset.write`, also for what becomes of the provenance.  That takes as much room again.
 
     An archive of BioNeMo-SCDL (any package up to 0.1.3; a folder of archives is all of them, by name) is as many sources as it
     has runs of rows with one table of genes.  Nothing in it is unpickled.  Its neighbours are ``obsp=["next_cell_ids"]``.  Where

@@ -1,9 +1,8 @@
-"""The command line: ``scdl-zarr convert | append | info | verify | demo``."""
+"""The command line: ``scdl-zarr convert | write | append | info | verify | demo``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -52,6 +51,12 @@ SchedulerOption = Annotated[
 ]
 
 
+RowsOption = Annotated[str | None, typer.Option(help="Query of obs in pandas' syntax: the rows to take [default: all].")]
+GenesOption = Annotated[Path | None, typer.Option(help="Text file with the name of a gene in each line [default: all genes].")]
+OrderOption = Annotated[str, typer.Option(help="source, shuffle, or a column of obs to sort by.")]
+SeedOption = Annotated[int, typer.Option(help="Of the shuffle.")]
+
+
 def _show_version(asked: bool) -> None:
     if asked:
         typer.echo(f"scdl-zarr {__version__}")
@@ -74,7 +79,7 @@ def convert(
         typer.Argument(
             metavar="SOURCE... TARGET",
             help="H5AD and 10x HDF5 files, AnnData Zarr stores, BioNeMo-SCDL archives, folders or text files of these, patterns; "
-            "then the store to make (a new folder).",
+            "then the store to make (a new folder). URLs such as s3://bucket/a.h5ad are paths, too.",
         ),
     ],
     matrix: Annotated[
@@ -104,23 +109,28 @@ def convert(
     ] = WidthChoice.auto,
     chunk_values: Annotated[int | None, typer.Option(help="Stored values per chunk [default: 2048].")] = None,
     shard_values: Annotated[int | None, typer.Option(help="Stored values per shard file [default: 16777216].")] = None,
+    rows: RowsOption = None,
+    genes: GenesOption = None,
+    order: OrderOption = "source",
+    seed: SeedOption = 0,
+    scratch_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the joined store that --rows, --genes and --order ask for [default: in TARGET]."),
+    ] = None,
     memory_budget: MemoryOption = "2GB",
     threads: ThreadsOption = None,
     workers: WorkersOption = None,
     scheduler: SchedulerOption = None,
+    storage_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--storage-option", metavar="NAME=VALUE", help="How object stores are reached: region=..., endpoint=... (repeat)."
+        ),
+    ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Convert the other sources where some cannot be.")] = False,
     log_json: Annotated[Path | None, typer.Option(help="File to add a line of JSON to for each thing that happens.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
-    storage_option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--storage-option",
-            metavar="NAME=VALUE",
-            help="How to reach URLs, such as endpoint=https://... or region=... (may be repeated). Secrets belong into the "
-            "cloud's environment variables.",
-        ),
-    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is already there.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Start an unfinished conversion over.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")] = False,
@@ -148,13 +158,18 @@ def convert(
             "width": width.value,
             "chunk_values": chunk_values,
             "shard_values": shard_values,
+            "rows": rows,
+            "genes": genes,
+            "order": order,
+            "seed": seed,
+            "scratch_dir": scratch_dir,
             "memory_budget": memory_budget,
             "threads": threads,
             "workers": workers,
             "client": scheduler,
+            "storage_options": _named(storage_option or []),
             "skip_bad": skip_bad,
             "log_json": log_json,
-            "storage_options": _storage_options(storage_option or []),
             "overwrite": overwrite,
             "resume": not restart,
             "progress": not quiet,
@@ -171,9 +186,69 @@ def convert(
 
 
 @app.command()
+def write(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="The store whose rows are written.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The store to make (a new folder).")],
+    rows: RowsOption = None,
+    genes: GenesOption = None,
+    order: OrderOption = "source",
+    seed: SeedOption = 0,
+    layer: Annotated[list[str] | None, typer.Option("--layer", help="Layer to carry along [default: all].")] = None,
+    obsm: Annotated[list[str] | None, typer.Option("--obsm", help="obsm to carry along [default: all].")] = None,
+    obsp: Annotated[list[str] | None, typer.Option("--obsp", help="obsp to carry along [default: all].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the values [default: the store's].")] = None,
+    profile: Annotated[ProfileChoice | None, typer.Option(help="As for convert [default: the store's].")] = None,
+    width: Annotated[WidthChoice | None, typer.Option(help="As for convert [default: the store's].")] = None,
+    chunk_values: Annotated[int | None, typer.Option(help="Stored values per chunk [default: the store's].")] = None,
+    shard_values: Annotated[int | None, typer.Option(help="Stored values per shard file [default: the store's].")] = None,
+    memory_budget: MemoryOption = "2GB",
+    threads: ThreadsOption = None,
+    workers: WorkersOption = None,
+    scheduler: SchedulerOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is already there.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Start an unfinished store over.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")] = False,
+) -> None:
+    """Write rows and genes of a store, in any order, as a new store.
+
+    An interrupted command goes on when it is run again. The same command gives the same bytes.
+
+    Example: scdl-zarr write atlas.zarr shuffled.zarr --rows "n_genes > 500" --order shuffle --seed 1
+    """
+    from scdl_zarr.api import open_store
+
+    try:
+        open_store(store).write(
+            target,
+            rows=rows,
+            genes=genes,
+            order=order,
+            seed=seed,
+            layers=layer,
+            obsm=obsm,
+            obsp=obsp,
+            dtype=dtype,
+            profile=None if profile is None else profile.value,
+            width=None if width is None else width.value,
+            chunk_values=chunk_values,
+            shard_values=shard_values,
+            memory_budget=memory_budget,
+            threads=threads,
+            workers=workers,
+            client=scheduler,
+            overwrite=overwrite,
+            resume=not restart,
+            progress=not quiet,
+        )
+    except KeyboardInterrupt:
+        typer.echo("scdl-zarr: stopped; run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
 def append(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="The store that grows.")],
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Files or stores whose rows are added.")],
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files or stores whose rows are added.")],
     matrix: Annotated[
         list[str] | None,
         typer.Option("--matrix", help="X, raw, or the name of a layer; or SOURCE=NAME. [default: what the store was made with]"),
@@ -218,19 +293,17 @@ def _show_plan(sources: list[str], target: str, chosen: dict[str, Any], as_json:
     typer.echo(json.dumps(plan.facts(), indent=2) if as_json else str(plan))
 
 
-def _storage_options(given: list[str]) -> dict[str, str | int] | None:
-    """``NAME=VALUE`` pairs; numbers where numbers are asked for."""
-    pairs = [text.partition("=") for text in given]
-    wrong = [name for name, equals, _ in pairs if not equals]
+def _named(given: list[str]) -> dict[str, str] | None:
+    """Options of object stores: ``endpoint=https://...``."""
+    wrong = [text for text in given if not text.partition("=")[0] or "=" not in text]
     if wrong:
-        raise typer.BadParameter(f"{wrong[0]!r} is not NAME=VALUE", param_hint="--storage-option")
-    numbers = ("max_retries", "retry_timeout")
-    return {name: int(value) if name in numbers and value.isdigit() else value for name, _, value in pairs} or None
+        raise typer.BadParameter(f"{wrong[0].partition('=')[0]!r} is not NAME=VALUE", param_hint="--storage-option")
+    return {name: value for name, _, value in (text.partition("=") for text in given)} or None
 
 
-def _chosen_matrix(given: list[str], sources: Sequence[str | Path]) -> str | dict[str, str]:
+def _chosen_matrix(given: list[str], sources: list[str]) -> str | dict[str, str]:
     """One name for all sources, or a name for each: ``a.h5ad=raw``."""
-    known = {text for source in sources for text in (str(source), Path(source).name)}
+    known = {text for source in sources for text in (source, Path(source).name)}
     pairs = [text.rpartition("=") for text in given]
     if len(given) == 1 and (not pairs[0][1] or pairs[0][0] not in known):  # the name of a layer may have an = in it
         return given[0]

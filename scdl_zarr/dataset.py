@@ -621,6 +621,109 @@ class SingleCellZarrDataset:
         recast_values(self._location, dtype, dtype_tolerance)
         self._open()
 
+    def write(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        rows: Any = None,
+        genes: Any = None,
+        order: str = "source",
+        seed: int = 0,
+        layers: str | Sequence[str] | None = None,
+        obsm: str | Sequence[str] | None = None,
+        obsp: str | Sequence[str] | None = None,
+        dtype: npt.DTypeLike | Literal["auto"] | None = None,
+        profile: str | None = None,
+        width: str | None = None,
+        chunk_values: int | None = None,
+        shard_values: int | None = None,
+        memory_budget: str | int = "2GB",
+        threads: int | None = None,
+        workers: int | None = None,
+        client: Any = None,
+        resume: bool = True,
+        overwrite: bool = False,
+        progress: bool = True,
+    ) -> SingleCellZarrDataset:
+        """Write rows and genes of this store, in any order, as a new store, and open that.
+
+        Parameters
+        ----------
+        path
+            Folder to make, as the target of :func:`scdl_zarr.convert`.
+        rows
+            What :meth:`read_rows` takes, or a query of obs in pandas' syntax (``"n_genes > 500 and cell_type == 'B'"``, of which
+            only the named columns are read).  Numbers come in the order given.  By default all rows.
+        genes
+            Names of genes in any order, or the path of a text file with a name in each line; genes that the store has not become
+            columns without values.  By default all genes.
+        order
+            ``"source"``: as `rows` has them.  ``"shuffle"``: a uniform permutation of them, which `seed` and their number decide.
+            The name of a column of obs: sorted by it, stably, categories in their order, missing values last.
+        seed
+            Any integer.
+        layers, obsm, obsp
+            What comes along; by default everything that the store has.  Neighbours that are not among the rows are dropped.
+        dtype
+            Dtype to store the values in (``"auto"``: as narrow as holds them all); by default the store's own.
+        profile, width, chunk_values, shard_values
+            As in :func:`scdl_zarr.convert`; by default as this store has them, or with another `profile` as that one has them.
+        memory_budget, threads, workers, client, resume, overwrite, progress
+            As in :func:`scdl_zarr.convert`.
+
+        Returns
+        -------
+        SingleCellZarrDataset
+            The new store, opened.  A finished one of the same rows, genes and options is opened and nothing is written.
+
+        Raises
+        ------
+        OptionError, FeatureNameError, RowIndexError
+            There is no such row, column or layer; a gene is asked for twice, or its name is there twice; `rows` names a row twice
+            and an obsp is to come along; another program made this store.
+        StoreExistsError, StoreAccessError, StoreFullError, StoreBusyError
+            As in a conversion.
+
+        Notes
+        -----
+        Rows in the order of this store (`order` ``"source"``, none twice, all genes) keep its sources, each with its own genes.
+        Otherwise they are one block, and ``blocks.origins()`` and ``blocks.origin_rows()`` say where each came from.
+
+        The same call gives the same bytes.  Killed at any moment, it goes on when it is called again.  A shuffle takes no memory
+        that grows with the rows but what obs and the origins take; row numbers take 8 bytes each, a sort 24.  Values come from
+        random reads of this store.  With fewer genes, and of an obsp with fewer rows, values are read once more to count them.
+
+        Examples
+        --------
+        >>> shuffled = demo.write(target, order="shuffle", seed=1, progress=False)
+        >>> source = shuffled.blocks.origin_rows()
+        >>> bool((shuffled.obs["n_genes"].to_numpy() == demo.obs["n_genes"].to_numpy()[source]).all())
+        True
+        """
+        from scdl_zarr.conversion.rewrite import write_view
+
+        options = {
+            "layers": layers,
+            "obsm": obsm,
+            "obsp": obsp,
+            "dtype": dtype,
+            "profile": profile,
+            "width": width,
+            "chunk_values": chunk_values,
+            "shard_values": shard_values,
+            "memory_budget": memory_budget,
+            "threads": threads,
+            "workers": workers,
+            "client": client,
+            "resume": resume,
+            "overwrite": overwrite,
+            "progress": progress,
+        }
+        summary = write_view(self._location, path, rows=rows, genes=genes, order=order, seed=seed, options=options)
+        if progress:
+            print(summary)
+        return SingleCellZarrDataset(path, **self._options)
+
     def append(
         self,
         sources: Any,

@@ -306,6 +306,7 @@ def _read_blocks(location: StoreLocation, metadata: StoreMetadata) -> None:
         blocks.var(block), blocks.gene_ids(block)
     for path in metadata.matrices:
         blocks.unsorted_rows(path)
+    blocks.origin_rows()
     sources = blocks.sources()
     if int(sources["n_obs"].sum()) != metadata.n_obs or int(sources["nnz"].sum()) != metadata.matrices["X"].nnz:
         raise CorruptStoreError(f"{location}: the sources' rows and values do not add up to those of X")

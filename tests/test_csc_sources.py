@@ -117,6 +117,7 @@ def same(reader: MatrixReader, matrix: Columns, start: int, stop: int) -> None:
 # ---- the same as SciPy
 
 
+@settings(max_examples=25)
 @given(
     data=st.data(),
     matrix=matrices(),
@@ -459,6 +460,9 @@ def test_too_few_column_pointers(tmp_path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file["X"].attrs["shape"] = (9, 12)
     refused(path, "10 column pointers for 12 columns")
+    with h5py.File(path, "r+") as file:
+        file["X"].attrs["shape"] = (-1, 9)
+    refused(path, "shape -1 × 9")
 
 
 def test_bad_row_ids_are_found_before_anything_is_written(tmp_path: Path) -> None:

@@ -329,7 +329,7 @@ def test_the_command_takes_urls(bucket: Bucket, sources: list[Path], expected: d
     done = CliRunner().invoke(app, ["convert", *urls, *sizes, *options])
     assert done.exit_code == 0, done.output
     as_uploaded(expected, objects(bucket.at("command.zarr")))
-    assert CliRunner().invoke(app, ["convert", *urls, "--storage-option", "region"]).exit_code == 2
+    assert CliRunner().invoke(app, ["convert", *urls, "--storage-option", "region"]).exit_code != 0
 
 
 # ---- the lock

@@ -156,7 +156,8 @@ class _Base:
     def options(self, overrides: Mapping[str, Any]) -> ConversionOptions:
         """The options of the store's own conversion, and which matrix the new sources give."""
         known = {field.name for field in dataclasses.fields(ConversionOptions)}
-        kept = {name: value for name, value in self._recorded["options"].items() if name in known and name != "matrix"}
+        once = {"matrix", "rows", "genes", "order", "seed"}  # what was chosen then says nothing of what is added now
+        kept = {name: value for name, value in self._recorded["options"].items() if name in known - once}
         chosen = dict(overrides)
         matrix = chosen.pop("matrix", self._recorded["options"].get("matrix", "auto"))
         if not isinstance(matrix, (str, Mapping)):  # the store's sources did not agree

@@ -85,7 +85,8 @@ def _add_provenance(elements: EncodedElements, survey: Survey, results: dict[str
     for result in results["X"]:
         for source, value in result.checksums:
             sums[source] = (sums[source] + value) % 2**64
-    sums = [origin.checksum if origin else found for origin, found in zip(survey.origins, sums, strict=True)]
+    known = [origin.checksum if origin else None for origin in survey.origins]
+    sums = [found if recorded is None else recorded for recorded, found in zip(known, sums, strict=True)]
     sizes = [origin.size_bytes if origin else spec.size for origin, spec in zip(survey.origins, survey.specs, strict=True)]
     sources = {
         "name": _texts(spec.name for spec in survey.specs),

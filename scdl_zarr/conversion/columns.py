@@ -272,6 +272,7 @@ class ColumnJoin:
     def __init__(self, parts: list[str], of_source: list[int], *, is_index: bool = False) -> None:
         self.parts, self.of_source, self._is_index = parts, of_source, is_index
         self._parts = [unpack_series(json.loads(part)) for part in parts]
+        self._has_value = [bool(part.notna().any()) for part in self._parts]
         self._frames = {code: self._frame(code) for code in set(of_source)}
         self._chosen = _first_two(of_source)
         self.joined = self._join({})  # the representatives joined: what is true of it is true of the whole column
@@ -304,7 +305,7 @@ class ColumnJoin:
         """
         if len(self.of_source) == 1 and rows is not None:
             return self._single(rows)
-        if rows is not None and (quick := self._same_kind(rows)) is not None:
+        if rows is not None and (quick := self._same_kind(source, rows)) is not None:
             return quick
         own, before = self._own(source, rows, n_rows), 0
         for number in self._chosen:
@@ -317,17 +318,17 @@ class ColumnJoin:
 
         return pd.Index(rows.array, dtype=rows.dtype).to_series().array if self._is_index else rows.array
 
-    def _same_kind(self, rows: pd.Series[Any]) -> Any | None:
+    def _same_kind(self, source: int, rows: pd.Series[Any]) -> Any | None:
         """What is surely the outcome, without joining: labels keep theirs, and what has the joined dtype already stays."""
         import pandas as pd
 
-        if self._is_index:
-            return None
         if isinstance(rows.dtype, pd.CategoricalDtype):
-            if not isinstance(self.dtype, pd.CategoricalDtype):
+            if self._is_index or not isinstance(self.dtype, pd.CategoricalDtype):
                 return None
             return rows.array.set_categories(self.dtype.categories, ordered=self.dtype.ordered)
-        return rows.array if rows.dtype == self.dtype and rows.dtype != object else None
+        if rows.dtype != self.dtype or (rows.dtype == object and not self._has_value[self.of_source[source]]):
+            return None  # of objects none of which is there, joining may change how they are missing
+        return rows.array
 
     def _own(self, source: int, rows: pd.Series[Any] | None, n_rows: int) -> pd.DataFrame:
         """The rows behind the representatives of their source, which have all of the column's say in the joining."""

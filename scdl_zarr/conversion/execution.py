@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +85,11 @@ __all__ = [
     "projected_scratch",
     "projected_size",
     "run_conversion",
+    "same_store",
     "summarize",
+    "target_folder",
+    "target_state",
+    "write_store",
 ]
 
 SLOWEST_SHOWN = 0.5  # million values a second: what is slower rounds to 0
@@ -161,9 +165,13 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     """
     bad: dict[SourceSpec, SourceError] = {}  # what was found to be wrong with a source when its values were read
     try:
+        if options.chooses:
+            from scdl_zarr.conversion.rewrite import convert_view as run  # which is made of what is here
+        else:
+            run = _run_conversion
         while True:
             try:
-                return _run_conversion(sources, target, options, bad)
+                return run(sources, target, options, bad)
             except SourceError as error:
                 spec = blamed(error)
                 if not options.skip_bad or spec is None or spec in bad or _may_pass(error):
@@ -190,15 +198,16 @@ def prepare(
 
     `bad` are sources that are known not to be readable.
     """
-    if not isinstance(target, (str, os.PathLike)):
-        raise OptionError(f"target={target!r}; expected a path")
     problems = Problems(skip=options.skip_bad)
     root: Path | RemoteLocation
     if isinstance(target, str) and is_remote(target):
         root = parse_remote(target, options.storage_options)
         specs, taken = _look_remotely(sources, root, options, problems)
     else:
-        root, specs, taken = _look(sources, local_path(target), options, problems)
+        root = target_folder(target)
+        with explained_errors(root):
+            specs = _found(sources, root, options, problems)
+        taken = target_state(root, [Path(spec.path) for spec in specs if spec.remote is None], options)
     if options.skip_bad:
         names = {} if options.overwrite or not options.resume else _skipped_before(root, taken)
         for spec in specs:
@@ -208,22 +217,6 @@ def prepare(
                 problems.blame(spec, SourceError(names[spec.name]))
     survey = survey_sources(specs, options, problems=problems)
     return Prepared(root=root, taken=taken, survey=survey, plan=plan_record(survey, options))
-
-
-def _look(sources: Any, root: Path, options: ConversionOptions, problems: Problems) -> tuple[Path, list[SourceSpec], str | None]:
-    """The folder to make, the sources, and what is at the target."""
-    with explained_errors(root):
-        if root.is_symlink():  # what it points to is made or replaced, the link stays
-            root = Path(os.path.realpath(root))
-        specs = _found(sources, root, options, problems)
-        local = [Path(spec.path) for spec in specs if spec.remote is None]
-        if any(path == root or root in path.parents for path in local):
-            raise OptionError(f"{root} holds a source of this conversion; choose another target")
-        if any(path in root.parents for path in local):
-            raise OptionError(f"{root} lies inside of a source of this conversion; choose another target")
-        _require_outside(root)
-        restore_interrupted(root)
-        return root, specs, _target_state(root, options)
 
 
 def _look_remotely(
@@ -251,10 +244,9 @@ def _run_conversion(
     began = time.perf_counter()
     prepared = prepare(sources, target, options, bad)
     root, taken, survey, plan = prepared.root, prepared.taken, prepared.survey, prepared.plan
-    record = recorded_plan(plan)
     if taken == "store" and not options.overwrite:
         with explained_errors(root):
-            return _same_store(root, plan, survey)
+            return same_store(root, plan, survey)
     if isinstance(root, Path):
         with explained_errors(root):
             prepare_target(root)
@@ -264,20 +256,34 @@ def _run_conversion(
             f"{root} is a store, and an object store cannot replace one by another in one step; convert to another place, "
             "or delete this one first"
         )
+    written = write_store(root, survey, options, plan, replaces=taken == "store")
+    return summarize(root, survey, time.perf_counter() - began, written)
+
+
+def write_store(
+    root: Path | RemoteLocation,
+    survey: Survey,
+    options: ConversionOptions,
+    plan: Mapping[str, Any],
+    *,
+    replaces: bool,
+    tables: Callable[[Survey], EncodedElements] = encode_tables,
+) -> Written:
+    """Write what was surveyed, in place of the store that is there if it `replaces` one."""
+    record = recorded_plan(plan)
     resume = options.resume and not options.overwrite
     with hired(survey, options) as executor:
-        tables = encode_tables(survey)  # what cannot be stored is refused here, before anything is written
+        encoded = tables(survey)  # what cannot be stored is refused here, before anything is written
         if isinstance(root, RemoteLocation):
             place = RemoteConstruction(root, plan, resume=resume, take_over=options.overwrite)
-            written = build_store(place, survey, options, executor, tables, record)
-        elif taken == "store":
-            with exclusive(root):
-                construction = Construction(replacement_path(root), plan, resume=False, replaces=True)
-                written = build_store(construction, survey, options, executor, tables, record)
-                swap_folders(construction.root, root)
-        else:
-            written = build_store(Construction(root, plan, resume=resume), survey, options, executor, tables, record)
-    return summarize(root, survey, time.perf_counter() - began, written)
+            return build_store(place, survey, options, executor, encoded, record)
+        if not replaces:
+            return build_store(Construction(root, plan, resume=resume), survey, options, executor, encoded, record)
+        with exclusive(root):
+            construction = Construction(replacement_path(root), plan, resume=False, replaces=True)
+            written = build_store(construction, survey, options, executor, encoded, record)
+            swap_folders(construction.root, root)
+            return written
 
 
 def _skipped_before(root: Path | RemoteLocation, taken: str | None) -> dict[str, str]:
@@ -325,6 +331,27 @@ def _may_pass(error: BaseException) -> bool:
 
 
 # ---- the target
+
+
+def target_folder(target: str | os.PathLike[str]) -> Path:
+    """Where the store goes: what a link points to is made or replaced, the link stays."""
+    if not isinstance(target, (str, os.PathLike)):
+        raise OptionError(f"target={target!r}; expected a path")
+    root = local_path(target)
+    with explained_errors(root):
+        return Path(os.path.realpath(root)) if root.is_symlink() else root
+
+
+def target_state(root: Path, sources: list[Path], options: ConversionOptions) -> str | None:
+    """What is there: None, "store", or "build" (unfinished).  What must not be replaced is refused."""
+    with explained_errors(root):
+        if any(path == root or root in path.parents for path in sources):
+            raise OptionError(f"{root} holds a source of this conversion; choose another target")
+        if any(path in root.parents for path in sources):
+            raise OptionError(f"{root} lies inside of a source of this conversion; choose another target")
+        _require_outside(root)
+        restore_interrupted(root)
+        return _target_state(root, options)
 
 
 def _require_outside(root: Path) -> None:
@@ -383,7 +410,7 @@ def _remote_state(place: RemoteLocation) -> str | None:
     return "build" if place.at(f"{BUILD_FOLDER}/plan.json").exists() else None
 
 
-def _same_store(root: Path | RemoteLocation, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
+def same_store(root: Path | RemoteLocation, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
     """A finished store met again: fine if it is what would be made, an error naming the difference if not."""
     import json
 
@@ -408,7 +435,9 @@ def _difference(
 ) -> str:
     """What a finished store was made of and with, and what was asked for now."""
     try:
-        table = open_blocks(root).sources()
+        blocks = open_blocks(root)
+        origins = blocks.origins()
+        table = blocks.sources() if origins is None else origins
     except (StoreAccessError, StoreUnreachableError):
         raise
     except ScdlZarrError as error:

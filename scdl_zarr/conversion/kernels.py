@@ -26,6 +26,7 @@ __all__ = [
     "blosc_address",
     "count_stored",
     "difference",
+    "drop_unmapped",
     "encode_chunks",
     "map_rows",
     "sort_rows",
@@ -211,6 +212,19 @@ def map_rows(
             for j in range(len(row)):
                 mapped[j] = lookup[row[j]]
     return -1
+
+
+@nb.njit(nogil=True, cache=True)
+def drop_unmapped(values: Any, ids: Any, pointers: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> int:
+    """Take out, in place, the entries whose id is negative; `counts` becomes how many each row keeps.  How many all keep."""
+    at = 0
+    for r in range(len(pointers) - 1):
+        before = at
+        for j in range(pointers[r], pointers[r + 1]):
+            values[at], ids[at] = values[j], ids[j]  # a branch less: what is dropped is written over
+            at += ids[j] >= 0
+        counts[r] = at - before
+    return at
 
 
 @nb.njit(nogil=True, inline="always")

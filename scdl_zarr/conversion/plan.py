@@ -15,10 +15,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from scdl_zarr.conversion.gene_lists import described_genes, listed_genes
 from scdl_zarr.conversion.id_maps import IdMap
 from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
 from scdl_zarr.conversion.staging import Staging, TransposeTask, TurnSizes, is_small, staging_bytes
 from scdl_zarr.errors import OptionError
+from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.resources import parse_bytes
 from scdl_zarr.storage.remote_file import CACHE_BYTES
 from scdl_zarr.storage.schema import BUILD_FOLDER, SHARD_VALUES, ArrayLayout, MatrixLayout, profile_named
@@ -117,6 +119,19 @@ class ConversionOptions:
                 raise OptionError(f"{name}={value!r} (--{name.replace('_', '-')}); expected a positive number")
         _check_sizes(self.chunk, self.shard)
         parse_bytes(self.memory_budget)
+        if self.genes is not None:
+            object.__setattr__(self, "genes", listed_genes(self.genes))
+        if self.rows is not None and not isinstance(self.rows, str):
+            raise OptionError(f"rows={self.rows!r} (--rows); expected a query of obs, such as \"cell_type == 'B'\"")
+        if not isinstance(self.order, str):
+            raise OptionError(f"order={self.order!r} (--order); expected 'source', 'shuffle' or the name of a column of obs")
+        if self.order == "shuffle":
+            KeyedPermutation(n=0, seed=self.seed)  # refuses what is no seed
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the store is not simply what its sources are, one after the other."""
+        return self.order != "source" or self.rows is not None or self.genes is not None
 
     @property
     def chunk(self) -> int:
@@ -133,8 +148,10 @@ class ConversionOptions:
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in HOW}
         chosen["layers"], chosen["obsm"], chosen["obsp"] = list(self.layers), list(self.obsm), list(self.obsp)
         chosen["chunk_values"], chosen["shard_values"] = self.chunk, self.shard
+        chosen["genes"] = None if self.genes is None else described_genes(self.genes)
+        chosen["seed"] = str(self.seed) if self.order == "shuffle" else 0  # text: readers of JSON round large numbers
         for f in fields(self):
-            if f.name in RARE and getattr(self, f.name) == f.default:
+            if f.name in RARE and chosen[f.name] == f.default:
                 del chosen[f.name]
         return chosen
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from scdl_zarr.conversion.execution import hired, prepare, projected_memory, projected_scratch, projected_size
 from scdl_zarr.conversion.plan import ConversionOptions
+from scdl_zarr.conversion.rewrite import require_known
 from scdl_zarr.conversion.sources.store import forget_stores
 from scdl_zarr.conversion.survey import Survey
 
@@ -138,7 +139,7 @@ def plan_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
             size_bytes=projected_size(survey, options),
             scratch_bytes=projected_scratch(survey),
             memory_bytes=projected_memory(survey, crew.threads),
-            joined=tuple(_joined(survey)),
+            joined=(*_joined(survey), *_chosen(survey, options)),
             odd=(*_odd(survey), *survey.hints, *(f"skipped: {problem}" for problem in survey.skipped)),
             left_out=tuple(survey.left_out),
         )
@@ -177,6 +178,17 @@ def _joined(survey: Survey) -> list[str]:
         shown = ", ".join(partial[:5]) + (f" and {len(partial) - 5} more" if len(partial) > 5 else "")
         lines.append(f"{_count(len(columns), 'column')} of obs, with gaps where a source has none: {shown}")
     return lines
+
+
+def _chosen(survey: Survey, options: ConversionOptions) -> list[str]:
+    """What is written of the joined store, whose numbers the plan has."""
+    if not options.chooses:
+        return []
+    require_known(survey, options)
+    rows = "all rows" if options.rows is None else f"the rows with {options.rows}"
+    genes = "" if options.genes is None else f" and {_count(len(options.genes), 'gene')}"
+    order = f"shuffled (seed {options.seed})" if options.order == "shuffle" else f"in the order of {options.order}"
+    return [f"everything in a store of its own first, which takes as much room again; {rows}{genes} of it are written, {order}"]
 
 
 def _odd(survey: Survey) -> list[str]:

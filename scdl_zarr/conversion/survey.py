@@ -43,7 +43,8 @@ __all__ = ["DECIDED", "Survey", "choose_matrices", "survey_sources"]
 POINTER_BLOCK = 1 << 20
 PROBE_VALUES = 1 << 16
 SAMPLE_VALUES = 4096
-DECIDED = ("scdl", "store", "tenx")  # kinds that have one X and do not know of raw: what it is was decided when they were made
+# kinds that have one X and do not know of raw: what it is was decided when they were made
+DECIDED = ("scdl", "store", "tenx", "view")
 SHOWN_SOURCES = 3  # in a message that names sources
 
 

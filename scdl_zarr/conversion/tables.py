@@ -30,6 +30,7 @@ from scdl_zarr.conversion.columns import ArraySummary, ColumnJoin, TableSummary
 from scdl_zarr.conversion.elements import EncodedElements, encode_column, encode_rows, frame_group
 from scdl_zarr.conversion.encode import ShardFile
 from scdl_zarr.conversion.files import replace_file
+from scdl_zarr.conversion.problems import blaming
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.sources import RowArray, Source, SourceSpec, TableReader, open_source
 from scdl_zarr.conversion.stopping import refuse_if_stopped
@@ -186,13 +187,15 @@ class _OpenedSources:
 
     def column(self, part: TablePart, name: str | None) -> pd.Series[Any]:
         """Rows of a column; None: of the index."""
-        table = self._take(part.source).table
-        if name is None:
-            return table.names(part.row_start, part.row_stop).to_series().reset_index(drop=True)
-        return table.column(name, part.row_start, part.row_stop)
+        with blaming(part.spec):
+            table = self._take(part.source).table
+            if name is None:
+                return table.names(part.row_start, part.row_stop).to_series().reset_index(drop=True)
+            return table.column(name, part.row_start, part.row_stop)
 
     def array(self, part: TablePart, path: str) -> npt.NDArray[Any]:
-        return self._take(part.source).array(path).rows(part.row_start, part.row_stop)
+        with blaming(part.spec):
+            return self._take(part.source).array(path).rows(part.row_start, part.row_stop)
 
     def _take(self, source: int) -> _OpenedSource:
         opened = self._opened.pop(source, None) or _OpenedSource(self._specs[source])

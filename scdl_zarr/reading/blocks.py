@@ -13,6 +13,7 @@ from scdl_zarr.errors import CorruptStoreError, FeatureNameError, RowIndexError
 from scdl_zarr.reading.csr import open_columns
 from scdl_zarr.reading.passes import row_plans
 from scdl_zarr.reading.plan import Int64Array
+from scdl_zarr.reading.row_arrays import LazyArrays
 from scdl_zarr.reading.tables import LazyTable, read_element
 from scdl_zarr.storage.metadata import node_attributes
 from scdl_zarr.storage.packing import unpack_table
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Blocks", "OneBlock"]
 
 ROOT = "uns/scdl"
+KEPT_BYTES = 1 << 24
 SOURCE_COLUMNS = {
     "name": object,
     "matrix": object,
@@ -108,6 +110,36 @@ class Blocks:
     def sources(self) -> pd.DataFrame:
         """One row per source: name, matrix, rows, stored values, checksum, size of its file, number of its var table."""
         return self._open("sources").to_pandas()
+
+    def origins(self) -> pd.DataFrame | None:
+        """Where the rows came from that were written in another order or with other genes: name, matrix, rows, stored values,
+        checksum and size of each file, as the first store had them.  None where :meth:`sources` says it."""
+        if f"{ROOT}/origins" not in self._metadata.nodes:
+            return None
+        return self._open("origins").to_pandas()
+
+    def origin_rows(self, rows: Any = None) -> Int64Array | None:
+        """For each row (or for some), which of the rows of :meth:`origins` it is, counted through from the first file on.
+
+        None where there are no origins.  Reads 8 bytes a row.
+
+        Raises
+        ------
+        CorruptStoreError
+            A number is none of a row of theirs.
+        """
+        origins = self.origins()
+        if origins is None:
+            return None
+        kept = self._kept.setdefault("origins", {})
+        if "rows" not in kept:
+            n = self._metadata.n_obs
+            kept["rows"] = LazyArrays(self._location, ROOT, ["origin_rows"], self._metadata.nodes, n, budget_bytes=KEPT_BYTES)
+        found = np.asarray(kept["rows"].read("origin_rows", slice(None) if rows is None else rows))
+        total = int(np.asarray(origins["n_obs"]).sum())
+        if found.dtype != np.int64 or found.ndim != 1 or (len(found) and (found.min() < 0 or found.max() >= total)):
+            raise CorruptStoreError(f"{self._location}: {ROOT}/origin_rows names rows that its origins do not have")
+        return found
 
     def skipped(self) -> dict[str, str]:
         """Sources that the conversion was to go without if they could not be converted, and why they could not."""

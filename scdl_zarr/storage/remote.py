@@ -418,7 +418,8 @@ def _checked_options(scheme: str, given: Mapping[str, Any]) -> tuple[tuple[str, 
             advice = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(sorted(known))}"
             raise OptionError(f"storage_options has {name!r}, which {scheme}:// does not take; {advice}")
         if name in RETRY_OPTIONS:
-            fits, wanted = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0, "a number from 0 on"
+            plain = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+            fits, wanted = plain or (isinstance(value, str) and value.isdecimal()), "a number from 0 on"
         else:
             fits, wanted = isinstance(value, (str, bool)), "a text or a boolean"
         if not fits:

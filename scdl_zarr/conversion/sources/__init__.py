@@ -23,6 +23,8 @@ from scdl_zarr.storage.schema import ATTRIBUTE
 if TYPE_CHECKING:
     import pandas as pd
 
+    from scdl_zarr.conversion.sources.order import View
+
 __all__ = [
     "ABSENT",
     "EmptyMatrix",
@@ -40,7 +42,7 @@ __all__ = [
     "stored_elements",
 ]
 
-SourceKind = Literal["h5ad", "anndata-zarr", "scdl", "store", "tenx"]
+SourceKind = Literal["h5ad", "anndata-zarr", "scdl", "store", "tenx", "view"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +64,19 @@ class SourceSpec:
     feature_types: tuple[str, ...] = ()
     version: str = ""
     remote: RemoteLocation | None = None
+    view: View | None = None  # which rows and genes of a store, in which order, for the kind "view"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """What is recorded of a source that comes out of a store: which matrix of its file was taken, and the sum of its values."""
+    """What is recorded of a source that comes out of a store: which matrix of its file was taken, and the sum of its values.
+
+    ``checksum`` is None where only a part of the source is there, whose own sum is found out now.
+    """
 
     matrix: str
     size_bytes: int
-    checksum: int
+    checksum: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +295,10 @@ def open_source(spec: SourceSpec) -> AbstractContextManager[Source]:
         from scdl_zarr.conversion.sources.store import StoreSource
 
         return StoreSource(spec)
+    if spec.kind == "view":
+        from scdl_zarr.conversion.sources.view import ViewSource
+
+        return ViewSource(spec)
     if spec.kind == "anndata-zarr":
         from scdl_zarr.conversion.sources.anndata_zarr import AnnDataZarrSource
 

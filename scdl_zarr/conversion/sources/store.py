@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.kernels import map_rows, sort_rows
-from scdl_zarr.conversion.sources import MatrixHeader, Provenance, RowArray, SourceSpec, TableReader
+from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, Provenance, RowArray, SourceSpec, TableReader
 from scdl_zarr.conversion.sources.row_readers import LazyArray, StoreTable, WholeArray, row_array_of
 from scdl_zarr.errors import CorruptStoreError, ScdlZarrError, SourceError
 from scdl_zarr.reading.blocks import Blocks
@@ -39,7 +39,7 @@ from scdl_zarr.storage.schema import MatrixLayout
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["StoreSource", "forget_stores", "store_specs"]
+__all__ = ["OpenedStore", "StoreSource", "forget_stores", "open_kept", "store_specs"]
 
 OPEN_STORES = 16  # kept open between the tasks of a process
 
@@ -47,7 +47,7 @@ OPEN_STORES = 16  # kept open between the tasks of a process
 def store_specs(path: Path | RemoteLocation) -> list[SourceSpec]:
     """The sources of a committed store, in order."""
     size, mtime_ns, version = _stamp(path)
-    opened = _open(path, (size, mtime_ns, version))
+    opened = open_kept(path, (size, mtime_ns, version))
     remote = path if isinstance(path, RemoteLocation) else None
     return [
         SourceSpec(
@@ -69,7 +69,7 @@ def _stamp(path: Path | RemoteLocation) -> tuple[int, int, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OpenedStore:
+class OpenedStore:
     """A store, and what all of its sources share.  Used by several threads."""
 
     location: StoreLocation
@@ -96,36 +96,42 @@ class _OpenedStore:
         return self._columns[path]
 
     @functools.cached_property
-    def _kept(self) -> dict[Any, Any]:
+    def kept(self) -> dict[Any, Any]:
+        """What its sources found out and share.  Two threads may find out the same thing at once."""
         return {}
+
+    def vocabulary(self) -> pd.DataFrame:
+        """The var table of the whole store."""
+        return LazyTable(self.location, "var", self.metadata.nodes, self.metadata.n_vars).to_pandas()
 
     def table(self, number: int) -> pd.DataFrame:
         """A var table: the same object for all sources that have it."""
-        if ("table", number) not in self._kept:
-            self._kept["table", number] = self.blocks.table(number)
-        found: pd.DataFrame = self._kept["table", number]
+        if ("table", number) not in self.kept:
+            self.kept["table", number] = self.blocks.table(number)
+        found: pd.DataFrame = self.kept["table", number]
         return found
 
     def local_genes(self, number: int) -> tuple[Int64Array, bool] | None:
         """For each gene of the store its number in a var table (-1: not there), and whether that keeps order; None: the same."""
-        if ("genes", number) not in self._kept:
-            self._kept["genes", number] = local_numbers(self.blocks.table_gene_ids(number), self.metadata.n_vars)
-        found: tuple[Int64Array, bool] | None = self._kept["genes", number]
+        if ("genes", number) not in self.kept:
+            self.kept["genes", number] = local_numbers(self.blocks.table_gene_ids(number), self.metadata.n_vars)
+        found: tuple[Int64Array, bool] | None = self.kept["genes", number]
         return found
 
     def unsorted_rows(self, path: str) -> Int64Array:
-        if ("unsorted", path) not in self._kept:
-            self._kept["unsorted", path] = self.blocks.unsorted_rows(path)
-        found: Int64Array = self._kept["unsorted", path]
+        if ("unsorted", path) not in self.kept:
+            self.kept["unsorted", path] = self.blocks.unsorted_rows(path)
+        found: Int64Array = self.kept["unsorted", path]
         return found
 
 
 @functools.lru_cache(OPEN_STORES)
-def _open(path: Path | RemoteLocation, _stamp: tuple[int, int, str]) -> _OpenedStore:
+def open_kept(path: Path | RemoteLocation, _stamp: tuple[int, int, str]) -> OpenedStore:
+    """The store at a path as long as its root document is that one, kept open between the tasks of a process."""
     location = locate(path).pinned()
     metadata = read_metadata(location)
     blocks = Blocks(location, metadata)
-    return _OpenedStore(
+    return OpenedStore(
         location=location, metadata=metadata, blocks=blocks, sources=blocks.sources(), tables=blocks.tables_of_sources()
     )
 
@@ -140,7 +146,7 @@ def _names(listed: str | None, name: str) -> bool:
 
 def forget_stores() -> None:
     """Let go of the stores that were read: their mapped files keep space on the disk even when they are deleted."""
-    _open.cache_clear()
+    open_kept.cache_clear()
 
 
 class StoreSource:
@@ -152,7 +158,7 @@ class StoreSource:
 
     def __enter__(self) -> StoreSource:
         self._require_unchanged()
-        self._store = _open(self._place, (self.spec.size, self.spec.mtime_ns, self.spec.version))
+        self._store = open_kept(self._place, (self.spec.size, self.spec.mtime_ns, self.spec.version))
         lengths = np.asarray(self._store.sources["n_obs"], np.int64)
         stop = int(lengths[: self.spec.part + 1].sum())
         self._rows = range(stop - int(lengths[self.spec.part]), stop)
@@ -180,7 +186,7 @@ class StoreSource:
     def kind(self, key: str) -> str | None:
         return "csr" if key in self._store.metadata.matrices else None
 
-    def matrix(self, key: str) -> StoreMatrix:
+    def matrix(self, key: str) -> MatrixReader:
         layout = self._store.metadata.matrices.get(key)
         if layout is None:
             listed = ", ".join(self.matrices())
@@ -211,7 +217,8 @@ class StoreSource:
 
     def others(self) -> list[str]:
         obsp = [path for path in self._store.metadata.matrices if path.startswith("obsp/")]
-        return sorted([*obsp, *(f"obsm/{name}" for name in self._store.metadata.children("obsm"))])
+        origins = [path for path in ("uns/scdl/origins",) if path in self._store.metadata.nodes]
+        return sorted([*obsp, *(f"obsm/{name}" for name in self._store.metadata.children("obsm")), *origins])
 
     def element(self, path: str) -> Any:
         group, _, name = path.partition("/")
@@ -245,7 +252,7 @@ class StoreMatrix:
 
     def __init__(
         self,
-        store: _OpenedStore,
+        store: OpenedStore,
         layout: MatrixLayout,
         rows: range,
         n_vars: int,

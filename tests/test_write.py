@@ -1,0 +1,593 @@
+"""Rows and genes written in any order, against SciPy's and pandas' indexing, and against conversions of smaller files."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import scdl_zarr
+from scdl_zarr import SingleCellZarrDataset
+from scdl_zarr.cli import main
+from scdl_zarr.conversion import rewrite
+from scdl_zarr.conversion.sources import SourceSpec, describe_path, view
+from scdl_zarr.conversion.sources.order import RowOrder, View
+from scdl_zarr.conversion.sources.store import forget_stores
+from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError, SourceError, StoreExistsError
+from scdl_zarr.reading.permutation import KeyedPermutation
+from scdl_zarr.reading.queries import query_rows, sort_rows_by
+from tests.stores_of_others import write_by_node
+from tests.toys import csr, write_h5ad
+
+pytestmark = [
+    pytest.mark.usefixtures("careless_disk"),
+    # anndata 0.13 asks for pandas' infer_string option, which pandas 3 deprecates
+    pytest.mark.filterwarnings("ignore:The 'future.infer_string' option is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*names are not unique"),
+]
+
+SIZES: dict[str, Any] = {"shard_values": 32, "chunk_values": 8}
+GENES = (["a", "b", "c", "d", "e", "f"], ["f", "x", "b", "a"], ["y"], ["a", "b", "c", "d", "e", "f"])
+ROWS = (17, 12, 0, 11)
+
+
+def random_rows(n_obs: int, n_vars: int, rng: np.random.Generator) -> list[tuple[list[int], list[int]]]:
+    """Rows sorted and not, with repeats and explicit zeros, and some empty."""
+    rows = []
+    for _ in range(n_obs):
+        ids = rng.integers(0, n_vars, rng.integers(0, 7)).tolist()
+        ids = sorted(ids) if rng.random() < 0.6 else ids
+        rows.append((rng.integers(0, 300, len(ids)).tolist(), ids))
+    return rows
+
+
+def make_file(path: Path, number: int) -> ad.AnnData:
+    rng = np.random.default_rng(number)
+    n, genes = ROWS[number], GENES[number]
+    obs = pd.DataFrame(
+        {
+            "batch": pd.Categorical.from_codes(rng.integers(-1, 2, n), categories=["z", "m", "k"]),
+            "count": rng.integers(0, 5, n),
+            "share of all": rng.choice([0.5, 0.25, np.nan], n),
+            "note": rng.choice(["ü", "", "w"], n).astype(object),
+        },
+        index=[f"{number}-{k}" for k in range(n)],
+    )
+    if number == 1:
+        obs["flag"] = rng.random(n) < 0.5
+    neighbours = sp.random(n, n, 0.2, format="csr", random_state=rng, dtype=np.float32)
+    write_h5ad(
+        path,
+        csr(random_rows(n, len(genes), rng), len(genes)),
+        obs=obs,
+        var=pd.DataFrame({"length": rng.integers(0, 99, len(genes))}, index=genes),
+        layers={"half": csr([([v / 2 for v in values], ids) for values, ids in random_rows(n, len(genes), rng)], len(genes))},
+        obsm={"X_pca": rng.random((n, 3)).astype(np.float32)},
+        obsp={"near": neighbours},
+    )
+    return ad.read_h5ad(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("written")
+
+
+@pytest.fixture(scope="module")
+def store(folder: Path, careless_disk: None) -> Path:
+    """Four files, one of them without cells, with genes of their own."""
+    files = [folder / f"s{k}.h5ad" for k in range(4)]
+    for k, path in enumerate(files):
+        make_file(path, k)
+    scdl_zarr.convert(files, folder / "all.zarr", layers="half", obsm="X_pca", obsp="near", progress=False, **SIZES)
+    return folder / "all.zarr"
+
+
+@pytest.fixture
+def data(store: Path) -> SingleCellZarrDataset:
+    return scdl_zarr.open(store)
+
+
+def entries(data: SingleCellZarrDataset, layer: str | None = None) -> list[tuple[list[float], list[int]]]:
+    batch = data.read_rows(slice(None), layer=layer)
+    return [(values.tolist(), ids.tolist()) for values, ids in (batch[k] for k in range(len(batch)))]
+
+
+def moved(row: tuple[list[float], list[int]], new_id: dict[int, int]) -> tuple[list[float], list[int]]:
+    """A row with other ids: what has none is dropped, and a row that was sorted is sorted."""
+    values, ids = row
+    kept = [(new_id[i], v) for i, v in zip(ids, values, strict=True) if i in new_id]
+    if ids == sorted(ids):
+        kept = [pair for _, pair in sorted(enumerate(kept), key=lambda item: (item[1][0], item[0]))]
+    return [v for _, v in kept], [i for i, _ in kept]
+
+
+def check(
+    written: SingleCellZarrDataset, data: SingleCellZarrDataset, rows: npt.NDArray[np.int64], genes: list[str] | None = None
+) -> None:
+    """Everything in `written` is what is in `data` at these rows and genes."""
+    names = data.var_names.tolist()
+    chosen = names if genes is None else genes
+    new_gene = {names.index(name): k for k, name in enumerate(chosen) if name in names}
+    for layer in (None, *written.layers):
+        before = entries(data, layer)
+        assert entries(written, layer) == [moved(before[r], new_gene) for r in rows.tolist()]
+    expected = data.obs.to_pandas().iloc[rows]
+    found = written.obs.to_pandas()
+    pd.testing.assert_frame_equal(found, expected)
+    assert found.index.tolist() == expected.index.tolist()
+    assert written.var_names.tolist() == chosen
+    length = data.var["length"].set_axis(names)
+    assert written.var["length"].fillna(-1).astype(int).tolist() == length.reindex(chosen).fillna(-1).astype(int).tolist()
+    for name in written.obsm:
+        assert np.array_equal(written.obsm[name], data.obsm[name][rows])
+    for name in written.obsp:
+        new_row = {int(r): k for k, r in enumerate(rows)}
+        near, before_near = written.neighbors(name), data.neighbors(name)
+        whole = before_near.read(slice(None)).to_scipy()
+        assert (near.read(slice(None)).to_scipy() != whole[rows][:, rows]).nnz == 0
+        for k, r in enumerate(rows.tolist()):
+            ids, weights = before_near.of(r)
+            moved_row = moved((weights.tolist(), ids.tolist()), new_row)
+            found_ids, found_weights = near.of(k)
+            assert (found_weights.tolist(), found_ids.tolist()) == moved_row
+    origins = written.blocks.origin_rows()
+    if origins is not None:
+        assert origins.tolist() == rows.tolist()
+
+
+N = sum(ROWS)
+SOME = np.random.default_rng(8).permutation(N)[:23]
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "mask": {"rows": np.random.default_rng(7).random(N) < 0.4},
+    "none": {"rows": []},
+    "some shuffled": {"rows": np.sort(SOME), "order": "shuffle", "seed": 2**70},
+    "run shuffled": {"rows": slice(4, 30), "order": "shuffle", "genes": []},
+    "genes": {"genes": ["x", "b", "a", "new", "f"]},
+    "all genes in another order": {"genes": ["y", "x", "f", "e", "d", "c", "b", "a", "new"]},
+    "everything": {"genes": ["f", "c", "x"], "rows": np.sort(SOME), "order": "shuffle", "seed": 5},
+}
+
+
+def expected_rows(selection: dict[str, Any]) -> npt.NDArray[np.int64]:
+    rows = np.arange(N)[selection.get("rows", slice(None))] if not isinstance(selection.get("rows"), list) else np.arange(0)
+    if selection.get("order") == "shuffle":
+        rows = rows[KeyedPermutation(n=len(rows), seed=selection.get("seed", 0)).rows(0, len(rows))]
+    return np.asarray(rows, np.int64)
+
+
+@pytest.mark.parametrize("name", list(SELECTIONS))
+def test_what_is_written_is_what_was_chosen(data: SingleCellZarrDataset, tmp_path: Path, name: str) -> None:
+    selection = SELECTIONS[name]
+    rows = expected_rows(selection)
+    written = data.write(tmp_path / "w.zarr", progress=False, **selection)
+    check(written, data, rows, selection.get("genes"))
+    report = written.verify()
+    assert report, str(report)
+    assert not (tmp_path / "w.zarr" / ".scdl-build").exists()
+    keeps = "genes" not in selection and "order" not in selection and bool((np.diff(rows) > 0).all())
+    assert (written.blocks.origins() is None) == keeps
+    if not keeps:
+        assert written.blocks.origins()["name"].tolist() == [f"s{k}.h5ad" for k in range(4)]  # type: ignore[index]
+        assert written.sources["name"].tolist() == ["all.zarr"]
+        assert len(written.blocks) == min(len(rows), 1)
+    assert {m.data_dtype for m in written._metadata.matrices.values()} == {np.dtype(np.int32), np.dtype(np.float32)}
+
+
+@given(
+    numbers=st.lists(st.integers(0, N - 1), max_size=50, unique=True),
+    genes=st.none() | st.lists(st.sampled_from([*"abcdefxy", "new", "ö"]), unique=True),
+    order=st.sampled_from(["source", "shuffle"]),
+    seed=st.integers(),
+    rising=st.booleans(),
+)
+@settings(max_examples=4)
+def test_any_rows_and_genes(
+    store: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    numbers: list[int],
+    genes: list[str] | None,
+    order: str,
+    seed: int,
+    rising: bool,
+) -> None:
+    data = scdl_zarr.open(store)
+    rows = np.array(sorted(numbers) if rising else numbers, np.int64)
+    target = tmp_path_factory.mktemp("any") / "w.zarr"
+    with pytest.MonkeyPatch.context() as patch:  # so that pieces, blocks and batches end everywhere
+        patch.setattr(view, "BLOCK_ROWS", 4)
+        patch.setattr(view, "BATCH_VALUES", 9)
+        patch.setattr("scdl_zarr.conversion.shards.PIECE_VALUES", 11)
+        written = data.write(target, rows=rows, genes=genes, order=order, seed=seed, progress=False)
+    if order == "shuffle":
+        rows = rows[KeyedPermutation(n=len(rows), seed=seed).rows(0, len(rows))]
+    check(written, data, rows, genes)
+
+
+def test_repeated_rows(data: SingleCellZarrDataset, tmp_path: Path) -> None:
+    rows = np.array([5, 3, 5, 5, 20, 3])
+    with pytest.raises(OptionError, match=r"obsp=\(\)"):
+        data.write(tmp_path / "w.zarr", rows=rows, progress=False)
+    assert list(tmp_path.iterdir()) == []
+    written = data.write(tmp_path / "w.zarr", rows=rows, obsp=(), progress=False)
+    check(written, data, rows)
+    assert "obsp/near" in written.left_out
+
+
+def test_fewer_rows_are_what_fewer_rows_of_the_files_would_be(data: SingleCellZarrDataset, folder: Path, tmp_path: Path) -> None:
+    mask = np.random.default_rng(3).random(N) < 0.5
+    written = data.write(tmp_path / "w.zarr", rows=mask, progress=False)
+    files, start = [], 0
+    for k, n in enumerate(ROWS):
+        files.append(tmp_path / f"s{k}.h5ad")
+        whole = ad.read_h5ad(folder / f"s{k}.h5ad")
+        whole[np.flatnonzero(mask[start : start + n])].copy().write_h5ad(files[-1])
+        start += n
+    options: dict[str, Any] = {"layers": "half", "obsm": "X_pca", "obsp": "near", "progress": False}
+    smaller = scdl_zarr.convert(files, tmp_path / "c.zarr", **SIZES, **options)
+    assert entries(written) == entries(smaller)
+    columns = ["name", "matrix", "n_obs", "nnz", "checksum", "table"]
+    pd.testing.assert_frame_equal(written.sources[columns], smaller.sources[columns])
+    assert written.sources["size_bytes"].tolist() == data.sources["size_bytes"].tolist()
+    assert [written.blocks.rows(k) for k in range(len(written.blocks))] == [
+        smaller.blocks.rows(k) for k in range(len(smaller.blocks))
+    ]
+    for block in range(len(written.blocks)):
+        pd.testing.assert_frame_equal(written.blocks.var(block), smaller.blocks.var(block))
+        assert np.array_equal(written.blocks.gene_ids(block), smaller.blocks.gene_ids(block))
+    for name in ("X", "layers/half"):
+        assert written.blocks.unsorted_rows(name).tolist() == smaller.blocks.unsorted_rows(name).tolist()
+
+
+# ---- orders and queries
+
+
+@pytest.mark.parametrize("column", ["batch", "count", "share of all", "note", "flag"])
+def test_sorted_by_a_column(data: SingleCellZarrDataset, column: str) -> None:
+    frame = data.obs.to_pandas()
+    rows = np.flatnonzero(np.random.default_rng(4).random(N) < 0.8)
+    values = pd.Series(frame[column].array).iloc[rows]
+    expected = values.sort_values(kind="stable", na_position="last").index.tolist()
+    assert sort_rows_by(data.obs, column, rows).tolist() == expected
+    assert sort_rows_by(data.obs, column, None)[:3].tolist() == sort_rows_by(data.obs, column, np.arange(N))[:3].tolist()
+
+
+def test_written_in_the_order_of_a_column(data: SingleCellZarrDataset, tmp_path: Path) -> None:
+    rows = np.flatnonzero(data.obs["count"] > 0)
+    expected = sort_rows_by(data.obs, "batch", rows)
+    check(data.write(tmp_path / "w.zarr", rows="count > 0", order="batch", progress=False), data, expected)
+
+
+QUERIES = {
+    "count > 2 and batch == 'm'": lambda f: (f["count"] > 2) & (f["batch"] == "m"),
+    "`share of all` == 0.5 or note.str.len() > 0": lambda f: (f["share of all"] == 0.5) | (f["note"].str.len() > 0),
+    "batch in ['z', 'k'] and not (count < 1)": lambda f: f["batch"].isin(["z", "k"]) & ~(f["count"] < 1),
+    "flag": lambda f: f["flag"].fillna(False).astype(bool),
+    "index.str.startswith('3-')": lambda f: f.index.str.startswith("3-"),
+    "count > 1e9": lambda f: f["count"] > 1e9,
+}
+
+
+@pytest.mark.parametrize("query", list(QUERIES))
+def test_rows_by_query(data: SingleCellZarrDataset, query: str) -> None:
+    expected = np.flatnonzero(np.asarray(QUERIES[query](data.obs.to_pandas()), bool))
+    assert query_rows(data.obs, query).tolist() == expected.tolist()
+
+
+def test_a_query_reads_the_columns_it_names(data: SingleCellZarrDataset) -> None:
+    query_rows(data.obs, "count > 2 and `share of all` > 0")
+    assert set(data.obs._kept) == {"count", "share of all"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        ({"rows": "cuont > 2"}, FeatureNameError, "cuont.*batch, count"),
+        ({"rows": "count > @n"}, OptionError, "write its value"),
+        ({"rows": "count + 1"}, OptionError, "a condition"),
+        ({"rows": "count >"}, OptionError, "cannot be evaluated"),
+        ({"rows": "  "}, OptionError, "empty"),
+        ({"rows": "`count > 2"}, OptionError, "backtick"),
+        ({"rows": [N]}, RowIndexError, f"out of range for {N}"),
+        ({"rows": 0.5}, OptionError, "rows"),
+        ({"order": "cuont"}, OptionError, "'shuffle' or a column of obs: batch, count"),
+        ({"order": "shuffle", "seed": 0.5}, OptionError, "seed"),
+        ({"genes": ["a", "b", "a"]}, OptionError, "'a' twice, at 0 and 2"),
+        ({"genes": "nowhere.txt"}, OptionError, "nowhere.txt"),
+        ({"genes": [1]}, OptionError, "names of genes"),
+        ({"layers": "quarter"}, OptionError, "'quarter'; it has: half"),
+        ({"profile": "best"}, OptionError, "profile"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(
+    data: SingleCellZarrDataset, tmp_path: Path, wrong: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        data.write(tmp_path / "w.zarr", progress=False, **wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gene_whose_name_repeats_is_refused(tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path / "r.h5ad", csr([([1], [0])], 4), ["a", "b", "a", "c"])
+    data = scdl_zarr.convert(path, tmp_path / "r.zarr", progress=False)
+    with pytest.raises(FeatureNameError, match=r"'a' is there 2 times, at 0, 2"):
+        data.write(tmp_path / "w.zarr", genes=["c", "a"], progress=False)
+    assert data.write(tmp_path / "w.zarr", genes=["c", "b"], progress=False).var_names.tolist() == ["c", "b"]
+    assert data.write(tmp_path / "v.zarr", order="shuffle", progress=False).var_names.tolist() == ["a", "b", "a", "c"]
+
+
+def test_genes_from_a_file(data: SingleCellZarrDataset, tmp_path: Path) -> None:
+    (tmp_path / "genes.txt").write_text("x\r\n\n b \nnew\n")
+    written = data.write(tmp_path / "w.zarr", genes=tmp_path / "genes.txt", progress=False)
+    check(written, data, np.arange(N), ["x", "b", "new"])
+
+
+def test_another_program_made_the_store(tmp_path: Path) -> None:
+    write_by_node(tmp_path / "other.zarr", csr([([1], [0])], 2))
+    with pytest.raises(OptionError, match="convert it"):
+        scdl_zarr.open(tmp_path / "other.zarr").write(tmp_path / "w.zarr")
+
+
+# ---- what becomes of it
+
+
+def test_origins_lead_through_several_writings(data: SingleCellZarrDataset, tmp_path: Path) -> None:
+    first = data.write(tmp_path / "1.zarr", order="shuffle", seed=1, progress=False)
+    second = first.write(tmp_path / "2.zarr", rows=slice(3, 30), progress=False)
+    third = second.write(tmp_path / "3.zarr", genes=["b", "a"], order="count", progress=False)
+    rows = third.blocks.origin_rows()
+    assert rows is not None
+    check(third, data, rows, ["b", "a"])
+    columns = ["name", "matrix", "n_obs", "nnz", "checksum", "size_bytes"]
+    pd.testing.assert_frame_equal(third.blocks.origins(), data.sources[columns])
+    assert second.blocks.origin_rows([-1]).tolist() == [int(first.blocks.origin_rows()[29])]  # type: ignore[index, union-attr]
+
+
+def test_anndata_opens_it_and_forged_origins_are_noticed(data: SingleCellZarrDataset, tmp_path: Path) -> None:
+    import zarr
+
+    written = data.write(tmp_path / "w.zarr", order="shuffle", progress=False)
+    found = ad.read_zarr(tmp_path / "w.zarr")
+    rows = np.asarray(found.uns["scdl"]["origin_rows"])
+    assert (data.read_rows(rows).to_scipy() != found.X).nnz == 0
+    assert found.uns["scdl"]["origins"]["n_obs"].tolist() == list(ROWS)
+    array = zarr.open_array(tmp_path / "w.zarr/uns/scdl/origin_rows", mode="r+")
+    array[0] = N
+    assert "origin_rows" in str(scdl_zarr.open(written.path).verify())
+
+
+def test_it_can_be_appended_to_and_converted_again(data: SingleCellZarrDataset, folder: Path, tmp_path: Path) -> None:
+    written = data.write(tmp_path / "w.zarr", rows=slice(2, 20), progress=False)
+    written.append(folder / "s3.h5ad", progress=False)
+    assert entries(written) == entries(data)[2:20] + entries(data)[29:]
+    shuffled = data.write(tmp_path / "s.zarr", order="shuffle", progress=False)
+    again = scdl_zarr.convert(tmp_path / "s.zarr", tmp_path / "c.zarr", progress=False)
+    assert entries(again) == entries(shuffled)
+    assert "uns/scdl/origins" in again.left_out
+
+
+def test_options_are_the_stores_unless_others_are_given(data: SingleCellZarrDataset, tmp_path: Path) -> None:
+    same = data.write(tmp_path / "1.zarr", order="shuffle", progress=False)
+    layout = same._metadata.matrices["X"].data
+    assert layout is not None
+    assert (layout.chunk, layout.shard, same.metadata["profile"]) == (8, 32, "fast")
+    other = data.write(tmp_path / "2.zarr", order="shuffle", progress=False, profile="archive", dtype="float64", layers=())
+    layout = other._metadata.matrices["X"].data
+    assert layout is not None
+    assert (layout.chunk, layout.dtype.name, other.metadata["profile"], other.layers) == (16_384, "float64", "archive", [])
+    assert entries(other) == entries(same)
+
+
+def test_another_selection_at_the_same_target_is_refused(data: SingleCellZarrDataset, tmp_path: Path) -> None:
+    target = tmp_path / "w.zarr"
+    data.write(target, order="shuffle", seed=1, progress=False)
+    with pytest.raises(StoreExistsError, match=r"seed is '1' there and '2' here"):
+        data.write(target, order="shuffle", seed=2, progress=False)
+    check(data.write(target, rows=[1, 2], overwrite=True, progress=False), data, np.array([1, 2]))
+    assert [path.name for path in tmp_path.iterdir()] == ["w.zarr"]
+    with pytest.raises(OptionError, match="another target"):
+        data.write(data.path, rows=[1], overwrite=True, progress=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+CHILD = """
+import itertools, os, signal, sys
+import scdl_zarr
+store, target, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+calls, sync = itertools.count(1), os.fsync
+def dying_sync(descriptor):
+    if next(calls) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = dying_sync
+scdl_zarr.open(store).write(target, rows="count < 4", genes=["f", "x", "a"], order="shuffle", threads=1, progress=False)
+"""
+
+
+def test_killed_it_goes_on_and_gives_the_same_bytes(data: SingleCellZarrDataset, tmp_path: Path) -> None:
+    selection: dict[str, Any] = {"rows": "count < 4", "genes": ["f", "x", "a"], "order": "shuffle", "progress": False}
+    data.write(tmp_path / "whole.zarr", threads=2, **selection)
+    target = tmp_path / "killed.zarr"
+    done = subprocess.run([sys.executable, "-c", CHILD, data.path, str(target), "14"], timeout=60, check=False)
+    assert done.returncode == -9
+    marks = list((target / ".scdl-build/done").iterdir())
+    assert marks
+    before = {path: path.stat().st_mtime_ns for path in target.glob("X/data/c/*") if not path.name.endswith(".part")}
+    data.write(target, **selection)
+    assert contents(target) == contents(tmp_path / "whole.zarr")
+    finished = [path for path in before if any(f"values-{int(path.name):06d}" in mark.name for mark in marks)]
+    assert finished
+    assert all(path.stat().st_mtime_ns == before[path] for path in finished)
+
+
+# ---- while converting
+
+
+CARRIED: dict[str, Any] = {"layers": "half", "obsm": "X_pca", "obsp": "near", "progress": False, **SIZES}
+
+
+@pytest.fixture
+def files(folder: Path) -> list[Path]:
+    return [folder / f"s{k}.h5ad" for k in range(4)]
+
+
+def test_converted_and_chosen_at_once(data: SingleCellZarrDataset, files: list[Path], tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"rows": "count < 4", "genes": ["f", "new", "x", "a"], "order": "shuffle", "seed": -7}
+    target = tmp_path / "t.zarr"
+    found = scdl_zarr.convert(files, target, **chosen, **CARRIED)
+    rows = np.flatnonzero(data.obs["count"] < 4)
+    rows = rows[KeyedPermutation(n=len(rows), seed=-7).rows(0, len(rows))]
+    check(found, data, rows, chosen["genes"])
+    columns = ["name", "matrix", "n_obs", "nnz", "checksum", "size_bytes"]
+    pd.testing.assert_frame_equal(found.blocks.origins(), data.sources[columns])
+    assert [path.name for path in tmp_path.iterdir()] == ["t.zarr"]
+    assert not (target / ".scdl-build").exists()
+    before = (target / "zarr.json").stat().st_mtime_ns
+    assert len(scdl_zarr.convert(files, target, **chosen, **CARRIED)) == len(rows)
+    assert (target / "zarr.json").stat().st_mtime_ns == before
+    with pytest.raises(StoreExistsError, match="seed is '-7' there and '8' here"):
+        scdl_zarr.convert(files, target, **{**chosen, "seed": 8}, **CARRIED)
+    with pytest.raises(StoreExistsError, match="only there"):
+        scdl_zarr.convert(files[:2], target, **chosen, **CARRIED)
+
+
+def test_rows_alone_keep_the_sources(data: SingleCellZarrDataset, files: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    options = {**CARRIED, "scratch_dir": tmp_path / "scratch"}
+    found = scdl_zarr.convert(files, tmp_path / "t.zarr", rows="note == 'w'", **options)
+    written = data.write(tmp_path / "w.zarr", rows="note == 'w'", progress=False)
+    assert entries(found) == entries(written)
+    pd.testing.assert_frame_equal(found.sources, written.sources)
+    assert list((tmp_path / "scratch").iterdir()) == []
+    found.append(files[0], progress=False)
+    assert len(found) == len(written) + ROWS[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [({"rows": "cuont > 2"}, "cuont.*batch, count"), ({"order": "cuont"}, "or a column of obs: batch"), ({"rows": [1]}, "query")],
+)
+def test_nothing_is_converted_for_a_name_that_is_not_there(
+    files: list[Path], tmp_path: Path, wrong: dict[str, Any], says: str
+) -> None:
+    with pytest.raises((FeatureNameError, OptionError), match=says):
+        scdl_zarr.convert(files, tmp_path / "t.zarr", **wrong, **CARRIED)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Stopped(BaseException):
+    """What a conversion is not prepared for."""
+
+
+def test_stopped_in_either_stage_a_conversion_goes_on(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(target: Path, dies_at: int, beginning: str = "") -> None:
+        """Stop at that fsync after a file has appeared in the build folder."""
+        calls = 0
+
+        def dying_sync(_descriptor: int) -> None:
+            nonlocal calls
+            calls += (target / ".scdl-build" / beginning).exists()
+            if calls == dies_at:
+                raise Stopped
+
+        monkeypatch.setattr(os, "fsync", dying_sync)
+        scdl_zarr.convert(files[1:], target, order="shuffle", rows="count < 4", threads=1, progress=False, **SIZES)
+
+    convert(tmp_path / "whole.zarr", 0)
+    target = tmp_path / "stopped.zarr"
+    with pytest.raises(Stopped):
+        convert(target, 16)
+    assert list(target.glob(".scdl-build/joined/*/.scdl-build/done/*.json"))
+    assert not list(target.glob(".scdl-build/joined/*/zarr.json"))
+    with pytest.raises(Stopped):
+        convert(target, 12, "plan.json")
+    assert list(target.glob(".scdl-build/done/*.json"))
+    monkeypatch.setattr(rewrite, "build_store", None)  # the joined store is whole
+    convert(target, 0)
+    assert contents(target) == contents(tmp_path / "whole.zarr")
+
+
+def test_the_command_line(data: SingleCellZarrDataset, files: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "genes.txt").write_text("x\nb\n")
+    choice = ["--rows", "count > 1", "--genes", str(tmp_path / "genes.txt"), "--order", "shuffle", "--seed", "-4", "-q"]
+    for arguments in (
+        ["write", data.path, str(tmp_path / "w.zarr"), *choice],
+        ["convert", *map(str, files), str(tmp_path / "c.zarr"), *choice],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
+    written, converted = scdl_zarr.open(tmp_path / "w.zarr"), scdl_zarr.open(tmp_path / "c.zarr")
+    assert entries(written) == entries(converted)
+    rows = np.flatnonzero(data.obs["count"] > 1)
+    rows = rows[KeyedPermutation(n=len(rows), seed=-4).rows(0, len(rows))]
+    check(written, data, rows, ["x", "b"])
+
+
+# ---- memory, and files that are not ours
+
+
+def test_a_shuffle_takes_no_memory_that_grows_with_the_rows() -> None:
+    def described(n: int) -> int:
+        order = RowOrder(start=0, stop=n, permutation=KeyedPermutation(n=n, seed=1))
+        return len(pickle.dumps(SourceSpec(path="a", name="a", size=1, mtime_ns=1, kind="view", view=View(order=order))))
+
+    assert described(10**9) < described(10) + 16
+    order = RowOrder(start=0, stop=10**9, permutation=KeyedPermutation(n=10**9, seed=1))
+    rows = order.rows(10**9 - 5, 10**9, 10**9)
+    assert order.positions(rows).tolist() == list(range(10**9 - 5, 10**9))
+
+
+def test_row_pointers_take_8_bytes_a_block(data: SingleCellZarrDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view, "BLOCK_ROWS", 4)
+    spec = describe_path(data.path)[0]
+    order = RowOrder(start=0, stop=N, permutation=KeyedPermutation(n=N, seed=1))
+    spec = SourceSpec(path=spec.path, name="v", size=spec.size, mtime_ns=spec.mtime_ns, kind="view", view=View(order=order))
+    forget_stores()
+    with view.ViewSource(spec) as source:
+        assert isinstance(source, view.ViewSource)
+        matrix = source.matrix("X")
+        assert isinstance(matrix, view.ViewMatrix)
+        assert len(matrix._borders) == N // 4 + 1
+        pointers = matrix.indptr(0, N + 1)
+        assert len(matrix._blocks) == 2
+        lengths = np.array([len(ids) for _, ids in entries(data)])[order.rows(0, N, N)]
+        assert np.array_equal(np.diff(pointers), lengths)
+        assert source.obs_table().column("count", 3, 7).tolist() == data.obs["count"].iloc[order.rows(3, 7, N)].tolist()
+        assert np.array_equal(source.array_rows("obsm/X_pca", 3, 7), data.obsm["X_pca"][order.rows(3, 7, N)])
+    forget_stores()
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (np.array([0, N]), SourceError),
+        (np.array([0, -1]), SourceError),
+        (np.array([0.0, 1.0]), OptionError),
+        (np.array([0, 1], object), SourceError),
+        (None, SourceError),
+    ],
+)
+def test_row_numbers_from_a_file_are_checked(
+    data: SingleCellZarrDataset, tmp_path: Path, content: npt.NDArray[Any] | None, error: type[Exception]
+) -> None:
+    path = tmp_path / "rows.npy"
+    if content is not None:
+        np.save(path, content, allow_pickle=True)
+    with pytest.raises(error, match=r"rows\.npy"):
+        RowOrder(start=0, stop=2, file=str(path)).rows(0, 2, data.n_obs)
