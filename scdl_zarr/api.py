@@ -126,12 +126,15 @@ def convert(
     sources
         H5AD files, 10x Genomics HDF5 files (Cell Ranger 2 and later), AnnData Zarr stores (Zarr v2, v3), stores of this package,
         folders that BioNeMo-SCDL made (see Notes).  One, or a list of them; a folder, which is all of these below it; a pattern
-        such as ``"data/**/*.h5ad"``; a text file (``.txt``, ``.list``) with one of these on each line.  Matrices are stored by
+        such as ``"data/**/*.h5ad"``; a text file (``.txt``, ``.list``) with one of these on each line; a URL
+        (``s3://``, ``gs://``, ``az://``, ``http(s)://``) of such a file or store, where a pattern or a prefix of an object store
+        is all that is below it.  Matrices are stored by
         rows (CSR), by columns (CSC, turned into rows as SciPy's ``tocsr`` does) or dense; of a dense one, what is not equal to
         zero is stored, as ``scipy.sparse.csr_matrix`` has it (NaN is stored, -0.0 is not).  Rows follow one another; sources
         with different genes are outer-joined: ids are those of the union, in order of first appearance.
     target
-        Folder to make.  A finished store of the same sources and options is opened and nothing is written; an unfinished one
+        Folder to make, or a URL such as ``s3://bucket/atlas.zarr`` (see Notes).  A finished store of the same sources
+        and options is opened and nothing is written; an unfinished one
         is finished; anything else there is an error.
     matrix
         ``"X"``, ``"raw"``, the name of a layer, or one of these per source (``{source: name}``).  ``"auto"``: raw if every
@@ -190,6 +193,8 @@ def convert(
         Show a progress bar, and a summary at the end.
     log_json
         File to add a line of JSON to for each thing that happens: tasks with their values, bytes and seconds, the commit, errors.
+    storage_options
+        How to reach URLs (see :func:`scdl_zarr.open`); where they need different options, mappings by the beginnings of URLs.
 
     Raises
     ------
@@ -209,6 +214,10 @@ def convert(
 
     Notes
     -----
+    In an object store, shards are put as they are finished, and the root ``zarr.json`` last.  What is built there is held by an
+    object ``.scdl-build/lock``, which counts no more once its process is known to be dead or has not renewed it for ten minutes;
+    ``overwrite=True`` takes it over.  A finished store there is not replaced: convert to another place.
+
     Sources are opened read-only.  The result is committed by one atomic rename: killed at any moment, a conversion leaves a store
     that opens whole or one that does not open.  The same sources and options give the same bytes.  Memory is bounded by
     `memory_budget` and does not grow with the number of values; obs and var are held whole.

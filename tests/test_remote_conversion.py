@@ -318,6 +318,20 @@ def test_errors_of_a_conversion_show_no_secret(bucket: Bucket, sources: list[Pat
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
+def test_the_command_takes_urls(bucket: Bucket, sources: list[Path], expected: dict[str, bytes]) -> None:
+    from typer.testing import CliRunner
+
+    from scdl_zarr.cli import app
+
+    options = [word for name, value in bucket.options.items() for word in ("--storage-option", f"{name}={value}")]
+    sizes = ["--chunk-values", "256", "--shard-values", "2048", "--width", "narrow", "--threads", "2", "--quiet"]
+    urls = [*(bucket.upload(path, f"command/{path.name}").url for path in sources), bucket.url("command.zarr")]
+    done = CliRunner().invoke(app, ["convert", *urls, *sizes, *options])
+    assert done.exit_code == 0, done.output
+    as_uploaded(expected, objects(bucket.at("command.zarr")))
+    assert CliRunner().invoke(app, ["convert", *urls, "--storage-option", "region"]).exit_code != 0
+
+
 # ---- the lock
 
 

@@ -14,6 +14,7 @@ refused at once.
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import os
 import re
@@ -261,6 +262,8 @@ class RemoteLocation:
         """The bucket (server), or what is `below` this location, as obstore opens it: once in a process."""
         refuse_forked(self.url)
         known = (self.url if below else _joined(self.url, ""), self.options)
+        if not _handles:
+            atexit.register(_handles.clear)  # while there is still an interpreter
         if known not in _handles:
             _handles[known] = self._opened(self.key if below else "")
         return _handles[known]  # type: ignore[no-any-return]
@@ -415,7 +418,8 @@ def _checked_options(scheme: str, given: Mapping[str, Any]) -> tuple[tuple[str, 
             advice = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(sorted(known))}"
             raise OptionError(f"storage_options has {name!r}, which {scheme}:// does not take; {advice}")
         if name in RETRY_OPTIONS:
-            fits, wanted = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0, "a number from 0 on"
+            plain = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+            fits, wanted = plain or (isinstance(value, str) and value.isdecimal()), "a number from 0 on"
         else:
             fits, wanted = isinstance(value, (str, bool)), "a text or a boolean"
         if not fits:
