@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scdl_zarr.conversion.assembly import merge_runs
-from scdl_zarr.conversion.execution import projected_memory
+from scdl_zarr.conversion.crews import projected_memory
 from scdl_zarr.conversion.finding import find_sources
 from scdl_zarr.conversion.plan import (
     ConversionOptions,

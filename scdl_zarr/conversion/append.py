@@ -34,16 +34,8 @@ from scdl_zarr.conversion.construction import (
     restore_interrupted,
     swap_folders,
 )
-from scdl_zarr.conversion.execution import (
-    ConversionSummary,
-    Written,
-    build_store,
-    hired,
-    plan_record,
-    projected_scratch,
-    projected_size,
-    summarize,
-)
+from scdl_zarr.conversion.crews import hired, projected_scratch, projected_size
+from scdl_zarr.conversion.execution import ConversionSummary, Written, build_store, plan_record, summarize
 from scdl_zarr.conversion.files import link_file
 from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task

@@ -9,12 +9,10 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from scdl_zarr.conversion.assembly import commit_store, encode_tables, recorded_plan
 from scdl_zarr.conversion.construction import (
@@ -29,31 +27,24 @@ from scdl_zarr.conversion.construction import (
     finish_interrupted,
     open_blocks,
     prepare_target,
-    restore_interrupted,
     skipped_in_plan,
     swap_folders,
 )
+from scdl_zarr.conversion.crews import hired, projected_scratch, projected_size
 from scdl_zarr.conversion.elements import EncodedElements
-from scdl_zarr.conversion.executors import Cluster, Crew, Executor, Processes, Threads, connected, threads_of_workers
+from scdl_zarr.conversion.executors import Executor
 from scdl_zarr.conversion.finding import find_sources, select_features
-from scdl_zarr.conversion.id_maps import save_maps
-from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task, projected_bytes
+from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.problems import Problems, blamed
 from scdl_zarr.conversion.progress import Progress
 from scdl_zarr.conversion.remote_building import RemoteConstruction, finish_remotely
-from scdl_zarr.conversion.shards import DtypeTooNarrowError, ShardResult
+from scdl_zarr.conversion.running import write_matrices
 from scdl_zarr.conversion.sources import SourceSpec
-from scdl_zarr.conversion.sources.counts import known_counts, save_counts
 from scdl_zarr.conversion.sources.store import forget_stores
-from scdl_zarr.conversion.staging import TurnSizes, scratch_bytes
 from scdl_zarr.conversion.survey import Survey, digest_of, survey_sources
-from scdl_zarr.conversion.values import ValueStats, choose_dtype, holds, union_stats
-from scdl_zarr.conversion.widen import WidenTask
+from scdl_zarr.conversion.targets import remote_state, target_folder, target_state
 from scdl_zarr.errors import (
-    CorruptStoreError,
-    FormatVersionError,
     InexactValueError,
-    NotAStoreError,
     OptionError,
     ScdlZarrError,
     SourceError,
@@ -62,38 +53,29 @@ from scdl_zarr.errors import (
     StoreExistsError,
     StoreUnreachableError,
 )
-from scdl_zarr.resources import parse_bytes, usable_cores
-from scdl_zarr.storage.location import StoreLocation, local_path, read_metadata, replacement_path
+from scdl_zarr.storage.location import StoreLocation, read_metadata, replacement_path
 from scdl_zarr.storage.remote import RemoteLocation, is_remote, parse_remote
 from scdl_zarr.storage.schema import (
     BUILD_FOLDER,
-    profile_named,
 )
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 __all__ = [
     "ConversionSummary",
     "Prepared",
     "Written",
     "build_store",
-    "hired",
     "plan_record",
     "prepare",
-    "projected_memory",
-    "projected_scratch",
-    "projected_size",
     "run_conversion",
     "same_store",
     "summarize",
-    "target_folder",
-    "target_state",
     "write_store",
 ]
 
 SLOWEST_SHOWN = 0.5  # million values a second: what is slower rounds to 0
-TABLE_FACTOR = 6  # var: as read, joined, as objects, encoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +210,7 @@ def _look_remotely(
     specs = _found(sources, None, options, problems)
     if any(f"{spec.path}/".startswith(f"{place}/") or f"{place}/".startswith(f"{spec.path}/") for spec in specs):
         raise OptionError(f"{place} and a source of this conversion lie in one another; choose another target")
-    return specs, _remote_state(place)
+    return specs, remote_state(place)
 
 
 def _found(sources: Any, target: Path | None, options: ConversionOptions, problems: Problems) -> list[SourceSpec]:
@@ -310,7 +292,7 @@ def build_store(
     with construction, Progress(total, shown=options.progress, log=options.log_json) as progress:
         try:
             progress.event("started", target=str(construction.where), values=total, crew=str(executor.crew))
-            results = _run(construction, survey, options, executor, progress)
+            results = write_matrices(construction, survey, options, executor, progress)
             commit_store(construction, survey, options, results, tables, record)
             progress.event("committed", target=str(construction.where), tasks=progress.tasks, values=progress.values)
             return Written(
@@ -328,86 +310,6 @@ def _may_pass(error: BaseException) -> bool:
     if isinstance(cause, StoreUnreachableError):
         return True
     return isinstance(cause, OSError) and cause.errno in {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE}
-
-
-# ---- the target
-
-
-def target_folder(target: str | os.PathLike[str]) -> Path:
-    """Where the store goes: what a link points to is made or replaced, the link stays."""
-    if not isinstance(target, (str, os.PathLike)):
-        raise OptionError(f"target={target!r}; expected a path")
-    root = local_path(target)
-    with explained_errors(root):
-        return Path(os.path.realpath(root)) if root.is_symlink() else root
-
-
-def target_state(root: Path, sources: list[Path], options: ConversionOptions) -> str | None:
-    """What is there: None, "store", or "build" (unfinished).  What must not be replaced is refused."""
-    with explained_errors(root):
-        if any(path == root or root in path.parents for path in sources):
-            raise OptionError(f"{root} holds a source of this conversion; choose another target")
-        if any(path in root.parents for path in sources):
-            raise OptionError(f"{root} lies inside of a source of this conversion; choose another target")
-        _require_outside(root)
-        restore_interrupted(root)
-        return _target_state(root, options)
-
-
-def _require_outside(root: Path) -> None:
-    """A store inside another one would be deleted with it: when that one is replaced, nobody looks what lies in its folder."""
-    for folder in root.parents:
-        if (folder / BUILD_FOLDER).is_dir() or _is_ours(folder):
-            raise OptionError(f"{root} lies inside the store {folder}, which is replaced as a whole; choose a target beside it")
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder is a store of ours, damaged or of another version too."""
-    if not (folder / "zarr.json").is_file():
-        return False
-    try:
-        committed_plan(folder)
-    except NotAStoreError:
-        return False
-    except ScdlZarrError:
-        return True
-    return True
-
-
-def _target_state(root: Path, options: ConversionOptions) -> str | None:
-    """None where a store can simply be made, "store" where one is, "build" where one is unfinished."""
-    if not root.exists() and not root.is_symlink():
-        return None
-    if not root.is_dir():
-        raise StoreExistsError(f"{root} exists and is a file; choose another target")
-    if (root / "zarr.json").exists():
-        try:
-            committed_plan(root)
-        except NotAStoreError as error:
-            raise StoreExistsError(f"{root} exists and is not a store of ours; choose another target ({error})") from error
-        except (FormatVersionError, CorruptStoreError) as error:
-            if not options.overwrite:
-                raise StoreExistsError(f"{root} exists; overwrite=True (--overwrite) replaces it ({error})") from error
-        return "store"
-    if (root / BUILD_FOLDER).is_dir():
-        return "build"
-    if any(root.iterdir()):
-        raise StoreExistsError(
-            f"{root} exists and holds other files; choose another target (overwrite=True, --overwrite, replaces stores only)"
-        )
-    return None
-
-
-def _remote_state(place: RemoteLocation) -> str | None:
-    """The same for a target in an object store, where nobody can make a folder."""
-    try:
-        if committed_plan(place) is not None:
-            return "store"
-    except NotAStoreError as error:
-        raise StoreExistsError(f"{place} exists and is not a store of ours; choose another target ({error})") from error
-    if place.exists():
-        raise StoreExistsError(f"{place} exists and is an object; choose another target")
-    return "build" if place.at(f"{BUILD_FOLDER}/plan.json").exists() else None
 
 
 def same_store(root: Path | RemoteLocation, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
@@ -449,9 +351,6 @@ def _difference(
     return "; ".join(part for part in parts if part) or "the content of the sources differs, under the same names and sizes"
 
 
-# ---- the plan
-
-
 def plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
     content = options.content()
     content["matrix"] = survey.matrix_names
@@ -474,199 +373,6 @@ def plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
         "sources": sources,
         "digest": digest_of(survey.digests),
     }
-
-
-@contextlib.contextmanager
-def hired(survey: Survey, options: ConversionOptions) -> Iterator[Executor]:
-    """Who does the tasks, as many at once as asked for (or cores) and as the memory budget holds.
-
-    Raises
-    ------
-    OptionError
-        Not even one fits the budget, or there is no cluster.
-    MissingDependencyError
-        A cluster is asked for and dask.distributed is not installed.
-    """
-    if options.client is not None:
-        with connected(options.client) as client:
-            threads = threads_of_workers(client)
-            yield Cluster(_crew("cluster", len(threads), min(threads), survey, options), client)
-        return
-    if options.workers is None:
-        yield Threads(_crew("threads", 1, options.threads or usable_cores(), survey, options))
-        return
-    processes = Processes(_crew("processes", options.workers, options.threads or 1, survey, options))
-    try:
-        yield processes
-    finally:
-        processes.close()
-
-
-def _crew(kind: str, processes: int, threads: int, survey: Survey, options: ConversionOptions) -> Crew:
-    """As many threads in each process as its memory holds, and no more of either than there are shards."""
-    budget = parse_bytes(options.memory_budget)
-    staged = (TurnSizes.of(s.header.nnz).runs for plan in survey.plans.values() for s in plan.sources if scratch_bytes(s.header))
-    shards = max(sum(len(plan.cuts) for plan in survey.plans.values()), *staged, survey.cells.n_shards, 1)
-    threads = min(threads, shards)
-    while threads > 1 and projected_memory(survey, threads) > budget:
-        threads -= 1
-    needed = projected_memory(survey, threads)
-    if needed > budget:
-        raise OptionError(
-            f"memory_budget={options.memory_budget!r} (--memory-budget) is too small: "
-            f"one worker needs about {needed / 1e6:,.0f} MB here"
-        )
-    return Crew(kind=kind, processes=min(processes, -(-shards // threads)), threads=threads)
-
-
-def projected_memory(survey: Survey, threads: int) -> int:
-    """Peak bytes of a process that does so many tasks at a time (of this one: it holds the tables, too)."""
-    plans, cells = list(survey.plans.values()), survey.cells
-    tables = TABLE_FACTOR * frame_bytes(survey.vocabulary.frame()) + cells.plan_bytes
-    return projected_bytes(plans, threads, tables, survey.longest_row, cells.task_bytes)
-
-
-def frame_bytes(frame: pd.DataFrame) -> int:
-    """Memory of a table."""
-    return int(frame.memory_usage(deep=True).sum())
-
-
-def projected_size(survey: Survey, options: ConversionOptions) -> int:
-    """Bytes of the store."""
-    profile = profile_named(options.profile)
-    size = 0.0
-    for plan in survey.plans.values():
-        assert plan.layout.indptr is not None
-        size += plan.layout.nnz * profile.bytes_per_value + plan.layout.indptr.size * plan.layout.indptr.dtype.itemsize
-    return int(size)
-
-
-def projected_scratch(survey: Survey) -> int:
-    """Bytes on the disk of the columns of one matrix at a time, on their way to rows."""
-    return max(sum(scratch_bytes(source.header) for source in plan.sources) for plan in survey.plans.values())
-
-
-# ---- the tasks
-
-
-@dataclass(slots=True, kw_only=True)
-class _Run:
-    """What every step of a run needs."""
-
-    construction: Construction | RemoteConstruction
-    survey: Survey
-    options: ConversionOptions
-    executor: Executor
-    progress: Progress
-
-    def matrix(self, path: str, beside: Sequence[Task] = ()) -> list[ShardResult]:
-        """Write every shard of a matrix that is not there yet; with dtype="auto", in a wider dtype where a value does not fit.
-
-        The tasks `beside` are done at the same time.
-        """
-        survey, seen, begun = self.survey, ValueStats(), self.progress.position
-        while True:
-            self.progress.position = begun
-            tasks = self._tasks(path)
-            self._stage(path, tasks)
-            try:
-                results = self.tasks([*beside, *tasks])[len(beside) :]
-                seen |= union_stats(result.stats for result in results)
-            except DtypeTooNarrowError as found:
-                results = []
-                done = [result for task in tasks if (result := self.construction.outgrown(task)) is not None]
-                seen |= union_stats([found.stats, *(result.stats for result in done)])
-            wanted = _wanted_dtype(survey, path, self.options, seen)
-            had = survey.plans[path].layout.data_dtype
-            if wanted == had:
-                break
-            survey.plans[path] = survey.plans[path].with_dtype(wanted)
-            self.construction.save_dtypes({**self.construction.dtypes(), path: wanted.name})
-            self.progress.event("widened", matrix=path, was=had.name, dtype=wanted.name)
-        if not results:
-            raise SourceError(f"{path}: no dtype holds every value of these sources exactly; give dtype= (--dtype)")
-        self.construction.remove_scratch(path)
-        return results
-
-    def _stage(self, path: str, tasks: Sequence[ShardTask]) -> None:
-        """Deal out the columns of the sources that shards which are not there yet need, where that is not done."""
-        staged = [task for task in tasks if task.kind == "values" and any(part.staging is not None for part in task.parts)]
-        missing = [task for task in staged if self.construction.finished(task) is None]
-        sources = sorted({part.source for task in missing for part in task.parts})
-        root, digest = str(self.construction.root), self.construction.plan_digest
-        todo = [task for source in sources for task in self.survey.plans[path].staging_tasks(source, root, digest)]
-        self.tasks([task for task in todo if self.construction.finished(task) is None])
-
-    def _tasks(self, path: str) -> list[ShardTask]:
-        survey, construction = self.survey, self.construction
-        return list(survey.plans[path].tasks(str(construction.root), survey.maps(path), self.options, construction.plan_digest))
-
-    def tasks(self, tasks: Sequence[Task]) -> list[ShardResult]:
-        """The results of all tasks, in their order; what an earlier run did is in its marks."""
-        results = {task.name: self.construction.finished(task) for task in tasks}
-        self.progress.found([result for result in results.values() if result is not None])
-        todo = [self._as_widening(task) for task in tasks if results[task.name] is None]
-        widened = {task.name for task in todo if isinstance(task, WidenTask)}
-
-        def report(result: ShardResult) -> None:
-            self.progress.done(result, widened=result.name in widened)
-
-        with explained_errors(self.construction.where):
-            placed = [self.construction.placed(task) for task in todo]
-            done = self.executor.run(placed, report, self.progress.say) if todo else []
-        results.update({result.name: result for result in done})
-        return [result for task in tasks if (result := results[task.name]) is not None]
-
-    def _as_widening(self, task: Task) -> Task:
-        """A shard that is finished in another dtype is made from its own file."""
-        if not isinstance(task, ShardTask) or task.kind != "values" or task.exact_dtype:
-            return task
-        done = self.construction.outgrown(task)
-        if done is None or done.dtype == task.dtype or not holds(np.dtype(task.dtype), done.stats):
-            return task
-        return WidenTask(task=task, done=done)
-
-
-def _run(
-    construction: Construction | RemoteConstruction,
-    survey: Survey,
-    options: ConversionOptions,
-    executor: Executor,
-    progress: Progress,
-) -> dict[str, list[ShardResult]]:
-    """Write every shard that is not there yet: what every task reported, by matrix."""
-    for path, name in construction.dtypes().items():
-        if path in survey.plans:
-            survey.plans[path] = survey.plans[path].with_dtype(np.dtype(name))
-    with explained_errors(construction.where):
-        save_maps(construction.root, survey.vocabulary.maps)
-        _save_counts(construction, survey)
-        survey.cells.save(construction.root)
-        construction.publish()
-    run = _Run(construction=construction, survey=survey, options=options, executor=executor, progress=progress)
-    tables = list(survey.cells.tasks(str(construction.root), construction.plan_digest))
-    return {path: run.matrix(path, tables if path == "X" else ()) for path in survey.plans}
-
-
-def _save_counts(construction: Construction | RemoteConstruction, survey: Survey) -> None:
-    """What was counted, for tasks in other processes."""
-    for plan in survey.plans.values():
-        for s, source in enumerate(plan.sources):
-            path = plan.counts_path(s, str(construction.root))
-            counts = known_counts((source.spec, source.header.key)) if path else None
-            if counts is not None:
-                save_counts(Path(path), counts)
-
-
-def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: ValueStats) -> np.dtype[Any]:
-    """The dtype that a matrix whose values have these stats is stored in."""
-    plan = survey.plans[path]
-    if plan.asked_dtype(options) != "auto":
-        return plan.layout.data_dtype
-    kept = survey.kept_dtypes.get(path)
-    if kept is not None and holds(kept, seen):
-        return kept
-    return choose_dtype(seen, [source.header.dtype for source in plan.sources], survey.width)
 
 
 def summarize(root: Path | RemoteLocation, survey: Survey, seconds: float, written: Written | None) -> ConversionSummary:

@@ -7,7 +7,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scdl_zarr.conversion.execution import hired, prepare, projected_memory, projected_scratch, projected_size
+from scdl_zarr.conversion.crews import hired, projected_memory, projected_scratch, projected_size
+from scdl_zarr.conversion.execution import prepare
 from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.rewrite import require_known
 from scdl_zarr.conversion.sources.store import forget_stores

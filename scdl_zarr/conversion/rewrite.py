@@ -32,19 +32,15 @@ import numpy as np
 
 from scdl_zarr.conversion.assembly import encode_tables, recorded_plan
 from scdl_zarr.conversion.construction import Construction, check_room, committed_plan, explained_errors, prepare_target
+from scdl_zarr.conversion.crews import hired, projected_scratch, projected_size
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.execution import (
     ConversionSummary,
     build_store,
-    hired,
     plan_record,
     prepare,
-    projected_scratch,
-    projected_size,
     same_store,
     summarize,
-    target_folder,
-    target_state,
     write_store,
 )
 from scdl_zarr.conversion.files import partial_path, sync_folder
@@ -55,6 +51,7 @@ from scdl_zarr.conversion.sources.order import RowOrder, View
 from scdl_zarr.conversion.sources.store import forget_stores, store_specs
 from scdl_zarr.conversion.sources.view import ViewSource, gene_numbers
 from scdl_zarr.conversion.survey import Survey, survey_sources
+from scdl_zarr.conversion.targets import target_folder, target_state
 from scdl_zarr.errors import (
     CorruptStoreError,
     FeatureNameError,

@@ -1,0 +1,96 @@
+"""Who does the tasks of a conversion, and what that takes: memory, room on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from scdl_zarr.conversion.executors import Cluster, Crew, Executor, Processes, Threads, connected, threads_of_workers
+from scdl_zarr.conversion.plan import ConversionOptions, projected_bytes
+from scdl_zarr.conversion.staging import TurnSizes, scratch_bytes
+from scdl_zarr.conversion.survey import Survey
+from scdl_zarr.errors import (
+    OptionError,
+)
+from scdl_zarr.resources import parse_bytes, usable_cores
+from scdl_zarr.storage.schema import (
+    profile_named,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["hired", "projected_memory", "projected_scratch", "projected_size"]
+
+TABLE_FACTOR = 6  # var: as read, joined, as objects, encoded
+
+
+@contextlib.contextmanager
+def hired(survey: Survey, options: ConversionOptions) -> Iterator[Executor]:
+    """Who does the tasks, as many at once as asked for (or cores) and as the memory budget holds.
+
+    Raises
+    ------
+    OptionError
+        Not even one fits the budget, or there is no cluster.
+    MissingDependencyError
+        A cluster is asked for and dask.distributed is not installed.
+    """
+    if options.client is not None:
+        with connected(options.client) as client:
+            threads = threads_of_workers(client)
+            yield Cluster(_crew("cluster", len(threads), min(threads), survey, options), client)
+        return
+    if options.workers is None:
+        yield Threads(_crew("threads", 1, options.threads or usable_cores(), survey, options))
+        return
+    processes = Processes(_crew("processes", options.workers, options.threads or 1, survey, options))
+    try:
+        yield processes
+    finally:
+        processes.close()
+
+
+def _crew(kind: str, processes: int, threads: int, survey: Survey, options: ConversionOptions) -> Crew:
+    """As many threads in each process as its memory holds, and no more of either than there are shards."""
+    budget = parse_bytes(options.memory_budget)
+    staged = (TurnSizes.of(s.header.nnz).runs for plan in survey.plans.values() for s in plan.sources if scratch_bytes(s.header))
+    shards = max(sum(len(plan.cuts) for plan in survey.plans.values()), *staged, survey.cells.n_shards, 1)
+    threads = min(threads, shards)
+    while threads > 1 and projected_memory(survey, threads) > budget:
+        threads -= 1
+    needed = projected_memory(survey, threads)
+    if needed > budget:
+        raise OptionError(
+            f"memory_budget={options.memory_budget!r} (--memory-budget) is too small: "
+            f"one worker needs about {needed / 1e6:,.0f} MB here"
+        )
+    return Crew(kind=kind, processes=min(processes, -(-shards // threads)), threads=threads)
+
+
+def projected_memory(survey: Survey, threads: int) -> int:
+    """Peak bytes of a process that does so many tasks at a time (of this one: it holds the tables, too)."""
+    plans, cells = list(survey.plans.values()), survey.cells
+    tables = TABLE_FACTOR * frame_bytes(survey.vocabulary.frame()) + cells.plan_bytes
+    return projected_bytes(plans, threads, tables, survey.longest_row, cells.task_bytes)
+
+
+def frame_bytes(frame: pd.DataFrame) -> int:
+    """Memory of a table."""
+    return int(frame.memory_usage(deep=True).sum())
+
+
+def projected_size(survey: Survey, options: ConversionOptions) -> int:
+    """Bytes of the store."""
+    profile = profile_named(options.profile)
+    size = 0.0
+    for plan in survey.plans.values():
+        assert plan.layout.indptr is not None
+        size += plan.layout.nnz * profile.bytes_per_value + plan.layout.indptr.size * plan.layout.indptr.dtype.itemsize
+    return int(size)
+
+
+def projected_scratch(survey: Survey) -> int:
+    """Bytes on the disk of the columns of one matrix at a time, on their way to rows."""
+    return max(sum(scratch_bytes(source.header) for source in plan.sources) for plan in survey.plans.values())
