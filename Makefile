@@ -7,7 +7,13 @@ DEMO_VENV := .venv-demo
 # test files run side by side, each one's tests in order
 SIDE_BY_SIDE := --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
-.PHONY: demo test lint test-py312 test-scdl notebooks benchmark clean full
+# tests of what does not depend on the versions of zarr, anndata and pandas: one Python is enough
+OF_ONE_VERSION := test_apart.py test_bad_input.py test_benchmark_command.py test_benchmarks.py test_bionemo.py \
+	test_bionemo_joining.py test_bionemo_readme.py test_cli.py test_collection.py test_crash.py test_executors.py test_finding.py \
+	test_forged_chunks.py test_interpreter_end.py test_kernels.py test_leftovers.py test_memory.py test_permutation.py \
+	test_recent.py test_scdl_readme.py test_scdl_weaknesses.py
+
+.PHONY: demo test lint test-py312 test-py312-all kills test-scdl notebooks benchmark clean full
 
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/scdl-zarr demo --into .demo
@@ -24,7 +30,15 @@ notebooks: $(VENV)/ready
 	$(VENV)/bin/python -m notebooks.run notebooks/01_convert_and_explore.ipynb
 
 test-py312: $(VENV312)/ready
+	$(VENV312)/bin/python -m pytest tests $(SIDE_BY_SIDE) $(addprefix --ignore=tests/,$(OF_ONE_VERSION))
+
+# every test on Python 3.12, too
+test-py312-all: $(VENV312)/ready
 	$(VENV312)/bin/python -m pytest tests $(SIDE_BY_SIDE)
+
+# conversions that are killed at random moments, and at random fsync calls, many times
+kills: $(VENV)/ready
+	SCDL_ZARR_KILLS=40 $(VENV)/bin/python -m pytest tests/test_crash.py -k random
 
 # the tests of what BioNeMo-SCDL does, on BioNeMo-SCDL itself: whoever misreads it fails here
 test-scdl:
@@ -33,7 +47,7 @@ test-scdl:
 benchmark: $(VENV)/ready
 	$(VENV)/bin/python -m benchmarks
 
-full: lint test test-py312 notebooks benchmark
+full: lint test test-py312-all kills notebooks benchmark
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
