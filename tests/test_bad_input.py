@@ -299,7 +299,7 @@ CONTRADICTIONS: dict[str, tuple[Edit, list[str]]] = {
     "no var": (remove("var"), ["has no var"]),
     "no indices": (remove("X/indices"), ["X is not a readable CSR matrix", "indices"]),
     "shape of other rows": (attribute("X", "shape", [N_OBS + 1, N_VARS]), [f"{N_OBS + 1} row pointers", f"{N_OBS + 1} rows"]),
-    "shape below zero": (attribute("X", "shape", [-1, N_VARS]), ["-1 rows"]),
+    "shape below zero": (attribute("X", "shape", [-1, N_VARS]), [f"X has shape -1 × {N_VARS}"]),
     "shape of three": (attribute("X", "shape", [N_OBS, N_VARS, 1]), ["X is not a readable CSR matrix"]),
     "values that are text": (swap("X/data", np.array([b"x"] * NNZ)), ["values of dtype |S1"]),
     "values that are complex": (swap("X/data", np.ones(NNZ, "c8")), ["values of dtype complex64"]),

@@ -242,7 +242,7 @@ def test_a_text_file_lists_sources(made: dict[str, Path], here: Path) -> None:
     (here / "data" / "files.txt").write_bytes(text.encode())
     assert found("data/files.txt") == ["x y.h5ad", "c#1.h5ad", "a.h5ad", "b.h5ad"]
     (here / "all.lst").write_text(f"data/files.txt\n{made['anndata']}\ns3://bucket/z.h5ad\n")
-    with mock.patch.object(finding, "describe_path", told):
+    with mock.patch.object(finding, "describe_path", told), mock.patch.object(finding, "expand_remote", alone):
         assert found("all.lst") == ["x y.h5ad", "c#1.h5ad", "a.h5ad", "b.h5ad", "a.zarr", "z.h5ad"]
 
 
@@ -286,9 +286,14 @@ def test_an_hdf5_file_is_no_list_whatever_its_name(made: dict[str, Path], here: 
 # ---- lists, names, URLs
 
 
-def told(path: Any, name: str | None = None) -> list[SourceSpec]:
+def told(path: Any, name: str | None = None, _options: Any = None) -> list[SourceSpec]:
     """``describe_path`` for sources that are not there."""
     return [SourceSpec(path=str(path), name=str(name), size=1, mtime_ns=1)]
+
+
+def alone(url: str, _options: Any = None) -> list[str]:
+    """``expand_remote`` for a URL that is itself a source."""
+    return [url]
 
 
 def test_a_list_mixes_everything(made: dict[str, Path], here: Path) -> None:
@@ -318,14 +323,14 @@ def test_listed_twice(made: dict[str, Path], here: Path, twice: list[str]) -> No
 
 
 def test_urls_reach_the_description_as_they_are() -> None:
-    urls = ["s3://bucket/a/x.h5ad?versionId=3", "https://host/[b]/*.h5ad", "s3://bucket/c/store.zarr/"]
+    urls = ["s3://bucket/a/x.h5ad", "https://host/[b]/*.h5ad", "s3://bucket/c/store.zarr/"]
     seen = []
 
-    def describe(path: Any, name: str | None = None) -> list[SourceSpec]:
+    def describe(path: Any, name: str | None = None, _options: Any = None) -> list[SourceSpec]:
         seen.append(path)
         return told(path, name)
 
-    with mock.patch.object(finding, "describe_path", describe):
+    with mock.patch.object(finding, "describe_path", describe), mock.patch.object(finding, "expand_remote", alone):
         assert found(urls) == ["x.h5ad", "*.h5ad", "store.zarr"]
         assert seen == urls
         assert found(["s3://b/run1/out/x.h5", "s3://b/run2/out/x.h5"]) == ["run1/out/x.h5", "run2/out/x.h5"]

@@ -16,7 +16,7 @@ import scipy.sparse
 N_GENES = 1000
 ONCE = 1 << 20  # stored values
 BUDGET = 900_000_000
-FLAT = 48_000_000  # what eight times the data may add: it would be 64 MB and more if any of it were held
+FLAT = 60_000_000  # what eight times the data may add, mapped files included: 64 MB and more if any of it were held
 SCRIPT = """
 import json, sys
 from pathlib import Path

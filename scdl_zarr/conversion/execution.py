@@ -249,13 +249,13 @@ def write_store(
     plan: Mapping[str, Any],
     *,
     replaces: bool,
-    tables: Callable[[Survey], EncodedElements] = encode_tables,
+    tables: Callable[[Survey], EncodedElements] | None = None,
 ) -> Written:
     """Write what was surveyed, in place of the store that is there if it `replaces` one."""
     record = recorded_plan(plan)
     resume = options.resume and not options.overwrite
     with hired(survey, options) as executor:
-        encoded = tables(survey)  # what cannot be stored is refused here, before anything is written
+        encoded = (tables or encode_tables)(survey)  # what cannot be stored is refused here, before anything is written
         if isinstance(root, RemoteLocation):
             place = RemoteConstruction(root, plan, resume=resume, take_over=options.overwrite)
             return build_store(place, survey, options, executor, encoded, record)

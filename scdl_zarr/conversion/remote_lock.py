@@ -19,7 +19,7 @@ from scdl_zarr.errors import ScdlZarrError, StoreBusyError, StoreNotFoundError
 from scdl_zarr.storage.identity import this_machine
 from scdl_zarr.storage.remote import RemoteLocation
 
-__all__ = ["RENEW_SECONDS", "STALE_SECONDS", "RemoteLock"]
+__all__ = ["RENEW_SECONDS", "RemoteLock", "STALE_SECONDS"]
 
 RENEW_SECONDS = 60
 STALE_SECONDS = 600
