@@ -248,7 +248,7 @@ def test_killed_at_any_moment_the_store_is_the_old_one_or_the_new_one(tmp_path: 
     expected = contents(tmp_path / "undisturbed.zarr")
     rng = np.random.default_rng(0)
     seen = set()
-    for at in sorted({calls, calls - 1, *rng.integers(1, calls, 8).tolist()}):
+    for at in sorted({calls, calls - 1, *rng.integers(1, calls, 4).tolist()}):
         store = tmp_path / f"killed_{at}" / "undisturbed.zarr"
         store.parent.mkdir()
         store_of(first, store)

@@ -35,7 +35,7 @@ def collected(folder: Path, n: int = 3) -> tuple[SingleCellCollection, sp.csr_ma
     return collection, sp.vstack(matrices).tocsr()
 
 
-@settings(max_examples=12)
+@settings(max_examples=7)
 @given(files=drawn_files(), asked=st.lists(st.integers(0, 99), max_size=20))
 def test_its_rows_are_those_of_the_store_it_is_flattened_to(files: list[DrawnFile], asked: list[int]) -> None:
     with tempfile.TemporaryDirectory() as name:

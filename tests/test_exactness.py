@@ -187,7 +187,7 @@ def test_anything_comes_back_exactly(
         assert report.ok, str(report)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(parts=matrices())
 def test_the_dtype_is_exact_and_that_of_the_rules(parts: Any) -> None:
     values, ids, indptr, n_vars = parts

@@ -74,7 +74,7 @@ def as_dense(matrix: Any) -> npt.NDArray[Any]:
     return matrix.toarray() if sp.issparse(matrix) else np.asarray(matrix)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(chosen=sources(), chunk=st.integers(1, 5), chunks=st.integers(1, 3), threads=st.integers(1, 2))
 def test_the_store_holds_what_anndata_reads(chosen: list[Source], chunk: int, chunks: int, threads: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

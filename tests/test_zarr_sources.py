@@ -89,7 +89,7 @@ def matrices(draw: st.DrawFn) -> sp.csr_matrix:
     return csr([([v for v, _ in r], [g for _, g in r]) for r in rows], n_vars, dtype)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(data=st.data(), matrix=matrices())
 def test_a_converted_store_is_scipys(
     data: st.DataObject, matrix: sp.csr_matrix, tmp_path_factory: pytest.TempPathFactory
