@@ -174,9 +174,10 @@ def convert(
     memory_budget
         Most memory a process may use; fewer tasks run at a time where it is tight.
     threads
-        Shards written at a time by threads of this process (default: one per core), or of each of the `workers` (default: 1).
+        Shards written at a time by threads of this process (default: one per core).
     workers
-        Processes of this machine to write the shards instead.  They are fresh interpreters: no script is run again.
+        Processes of this machine to write the shards instead, one at a time each.  They are fresh interpreters: no script is run
+        again.
     client
         A ``dask.distributed.Client``, or the address of a scheduler, whose workers write the shards instead.  They must see the
         sources and the target under the same paths.  A task of a worker that is lost is done by another one.

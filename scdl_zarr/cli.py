@@ -43,7 +43,7 @@ class WidthChoice(StrEnum):
 MemoryOption = Annotated[str, typer.Option(help="Most memory a process may use, such as 2GB.")]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option(help="Shards written at a time, in this process or in each worker. [default: one per core; 1 in workers]"),
+    typer.Option(help="Shards written at a time in this process. [default: one per core]"),
 ]
 WorkersOption = Annotated[int | None, typer.Option(help="Processes of this machine that write the shards.")]
 SchedulerOption = Annotated[

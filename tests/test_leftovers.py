@@ -15,13 +15,14 @@ import pytest
 import scdl_zarr
 from scdl_zarr import errors
 from scdl_zarr.conversion import construction
-from scdl_zarr.conversion.construction import remove_partial_files, run_task
+from scdl_zarr.conversion.construction import perform_task, remove_partial_files, run_task
 from scdl_zarr.conversion.encode import ShardEncoder
 from scdl_zarr.conversion.execution import ConversionSummary, run_conversion
 from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, sync_folder
 from scdl_zarr.conversion.plan import ConversionOptions, Task
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.stopping import StoppedError, interruptible_pool, refuse_if_stopped
+from scdl_zarr.conversion.widen import WidenTask
 from scdl_zarr.storage.location import StoreLocation, read_metadata, replaced_path, replacement_path
 from scdl_zarr.storage.schema import BUILD_FOLDER
 from tests.test_crash import contents, failing_at
@@ -179,6 +180,33 @@ def test_what_was_written_in_a_dtype_that_was_too_narrow_counts(tmp_path: Path, 
     converted(source, tmp_path / "at once.zarr", chunk_values=1 << 12, shard_values=1 << 15, dtype="float32")
     shards = ("X/data/c", "X/indices/c", "X/indptr/c")
     assert all(contents(tmp_path / "late.zarr" / part) == contents(tmp_path / "at once.zarr" / part) for part in shards)
+
+
+def test_a_shard_that_is_widened_twice_is_made_of_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever widened it first was lost before its mark: the same four bytes are then fractions, and no integers any more."""
+    rows: list[tuple[list[Any], list[int]]] = [([k % 7 + 1.0] * 8, list(range(8))) for k in range(1 << 14)]
+    rows[-1] = ([0.5] * 8, list(range(8)))
+    source = write_h5ad(tmp_path / "late.h5ad", csr(rows, 8))
+    twice: list[str] = []
+    others = threading.Semaphore(0)
+
+    def lost_once(task: Task) -> ShardResult:
+        if isinstance(task, WidenTask):
+            perform_task(task)
+            twice.append(task.name)
+        elif task.name == "X-values-000003" and task.dtype.startswith("int"):
+            assert all(others.acquire(timeout=60) for _ in range(3))
+        result = run_task(task)
+        if "values" in task.name:
+            others.release()
+        return result
+
+    monkeypatch.setattr("scdl_zarr.conversion.executors.run_task", lost_once)
+    sizes = {"chunk_values": 16, "shard_values": 1 << 15}
+    converted(source, tmp_path / "late.zarr", threads=4, **sizes)
+    assert len(twice) == 3
+    converted(source, tmp_path / "at once.zarr", dtype="float32", **sizes)
+    assert contents(tmp_path / "late.zarr/X/data") == contents(tmp_path / "at once.zarr/X/data")
 
 
 # ---- replacements

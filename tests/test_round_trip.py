@@ -31,10 +31,10 @@ def sources(draw: st.DrawFn) -> list[Source]:
         n_cells = draw(st.sampled_from((0, 0, 1, 2, 3, 5, 9)))
         rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         largest = draw(st.sampled_from((1, 200, 300, 70_000)))
-        cells = rng.integers(0, largest + 1, (n_cells, n_genes)) * (
+        cells: Any = rng.integers(0, largest + 1, (n_cells, n_genes)) * (
             rng.random((n_cells, n_genes)) < draw(st.sampled_from((0.0, 0.4, 1.0)))
         )
-        dtype = np.dtype(draw(st.sampled_from(DTYPES)))
+        dtype: Any = np.dtype(draw(st.sampled_from(DTYPES)))
         if dtype.kind == "f" and draw(st.booleans()):
             cells = cells / 4
         elif dtype.kind != "f":

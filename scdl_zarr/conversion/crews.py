@@ -45,7 +45,7 @@ def hired(survey: Survey, options: ConversionOptions) -> Iterator[Executor]:
     if options.workers is None:
         yield Threads(_crew("threads", 1, options.threads or usable_cores(), survey, options))
         return
-    processes = Processes(_crew("processes", options.workers, options.threads or 1, survey, options))
+    processes = Processes(_crew("processes", options.workers, 1, survey, options))
     try:
         yield processes
     finally:

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numcodecs.blosc
@@ -45,8 +45,9 @@ class ShardFile:
     `chunks` is how many the index lists; those that are not written are absent.  With 0 there is no index: the file is one chunk.
     """
 
-    def __init__(self, path: Path, chunks: int) -> None:
+    def __init__(self, path: Path, chunks: int, before: Callable[[], object] | None = None) -> None:
         self._path = path
+        self._before = before  # called when the file is whole, right before it gets its name; an error keeps it from that
         self._sizes = np.zeros(chunks, np.uint64)  # with the checksum's bytes
         self._written = 0
 
@@ -62,6 +63,8 @@ class ShardFile:
                 if kind is None:
                     self._finish()
             if kind is None:
+                if self._before is not None:
+                    self._before()
                 os.replace(self._temporary, self._path)
                 sync_folder(self._path.parent)
         finally:
@@ -93,8 +96,8 @@ class ShardFile:
 class ShardEncoder:
     """Writes one shard file.  As a context manager: renamed into place on success, removed on an error."""
 
-    def __init__(self, path: Path, layout: ArrayLayout) -> None:
-        self._file = ShardFile(path, layout.chunks_per_shard)
+    def __init__(self, path: Path, layout: ArrayLayout, before: Callable[[], object] | None = None) -> None:
+        self._file = ShardFile(path, layout.chunks_per_shard, before)
         self._layout = layout
         self._rest = np.empty(layout.chunk, layout.dtype)  # values that do not fill a chunk yet
         self._held = 0
@@ -186,27 +189,26 @@ class ShardEncoder:
         return raw + check
 
 
-def shard_chunks(path: Path, layout: ArrayLayout) -> Iterator[npt.NDArray[Any]]:
-    """The chunks of a shard that a :class:`ShardEncoder` wrote, each whole, in order; up to the first that is absent.
+def shard_chunks(file: BinaryIO, path: Path, layout: ArrayLayout) -> Iterator[npt.NDArray[Any]]:
+    """The chunks of an opened shard that a :class:`ShardEncoder` wrote, each whole, in order; up to the first that is absent.
 
     Raises
     ------
     CorruptStoreError
         The file is damaged.
     """
-    size, index_bytes = path.stat().st_size, 16 * layout.chunks_per_shard
-    with open(path, "rb") as file:
-        if size < index_bytes + CHECKSUM_BYTES:
-            raise CorruptStoreError(f"{path} has {size} bytes, too few for its index")
-        file.seek(size - index_bytes - CHECKSUM_BYTES)
-        index = np.frombuffer(_checked(file.read(), path, "index"), "<u8").reshape(-1, 2)
-        for number, (offset, length) in enumerate(index.tolist()):
-            if offset == _ABSENT:
-                return
-            if length > size or offset > size - length:
-                raise CorruptStoreError(f"{path}: chunk {number} lies beyond the end of the file")
-            file.seek(offset)
-            yield _decoded(_checked(file.read(length), path, f"chunk {number}"), layout, path, number)
+    size, index_bytes = os.fstat(file.fileno()).st_size, 16 * layout.chunks_per_shard
+    if size < index_bytes + CHECKSUM_BYTES:
+        raise CorruptStoreError(f"{path} has {size} bytes, too few for its index")
+    file.seek(size - index_bytes - CHECKSUM_BYTES)
+    index = np.frombuffer(_checked(file.read(), path, "index"), "<u8").reshape(-1, 2)
+    for number, (offset, length) in enumerate(index.tolist()):
+        if offset == _ABSENT:
+            return
+        if length > size or offset > size - length:
+            raise CorruptStoreError(f"{path}: chunk {number} lies beyond the end of the file")
+        file.seek(offset)
+        yield _decoded(_checked(file.read(length), path, f"chunk {number}"), layout, path, number)
 
 
 def _checked(content: bytes, path: Path, what: str) -> bytes:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from scdl_zarr.conversion.assembly import commit_store, encode_tables, recorded_plan
 from scdl_zarr.conversion.construction import (
@@ -58,9 +58,6 @@ from scdl_zarr.storage.remote import RemoteLocation, is_remote, parse_remote
 from scdl_zarr.storage.schema import (
     BUILD_FOLDER,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "ConversionSummary",

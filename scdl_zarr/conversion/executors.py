@@ -114,13 +114,19 @@ class Processes:
         self._idle: list[_Child] = []
         self._children: list[_Child] = []
         self._lock = threading.Lock()
+        self._closed = False
 
     def run(self, tasks: Sequence[Task], report: Report, say: Say) -> list[ShardResult]:
         places = self.crew.processes * self.crew.threads
+
+        def stop(line: str) -> None:
+            say(line)
+            self.close()  # what they are at is given up, rather than waited for
+
         try:
-            return _run_in_pool(tasks, min(places, max(len(tasks), 1)), self._do, report, say)
+            return _run_in_pool(tasks, min(places, max(len(tasks), 1)), self._do, report, stop)
         except (KeyboardInterrupt, StoppedError):
-            self.close()  # what they are at is given up
+            self.close()
             raise
 
     def _do(self, task: Task) -> ShardResult:
@@ -143,6 +149,8 @@ class Processes:
 
     def _take(self) -> _Child:
         with self._lock:
+            if self._closed:
+                raise StoppedError("its processes have ended")
             if self._idle:
                 return self._idle.pop()
             child = _Child()
@@ -154,9 +162,11 @@ class Processes:
             self._idle.append(child)
 
     def close(self) -> None:
-        for child in self._children:
+        with self._lock:
+            self._closed, children = True, self._children
+            self._children, self._idle = [], []
+        for child in children:
             child.end()
-        self._children, self._idle = [], []
 
 
 class _LostError(Exception):
@@ -287,7 +297,7 @@ class Cluster:
         key = (
             f"convert-{task.name}-{task.dtype}-{secrets.token_hex(4)}"  # what the dashboard shows; no result is taken for another
         )
-        return self.client.submit(run_on_worker, task, self.crew.threads, key=key, pure=False, retries=TRIES)
+        return self.client.submit(run_on_worker, task, self.crew.threads, key=key, pure=False)
 
     def close(self) -> None:
         pass

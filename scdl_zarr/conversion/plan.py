@@ -101,6 +101,8 @@ class ConversionOptions:
             count = getattr(self, name)
             if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
                 raise OptionError(f"{name}={count!r} (--{name}); expected a positive number")
+        if self.workers is not None and self.threads is not None:
+            raise OptionError("workers= (--workers) are processes that do one task at a time; leave out threads= (--threads)")
         if self.client is not None and (self.workers is not None or self.threads is not None):
             raise OptionError("client= (--scheduler) brings its own workers and their threads; leave out workers= and threads=")
         if not isinstance(self.dtype_tolerance, (int, float)) or not 0 <= self.dtype_tolerance < float("inf"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +26,6 @@ from scdl_zarr.conversion.widen import WidenTask
 from scdl_zarr.errors import (
     SourceError,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["write_matrices"]
 

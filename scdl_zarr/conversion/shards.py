@@ -80,7 +80,7 @@ def write_shard(task: ShardTask) -> ShardResult:
 
 def _write_pointers(task: ShardTask) -> ShardResult:
     (layout,) = task.arrays
-    with ShardEncoder(_path(task, layout), layout) as encoder:
+    with ShardEncoder(_path(task, layout), layout, lambda: refuse_if_stopped(task.root, task)) as encoder:
         done = task.start
         for part in task.parts:
             with _opened(part) as matrix:
@@ -101,7 +101,14 @@ def _write_values(task: ShardTask) -> ShardResult:
     unsorted: list[tuple[int, int]] = []
     written = bytes_in = 0
     buffers = _Buffers()
-    with ShardEncoder(_path(task, data), data) as data_out, ShardEncoder(_path(task, indices), indices) as indices_out:
+
+    def last_moment() -> None:
+        refuse_if_stopped(task.root, task)
+
+    with (
+        ShardEncoder(_path(task, data), data, last_moment) as data_out,
+        ShardEncoder(_path(task, indices), indices, last_moment) as indices_out,
+    ):
         for part in task.parts:
             mapping = _Mapping(task.root, part, indices.dtype)
             with _opened(part) as matrix:

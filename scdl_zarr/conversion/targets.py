@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from scdl_zarr.conversion.construction import (
     committed_plan,
@@ -25,9 +24,6 @@ from scdl_zarr.storage.remote import RemoteLocation
 from scdl_zarr.storage.schema import (
     BUILD_FOLDER,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["remote_state", "target_folder", "target_state"]
 

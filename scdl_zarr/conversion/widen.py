@@ -7,8 +7,10 @@ finished hold nothing that the wider dtype does not: they are decoded, cast and 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -50,8 +52,16 @@ class WidenTask:
         return self.task.files
 
 
-def widen_shard(widen: WidenTask) -> ShardResult:
+def widen_shard(widen: WidenTask, file: BinaryIO, before: Callable[[], object]) -> ShardResult:
     """Write the values of a finished shard in the dtype that its task now asks for.
+
+    Parameters
+    ----------
+    file
+        The finished shard, opened while its mark said that it is in the dtype of ``widen.done``: bytes alone do not tell whether
+        they are integers or fractions.
+    before
+        Called right before the new shard takes the place of the old one: that mark has to go first.
 
     Raises
     ------
@@ -64,8 +74,13 @@ def widen_shard(widen: WidenTask) -> ShardResult:
     layout = task.arrays[0]
     path = Path(task.root, layout.shard_key(task.number))
     left = task.stop - task.start
-    with ShardEncoder(path, layout) as encoder:
-        for values in shard_chunks(path, layout.with_dtype(np.dtype(widen.done.dtype))):
+
+    def last_moment() -> None:
+        refuse_if_stopped(task.root, task)
+        before()
+
+    with ShardEncoder(path, layout, last_moment) as encoder:
+        for values in shard_chunks(file, path, layout.with_dtype(np.dtype(widen.done.dtype))):
             refuse_if_stopped(task.root)
             held = values[:left]  # the last chunk is filled up
             if len(inexact_positions(held, layout.dtype)):
@@ -74,5 +89,4 @@ def widen_shard(widen: WidenTask) -> ShardResult:
             left -= len(held)
         if left:
             raise CorruptStoreError(f"{path} ends {left} values early; remove {task.root} and run again")
-        refuse_if_stopped(task.root, task)
     return replace(widen.done, dtype=task.dtype, seconds=time.perf_counter() - began, bytes_in=0)
