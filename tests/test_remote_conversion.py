@@ -103,7 +103,7 @@ def test_an_object_store_gets_the_same_bytes(
     bucket: Bucket, sources: list[Path], expected: dict[str, bytes], workers: int | None
 ) -> None:
     key = f"same/{workers}.zarr"
-    data = convert(sources, bucket, key, workers=workers, threads=1 if workers else 2)
+    data = convert(sources, bucket, key, workers=workers, threads=None if workers else 2)
     as_uploaded(expected, objects(bucket.at(key)))
     assert (data.n_obs, data.n_vars) == (200, 60) and data.path == bucket.url(key)
     assert data.read_rows([199]).to_scipy().max() == 70000
@@ -389,7 +389,7 @@ def test_remote_sources_give_the_same_bytes(
     for k, asked in enumerate(([bucket.url("in/a.h5ad"), bucket.url("in/b.h5ad")], bucket.url("in/*.h5ad"), [bucket.url("in/")])):
         scdl_zarr.convert(asked, tmp_path / f"{k}.zarr", width="narrow", storage_options=bucket.options, **SIZES)
         assert contents(tmp_path / f"{k}.zarr") == expected
-    data = convert([str(sources[0]), bucket.url("in/b.h5ad")], bucket, "mixed.zarr", workers=2, threads=1)
+    data = convert([str(sources[0]), bucket.url("in/b.h5ad")], bucket, "mixed.zarr", workers=2, threads=None)
     as_uploaded(expected, objects(bucket.at("mixed.zarr")))
     assert list(data.sources["name"]) == ["a.h5ad", "b.h5ad"]
     one: dict[str, Any] = {**SIZES, "storage_options": bucket.options}

@@ -56,9 +56,10 @@ def write(folder: Path, number: int, source: Source) -> Path:
             rechunk(path, chunk)
         return path
     path = folder / f"{number}.zarr"
-    with anndata.settings.override(zarr_write_format=int(kind[-1])), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # anndata's advice against Zarr v2
-        adata.write_zarr(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # anndata's advice against Zarr v2
+        with anndata.settings.override(zarr_write_format=int(kind[-1])):
+            adata.write_zarr(path)
     return path
 
 
