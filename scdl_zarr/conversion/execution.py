@@ -265,7 +265,7 @@ def write_store(
 
 
 def _skipped_before(root: Path | RemoteLocation, taken: str | None) -> dict[str, tuple[str, int]]:
-    """Sources that an earlier run of this conversion skipped, with reasons and sizes: some faults only reading every value tells."""
+    """Sources that an earlier run skipped, with reasons and sizes: some faults only reading every value tells."""
     if taken == "build":
         return skipped_in_plan(root)
     if taken != "store":
