@@ -18,9 +18,11 @@ from typer.testing import CliRunner
 import scdl_zarr
 from scdl_zarr.cli import app
 from scdl_zarr.conversion.execution import run_conversion
+from scdl_zarr.conversion.finding import find_sources
 from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.preview import plan_conversion
-from scdl_zarr.errors import OptionError, SourceError
+from scdl_zarr.conversion.problems import Problems
+from scdl_zarr.errors import OptionError, SourceError, StoreExistsError
 from tests.toys import contents, encoded_rows, write_h5ad
 
 
@@ -142,6 +144,39 @@ def test_what_turns_out_to_be_bad_when_it_is_read_is_skipped(files: list[Path], 
     assert contents(tmp_path / "s.zarr/X") == contents(tmp_path / "good.zarr/X")
     again = run_conversion(mixed, tmp_path / "s.zarr", ConversionOptions(skip_bad=True, **options))
     assert not again.written and again.skipped == summary.skipped
+
+
+def test_a_source_that_was_repaired_is_skipped_no_more(files: list[Path], bad: list[Path], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"progress": False, "skip_bad": True}
+    scdl_zarr.convert([*files, bad[1]], tmp_path / "s.zarr", **options)
+    assert not run_conversion([*files, bad[1]], tmp_path / "s.zarr", ConversionOptions(**options)).written
+    write_h5ad(bad[1], encoded_rows(7, 8, 3))
+    with pytest.raises(StoreExistsError, match=r"text\.h5ad is a source only here"):
+        scdl_zarr.convert([*files, bad[1]], tmp_path / "s.zarr", **options)
+
+
+def test_a_url_is_told_without_what_may_be_a_secret() -> None:
+    problems = Problems(skip=True)
+    for url in ("https://user:S3CRET@host.invalid/q.h5ad", "https://host.invalid/r.h5ad?X-Amz-Signature=S3CRET"):
+        find_sources([url], problems=problems)
+    assert [problem.name for problem in problems.found] == ["q.h5ad", "r.h5ad"]
+    assert not any("S3CRET" in f"{problem} {problem!r}" for problem in problems.found)
+
+
+@pytest.mark.parametrize("name", ["x/a.h5ad", "./x/a.h5ad"])
+def test_each_source_gives_the_matrix_that_is_named_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """By its path before the name of its file; stores, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    for number, path in enumerate(("a.h5ad", "x/a.h5ad", "b.h5ad")):
+        ones = scipy.sparse.csr_matrix(np.ones((2, 3), np.float32))
+        anndata.AnnData(ones * (number + 1), layers={"counts": ones * (number + 1) * 10}).write_h5ad(path)
+    scdl_zarr.convert("b.h5ad", "b.zarr", layers="counts", progress=False)
+    matrix = {name: "counts", "a.h5ad": "X", "b.zarr": "layers/counts"}
+    data = scdl_zarr.convert(["a.h5ad", "x/a.h5ad", "b.zarr"], "s.zarr", matrix=matrix, progress=False)
+    assert data.read_rows([0, 2, 4]).data.reshape(3, 3)[:, 0].tolist() == [1, 20, 30]
+    with pytest.raises(OptionError, match=r"names 'typo\.h5ad', which is no source here"):
+        scdl_zarr.convert(["a.h5ad", "b.zarr"], "t.zarr", matrix={"a.h5ad": "X", "typo.h5ad": "X"}, progress=False)
 
 
 def test_nothing_is_made_of_bad_sources_alone(bad: list[Path], tmp_path: Path) -> None:

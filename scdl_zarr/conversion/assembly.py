@@ -111,7 +111,11 @@ def _add_provenance(elements: EncodedElements, survey: Survey, results: dict[str
         for name, values in packer.directory.items()
     }
     if survey.skipped:
-        skipped = {"name": _texts(one.name for one in survey.skipped), "reason": _texts(one.reason for one in survey.skipped)}
+        skipped = {
+            "name": _texts(one.name for one in survey.skipped),
+            "reason": _texts(one.reason for one in survey.skipped),
+            "size_bytes": np.array([one.size for one in survey.skipped], np.int64),
+        }
         elements.add_frame("uns/scdl/skipped", pd.DataFrame(skipped))
     for name, columns in (("sources", sources), ("blocks", blocks), ("tables", tables), ("directory", directory)):
         elements.add_frame(f"uns/scdl/{name}", pd.DataFrame(columns))

@@ -349,13 +349,13 @@ def remove_partial_files(root: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def skipped_in_plan(root: Path | RemoteLocation) -> dict[str, str]:
-    """Sources that an unfinished conversion goes without, with the reasons."""
+def skipped_in_plan(root: Path | RemoteLocation) -> dict[str, tuple[str, int]]:
+    """Sources that an unfinished conversion goes without, with the reasons and their sizes."""
     from scdl_zarr.storage.location import locate
 
     found = (_parse_json(locate(root).read(f"{BUILD_FOLDER}/plan.json")) or {}).get("skipped")
     listed = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
-    return {str(one.get("name")): str(one.get("reason")) for one in listed}
+    return {str(one.get("name")): (str(one.get("reason")), one.get("size", -1)) for one in listed}
 
 
 def describe_options(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ Each shard is one task.  ``dask`` runs them in threads; a plain ``for`` loop ove
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -35,7 +34,7 @@ from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.executors import Executor
 from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.plan import ConversionOptions
-from scdl_zarr.conversion.problems import Problems, blamed
+from scdl_zarr.conversion.problems import Problems, blamed, may_pass
 from scdl_zarr.conversion.progress import Progress
 from scdl_zarr.conversion.remote_building import RemoteConstruction, finish_remotely
 from scdl_zarr.conversion.running import write_matrices
@@ -153,7 +152,7 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
                 return run(sources, target, options, bad)
             except SourceError as error:
                 spec = blamed(error)
-                if not options.skip_bad or spec is None or spec in bad or _may_pass(error):
+                if not options.skip_bad or spec is None or spec in bad or may_pass(error):
                     raise
                 bad[spec] = error
     finally:
@@ -192,8 +191,8 @@ def prepare(
         for spec in specs:
             if bad and spec in bad:
                 problems.blame(spec, bad[spec])
-            elif spec.name in names:
-                problems.blame(spec, SourceError(names[spec.name]))
+            elif spec.name in names and names[spec.name][1] == spec.size:
+                problems.blame(spec, SourceError(names[spec.name][0]))
     survey = survey_sources(specs, options, problems=problems)
     return Prepared(root=root, taken=taken, survey=survey, plan=plan_record(survey, options))
 
@@ -265,8 +264,8 @@ def write_store(
             return written
 
 
-def _skipped_before(root: Path | RemoteLocation, taken: str | None) -> dict[str, str]:
-    """Sources that an earlier run of this conversion skipped, with the reasons: some of them only reading every value tells."""
+def _skipped_before(root: Path | RemoteLocation, taken: str | None) -> dict[str, tuple[str, int]]:
+    """Sources that an earlier run skipped, with reasons and sizes: some faults only reading every value tells."""
     if taken == "build":
         return skipped_in_plan(root)
     if taken != "store":
@@ -296,17 +295,9 @@ def build_store(
                 values=progress.values, bytes_in=progress.bytes_in, bytes_out=progress.bytes_out, crew=str(executor.crew)
             )
         except (SourceError, InexactValueError, OptionError) as error:
-            if not _may_pass(error):
+            if not may_pass(error):
                 construction.discard()
             raise
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether a source could not be read for a reason that lies in the machine and not in the file."""
-    cause = error.__cause__
-    if isinstance(cause, StoreUnreachableError):
-        return True
-    return isinstance(cause, OSError) and cause.errno in {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE}
 
 
 def same_store(root: Path | RemoteLocation, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
@@ -366,7 +357,7 @@ def plan_record(survey: Survey, options: ConversionOptions) -> dict[str, Any]:
         "options": content,
         "width": survey.width,
         "matrices": matrices,
-        "skipped": [{"name": problem.name, "reason": problem.reason} for problem in survey.skipped],
+        "skipped": [{"name": problem.name, "reason": problem.reason, "size": problem.size} for problem in survey.skipped],
         "sources": sources,
         "digest": digest_of(survey.digests),
     }

@@ -27,7 +27,7 @@ from scdl_zarr.conversion.sources import SourceSpec, describe_path, is_store
 from scdl_zarr.conversion.sources.remote import expand_remote
 from scdl_zarr.errors import OptionError, ScdlZarrError, SourceError, StoreAccessError, StoreNotFoundError
 from scdl_zarr.storage.location import ROOT_KEYS, local_path
-from scdl_zarr.storage.remote import parse_remote
+from scdl_zarr.storage.remote import parse_remote, shown_url
 from scdl_zarr.storage.scdl_archive import archive_kind, archives_in
 from scdl_zarr.storage.schema import BUILD_FOLDER
 
@@ -209,7 +209,8 @@ class _Search:
                 told.__cause__ = error
             if self._problems is None:
                 raise told from told.__cause__
-            self._problems.note(path, name or Path(path).name, told)
+            shown = shown_url(path) if "://" in path else path  # a URL may have secrets in it
+            self._problems.note(shown, shown_url(name) if "://" in path and name else name or PurePosixPath(shown).name, told)
 
     def entries(self, texts: Iterable[str]) -> Iterator[_Entry]:
         """The entries of a list in Python."""

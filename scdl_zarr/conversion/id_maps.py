@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.files import replace_file
-from scdl_zarr.errors import SourceError
+from scdl_zarr.errors import StoreAccessError
 from scdl_zarr.storage.schema import BUILD_FOLDER
 
 __all__ = ["IdMap", "load_ids", "save_maps"]
@@ -65,9 +65,9 @@ def _load(root: str, described: IdMap) -> npt.NDArray[np.int64]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}; run the same conversion again") from error
+        raise StoreAccessError(f"{path} cannot be read: {error.strerror}; run the same conversion again") from error
     if len(content) != 8 * described.length or _digest(content) != described.digest:
-        raise SourceError(f"{path} is damaged; run the same conversion again")
+        raise StoreAccessError(f"{path} is damaged; run the same conversion again")
     return np.frombuffer(content, "<i8").astype(np.int64, copy=False)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from scdl_zarr.conversion.sources import SourceSpec
-from scdl_zarr.errors import OptionError, ScdlZarrError, SourceError
+from scdl_zarr.errors import OptionError, ScdlZarrError, SourceError, StoreUnreachableError
 
-__all__ = ["Problem", "Problems", "blamed", "blaming"]
+__all__ = ["Problem", "Problems", "blamed", "blaming", "may_pass"]
 
 SHOWN = 50
 
@@ -21,6 +22,7 @@ class Problem:
     path: str
     name: str
     reason: str
+    size: int = -1  # bytes, as far as that is known: a source that was repaired has others
 
     def __str__(self) -> str:
         return self.reason if self.path in self.reason else f"{self.path}: {self.reason}"
@@ -47,16 +49,18 @@ class Problems:
         try:
             yield
         except ScdlZarrError as error:
+            if may_pass(error):  # a source that cannot be reached now is not a bad one
+                raise
             self.blame(spec, error)
 
     def blame(self, spec: SourceSpec, error: ScdlZarrError) -> None:
         """Note what is wrong with a source."""
-        self.note(spec.path, spec.name, error)
+        self.note(spec.path, spec.name, error, spec.size)
         self._bad.add(spec)
 
-    def note(self, path: str, name: str, error: ScdlZarrError) -> None:
+    def note(self, path: str, name: str, error: ScdlZarrError, size: int = -1) -> None:
         """Note what is wrong with what may be no source at all."""
-        self.found.append(Problem(path=path, name=name, reason=str(error)))
+        self.found.append(Problem(path=path, name=name, reason=str(error), size=size))
         self._errors.append(error)
 
     def __contains__(self, spec: object) -> bool:
@@ -89,7 +93,7 @@ def blaming(spec: SourceSpec) -> Iterator[None]:
         yield
     except SourceError as error:
         if blamed(error) is None:
-            error.spec = spec  # type: ignore[attr-defined]
+            error.spec, error.passes = spec, may_pass(error)  # type: ignore[attr-defined]  # causes do not cross processes
         raise
 
 
@@ -97,3 +101,12 @@ def blamed(error: SourceError) -> SourceSpec | None:
     """The source that an error is about, if that was noted."""
     found = getattr(error, "spec", None)
     return found if isinstance(found, SourceSpec) else None
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a source could not be read for a reason that lies in the machine or the network, and not in the source."""
+    cause = error.__cause__
+    if isinstance(error, StoreUnreachableError) or isinstance(cause, StoreUnreachableError):
+        return True
+    passes = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE}
+    return bool(getattr(error, "passes", False)) or (isinstance(cause, OSError) and cause.errno in passes)

@@ -236,13 +236,12 @@ def choose_matrices(specs: list[SourceSpec], matrix: Any, problems: Problems | N
         odd = [key for key in matrix.values() if not isinstance(key, str)]
         if odd:
             raise OptionError(f"matrix= (--matrix) names {odd[0]!r}; expected a name such as 'X', 'raw' or 'layers/counts'")
-        chosen = dict(zip(files, (_matrix_key(_of_source(spec, matrix)) for spec in files), strict=True))
-        return [chosen.get(spec, "X") for spec in specs]
+        return _matrix_of_each(specs, {os.fspath(name): key for name, key in matrix.items()})
     if not isinstance(matrix, str):
         raise OptionError(f"matrix={matrix!r}; expected a name such as 'X', 'raw' or 'layers/counts', or one per source")
     if matrix != "auto":
         key = _matrix_key(matrix)
-        return ["X" if spec.kind in ("store", "tenx") and key == "raw/X" else key for spec in specs]
+        return [_key_in(spec, key) for spec in specs]
     noted = Problems() if problems is None else problems
     has_raw, opened = [], []
     for spec in files:
@@ -264,15 +263,47 @@ def choose_matrices(specs: list[SourceSpec], matrix: Any, problems: Problems | N
     return ["raw/X" if spec.kind not in DECIDED and all(has_raw) else "X" for spec in specs]
 
 
-def _of_source(spec: SourceSpec, matrix: Mapping[Any, str]) -> str:
-    chosen = {os.fspath(name): key for name, key in matrix.items()}
-    for name in (spec.name, spec.path, Path(spec.path).name):
-        if name in chosen:
-            return chosen[name]
-    for name, key in chosen.items():
-        if os.path.abspath(os.path.expanduser(name)) == spec.path:
-            return key
-    raise OptionError(f"matrix= (--matrix) names no matrix for {spec.name}; it lists: {', '.join(chosen) or 'nothing'}")
+def _key_in(spec: SourceSpec, key: str) -> str:
+    """Where a matrix lies in a source: what was raw when a store was made, or comes from an instrument, is its X."""
+    return "X" if spec.kind in ("store", "tenx") and key == "raw/X" else key
+
+
+def _matrix_of_each(specs: list[SourceSpec], matrix: Mapping[str, str]) -> list[str]:
+    """The key of each source's matrix where they are named one by one.
+
+    Raises
+    ------
+    OptionError
+        A file is not named, a name is that of no source, or of several.
+    """
+    keys, used = [], set()
+    for spec in specs:
+        name = _name_of(spec, specs, matrix)
+        if name is None and spec.kind not in DECIDED:
+            listed = ", ".join(matrix) or "nothing"
+            raise OptionError(f"matrix= (--matrix) names no matrix for {spec.name}; it lists: {listed}")
+        used.add(name)
+        keys.append("X" if name is None else _key_in(spec, _matrix_key(matrix[name])))
+    unused = [name for name in matrix if name not in used]
+    if unused:
+        raise OptionError(f"matrix= (--matrix) names {unused[0]!r}, which is no source here")
+    return keys
+
+
+def _name_of(spec: SourceSpec, specs: list[SourceSpec], matrix: Mapping[str, str]) -> str | None:
+    """Under which name a source is listed: its path, however written, before its name, and that before its file's name."""
+    for name in matrix:
+        if spec.path in (name, os.path.abspath(os.path.expanduser(name))):
+            return name
+    if spec.name in matrix:
+        return spec.name
+    file = Path(spec.path).name
+    if file in matrix:
+        places = sorted({other.path for other in specs if Path(other.path).name == file})
+        if len(places) > 1:
+            raise OptionError(f"matrix= (--matrix) names {file!r}, which several sources are called: {', '.join(places[:3])}")
+        return file
+    return None
 
 
 def _matrix_key(name: str) -> str:

@@ -35,7 +35,7 @@ from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.sources import RowArray, Source, SourceSpec, TableReader, open_source
 from scdl_zarr.conversion.stopping import refuse_if_stopped
 from scdl_zarr.conversion.values import ValueStats
-from scdl_zarr.errors import SourceError
+from scdl_zarr.errors import StoreAccessError
 from scdl_zarr.storage.schema import BUILD_FOLDER
 
 if TYPE_CHECKING:
@@ -432,9 +432,9 @@ def _load(task: TableTask) -> _Joined:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}; run the same conversion again") from error
+        raise StoreAccessError(f"{path} cannot be read: {error.strerror}; run the same conversion again") from error
     if _digest(content) != task.joins:
-        raise SourceError(f"{path} is damaged; run the same conversion again")
+        raise StoreAccessError(f"{path} is damaged; run the same conversion again")
     return _Joined.of(content.decode())
 
 

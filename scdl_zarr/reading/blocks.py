@@ -141,13 +141,12 @@ class Blocks:
             raise CorruptStoreError(f"{self._location}: {ROOT}/origin_rows names rows that its origins do not have")
         return found
 
-    def skipped(self) -> dict[str, str]:
-        """Sources that the conversion was to go without if they could not be converted, and why they could not."""
+    def skipped(self) -> dict[str, tuple[str, int]]:
+        """Sources that the conversion went without, because they could not be converted: why, and their sizes in bytes."""
         if "uns/scdl/skipped" not in self._metadata.nodes:
             return {}
-        return {
-            str(name): str(why) for name, why in zip(*(self._frame("skipped", part) for part in ("name", "reason")), strict=True)
-        }
+        names, reasons, sizes = (self._frame("skipped", part) for part in ("name", "reason", "size_bytes"))
+        return {str(name): (str(why), int(size)) for name, why, size in zip(names, reasons, sizes, strict=True)}
 
     def tables_of_sources(self) -> list[int]:
         """Number of each source's var table."""

@@ -41,7 +41,7 @@ from scdl_zarr.errors import (
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-__all__ = ["RemoteLocation", "RemoteObject", "is_remote", "parse_remote"]
+__all__ = ["RemoteLocation", "RemoteObject", "is_remote", "parse_remote", "shown_url"]
 
 Found = TypeVar("Found")
 
@@ -380,7 +380,7 @@ def parse_remote(url: str, storage_options: Mapping[str, Any] | None = None) -> 
     storage_options = _options_for(url, storage_options)
     if scheme not in CONFIGURATION:
         raise OptionError(
-            f"{_shown(url)!r} is no location known here; expected {', '.join(f'{name}://' for name in CONFIGURATION)}"
+            f"{shown_url(url)!r} is no location known here; expected {', '.join(f'{name}://' for name in CONFIGURATION)}"
         )
     rest = url[len(scheme) + 3 :]
     web = scheme in ("http", "https")
@@ -388,14 +388,16 @@ def parse_remote(url: str, storage_options: Mapping[str, Any] | None = None) -> 
     if "@" in host:
         raise OptionError(f"{scheme}:// URLs cannot hold a user or password; give them in storage_options")
     if web and ("?" in rest or "#" in rest):
-        raise OptionError(f"{_shown(url)}?...: URLs with a query or fragment cannot be opened; copy the file to a local disk")
+        raise OptionError(f"{shown_url(url)}?...: URLs with a query or fragment cannot be opened; copy the file to a local disk")
     rest = rest.rstrip("/")
     normal = f"{scheme}://{rest}"
     parts = (unquote(rest) if web else rest).split("/")
     least = 2 if scheme == "az" else 1
     if len(parts) < least or any(part in ("", ".", "..") or any(ord(char) < 32 for char in part) for part in parts):
         forms = {"az": "az://account/container/path", "gs": "gs://bucket/path", "s3": "s3://bucket/path"}
-        raise OptionError(f"{_shown(url)!r} is not of the form {forms.get(scheme, f'{scheme}://host/path')}, without empty parts")
+        raise OptionError(
+            f"{shown_url(url)!r} is not of the form {forms.get(scheme, f'{scheme}://host/path')}, without empty parts"
+        )
     return RemoteLocation(normal, _checked_options(scheme, storage_options or {}))
 
 
@@ -448,7 +450,7 @@ def _joined(url: str, key: str) -> str:
     return f"{scheme}://{_split(url)[0]}" + (f"/{tail}" if tail else "")
 
 
-def _shown(url: str) -> str:
+def shown_url(url: str) -> str:
     """A URL for a message: without what may be a secret."""
     plain = re.split(r"[?#]", url, maxsplit=1)[0]
     return re.sub(r"://[^/@]*@", "://...@", plain)

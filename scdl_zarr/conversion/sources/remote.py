@@ -100,7 +100,8 @@ def _sources_among(keys: Iterable[str]) -> dict[str, bool]:
     """Objects, and the outermost prefixes with a root document of Zarr in place of what is in them; whether it is such one."""
     listed = sorted(keys)
     roots: list[str] = []
-    for folder in sorted({key.rpartition("/")[0] for key in listed if key.rpartition("/")[2] in ROOT_NAMES}):
+    folders = {key.rpartition("/")[0] for key in listed if key.rpartition("/")[2] in ROOT_NAMES}
+    for folder in sorted(folders, key=lambda folder: folder.split("/")):  # what is below a folder comes right after it
         if not any(folder.startswith(f"{root}/") for root in roots[-1:]):
             roots.append(folder)
     inside = tuple(f"{root}/" for root in roots)
