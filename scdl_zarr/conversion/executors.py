@@ -63,9 +63,6 @@ class Executor(Protocol):
         begun.  Ctrl-C gives up those that have begun.
         """
 
-    def close(self) -> None:
-        """Let go of what was started for it."""
-
 
 @dataclass(slots=True)
 class Threads:
@@ -75,9 +72,6 @@ class Threads:
 
     def run(self, tasks: Sequence[Task], report: Report, say: Say) -> list[ShardResult]:
         return _run_in_pool(tasks, self.crew.threads, _run_here, report, say)
-
-    def close(self) -> None:
-        pass
 
 
 def _run_here(task: Task) -> ShardResult:
@@ -294,13 +288,9 @@ class Cluster:
         return [results[at] for at in range(len(tasks))]
 
     def _submit(self, task: Task) -> Any:
-        key = (
-            f"convert-{task.name}-{task.dtype}-{secrets.token_hex(4)}"  # what the dashboard shows; no result is taken for another
-        )
+        # what the dashboard shows; no result is taken for that of another task
+        key = f"convert-{task.name}-{task.dtype}-{secrets.token_hex(4)}"
         return self.client.submit(run_on_worker, task, self.crew.threads, key=key, pure=False)
-
-    def close(self) -> None:
-        pass
 
 
 @contextlib.contextmanager

@@ -81,9 +81,6 @@ class ViewSource(StoreSource):
     def _n_stored(self) -> int:
         return self._store.metadata.n_obs
 
-    def _numbers(self) -> Int64Array:
-        return self._view.order.rows(0, len(self._view.order), self._n_stored)
-
     # ---- matrices
 
     def matrix(self, key: str) -> ViewMatrix:
@@ -402,14 +399,14 @@ class ViewMatrix:
         return out
 
     def _kept(
-        self, rows: Int64Array, starts: Int64Array, lengths: Int64Array, expected: Int64Array | None
+        self, rows: Int64Array, starts: Int64Array, lengths: Int64Array, expected: Int64Array
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """The values and ids of whole rows as the view has them."""
         assert self._map is not None
         values, mapped, in_order, pointers = self._read_mapped(starts, lengths)
         kept = np.empty(len(rows), np.int64)
         total = drop_unmapped(values.view(f"u{values.dtype.itemsize}"), mapped, pointers, kept)
-        if expected is not None and not np.array_equal(kept, expected):
+        if not np.array_equal(kept, expected):
             odd = int(np.flatnonzero(kept != expected)[0])
             raise CorruptStoreError(
                 f"{self._store.location}: row {rows[odd]} of {self._layout.path} has {kept[odd]} values of this view, "
