@@ -445,8 +445,8 @@ CARRIED: dict[str, Any] = {"layers": "half", "obsm": "X_pca", "obsp": "near", "p
 
 
 @pytest.fixture
-def files(folder: Path) -> list[Path]:
-    return [folder / f"s{k}.h5ad" for k in range(4)]
+def files(store: Path) -> list[Path]:
+    return [store.parent / f"s{k}.h5ad" for k in range(4)]
 
 
 def test_converted_and_chosen_at_once(data: SingleCellZarrDataset, files: list[Path], tmp_path: Path) -> None:
