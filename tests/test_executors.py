@@ -21,11 +21,10 @@ import pytest
 import scipy.sparse
 
 import scdl_zarr
-from scdl_zarr.conversion.construction import run_task
+from scdl_zarr.conversion.construction import Construction, run_task
 from scdl_zarr.conversion.execution import run_conversion
 from scdl_zarr.conversion.plan import ConversionOptions
-from scdl_zarr.conversion.stopping import StoppedError
-from scdl_zarr.errors import InexactValueError, OptionError
+from scdl_zarr.errors import InexactValueError, OptionError, StoreBusyError
 from tests.toys import contents, csr, write_h5ad
 
 SIZES: dict[str, Any] = {"chunk_values": 1 << 10, "shard_values": 1 << 13, "progress": False}
@@ -215,7 +214,23 @@ def test_a_task_that_nobody_waits_for_does_not_land(tmp_path: Path, monkeypatch:
     digest, dtypes = state.read_text().split("\n")
     for other in (f"{'0' * 32}\n{dtypes}", f'{digest}\n{{"X-values": "float64"}}', ""):
         state.write_text(other)
-        with pytest.raises(StoppedError):
+        with pytest.raises(StoreBusyError, match=f"{task.name} found it"):
             run_task(task)
     state.write_text(f"{digest}\n{dtypes}")
     assert run_task(task).name == task.name
+
+
+@pytest.mark.parametrize("crew", [{"threads": 2}, {"workers": 1}])
+def test_a_folder_that_another_conversion_took_over_is_said_to_be_busy(
+    crew: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody pressed Ctrl-C: that alone is a KeyboardInterrupt."""
+    source, target = write_h5ad(tmp_path / "b.h5ad", csr([([1, 2], [0, 1])] * 8, 2)), tmp_path / "b.zarr"
+
+    def taken_over(construction: Construction) -> None:
+        (construction.root / ".scdl-build/state").write_text(f"{'0' * 32}\n{{}}")
+
+    monkeypatch.setattr(Construction, "publish", taken_over)
+    with pytest.raises(StoreBusyError, match="another conversion took the folder over"):
+        scdl_zarr.convert(source, target, chunk_values=4, shard_values=4, progress=False, **crew)
+    assert not list((target / ".scdl-build/done").glob("*"))

@@ -26,7 +26,6 @@ from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.remote_building import RemoteTask, run_task
 from scdl_zarr.conversion.remote_lock import RemoteLock
 from scdl_zarr.conversion.shards import ShardResult
-from scdl_zarr.conversion.stopping import StoppedError
 from scdl_zarr.errors import (
     InexactValueError,
     OptionError,
@@ -279,11 +278,11 @@ def test_a_task_that_nobody_waits_for_does_not_land(memory: Bucket, sources: lis
     assert run_task(task).name == task.name, "it is done already"
     where.at(".scdl-build/done").delete_below()
     where.at(".scdl-build/state").put(b"another plan\n{}")
-    with pytest.raises(StoppedError):
+    with pytest.raises(StoreBusyError):
         run_task(task)
     assert where.at(".scdl-build/done").list() == []
     where.delete_below()
-    with pytest.raises(StoppedError):
+    with pytest.raises(StoreBusyError):
         run_task(task)
     assert where.list() == []
 

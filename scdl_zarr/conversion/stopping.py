@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from scdl_zarr.errors import StoreBusyError
 from scdl_zarr.storage.schema import BUILD_FOLDER
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _thread = threading.local()  # in a pool's threads: `stop`
 
 
 class StoppedError(Exception):
-    """Ends a task whose result nobody waits for any more."""
+    """Ends a task whose result nobody waits for any more: somebody pressed Ctrl-C."""
 
 
 class _Stop:
@@ -41,13 +42,20 @@ class _Stop:
 
 
 def refuse_if_stopped(root: str, task: Task | None = None) -> None:
-    """Raise :class:`StoppedError` in a task of a conversion that is being stopped.
+    """Refuse to go on with a task of a conversion that is being stopped, or that lost its folder.
 
     Parameters
     ----------
     task
         The task that is about to land.  Another process may go on with one that nobody waits for, and whoever waited may have
         begun something else in that folder, or gone on with another dtype: what the folder says of itself decides.
+
+    Raises
+    ------
+    StoppedError
+        Ctrl-C was pressed.
+    StoreBusyError
+        The folder is no longer built by the plan of the task, or not in that dtype.
     """
     if getattr(_thread, "stop", _Stop).asked:
         raise StoppedError(root)
@@ -55,7 +63,10 @@ def refuse_if_stopped(root: str, task: Task | None = None) -> None:
         return
     digest, dtypes = read_state(Path(root))
     if digest != task.plan or dtypes.get(task.name.rpartition("-")[0], task.dtype) != task.dtype:
-        raise StoppedError(f"{root} is no longer built by the plan of {task.name}")
+        raise StoreBusyError(
+            f"{root} is no longer what this conversion builds ({task.name} found it): another conversion took the folder over, or "
+            "it was removed. Nothing more is written; run again when nobody else writes it"
+        )
 
 
 def read_state(root: Path) -> tuple[str, dict[str, str]]:
@@ -80,7 +91,7 @@ def interruptible_pool(workers: int, say: Callable[[str], object]) -> Iterator[T
     Raises
     ------
     KeyboardInterrupt
-        Anew, without the history of what the main thread was waiting in.
+        Anew, without the history of what the main thread was waiting in.  Of Ctrl-C alone: what else ends a task is its error.
     """
     stop = _Stop()
     with ThreadPoolExecutor(
