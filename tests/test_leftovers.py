@@ -209,6 +209,58 @@ def test_a_shard_that_is_widened_twice_is_made_of_what_it_was(tmp_path: Path, mo
     assert contents(tmp_path / "late.zarr/X/data") == contents(tmp_path / "at once.zarr/X/data")
 
 
+def losing(monkeypatch: pytest.MonkeyPatch, lose: Any) -> pytest.MonkeyPatch:
+    """Something happens to the folder when everything is written and nothing is committed."""
+    from scdl_zarr.conversion.assembly import commit_store
+
+    def lose_and_commit(construction: Any, *arguments: Any) -> None:
+        lose(construction.root)
+        commit_store(construction, *arguments)
+
+    monkeypatch.setattr("scdl_zarr.conversion.execution.commit_store", lose_and_commit)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [
+        lambda root: (root / "X/data/c/2").unlink(),
+        lambda root: os.truncate(root / "X/indices/c/2", 9),
+        lambda root: (root / BUILD_FOLDER / "done/X-values-000002.json").unlink(),
+    ],
+    ids=["removed", "cut", "no mark"],
+)
+def test_a_store_that_lost_a_shard_while_it_was_made_is_not_committed(source: Path, tmp_path: Path, lose: Any) -> None:
+    target = tmp_path / "lost.zarr"
+    with pytest.MonkeyPatch.context() as patch:
+        losing(patch, lose)
+        with pytest.raises(errors.CorruptStoreError, match=r"files of X-values-000002 were removed or changed"):
+            converted(source, target)
+    with pytest.raises(errors.UncommittedStoreError):
+        scdl_zarr.open(target)
+    assert converted(source, target).written_values == 32  # the others are there
+    assert data_of(target) == encoded_rows(24, 30, 5).data.tolist()
+
+
+def test_a_folder_that_was_taken_over_is_not_committed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losing(monkeypatch, lambda root: (root / BUILD_FOLDER / "state").write_text(f"{'0' * 32}\n{{}}"))
+    with pytest.raises(errors.StoreBusyError, match="taken over by another conversion"):
+        converted(source, tmp_path / "lost.zarr")
+    assert not (tmp_path / "lost.zarr/zarr.json").exists()
+
+
+def test_an_append_that_lost_a_linked_shard_is_not_committed(source: Path, tmp_path: Path) -> None:
+    target, more = tmp_path / "lost.zarr", write_h5ad(tmp_path / "more.h5ad", encoded_rows(24, 30, 5))
+    converted(source, target)
+    with pytest.MonkeyPatch.context() as patch:
+        losing(patch, lambda root: (root / "X/data/c/2").unlink())
+        with pytest.raises(errors.CorruptStoreError, match=r"files of X-values-000002 were removed or changed"):
+            scdl_zarr.open(target).append(more, progress=False)
+    assert data_of(target) == encoded_rows(24, 30, 5).data.tolist()
+    scdl_zarr.open(target).append(more, progress=False)
+    assert data_of(target) == 2 * encoded_rows(24, 30, 5).data.tolist()
+
+
 # ---- replacements
 
 

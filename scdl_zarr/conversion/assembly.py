@@ -11,6 +11,7 @@ from scdl_zarr.conversion.construction import Construction
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan
 from scdl_zarr.conversion.remote_building import RemoteConstruction
+from scdl_zarr.conversion.running import tasks_of_store
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.survey import Survey
 from scdl_zarr.conversion.values import union_stats
@@ -45,7 +46,9 @@ def commit_store(
     nodes = {name: group_node("dict") for name in DICT_GROUPS} | elements.nodes()
     for path in survey.plans:
         nodes |= matrix_nodes(survey.plans[path].layout)
-    construction.commit(root_document(nodes, _header(survey, options, results, record)), nodes, elements.objects())
+    document = root_document(nodes, _header(survey, options, results, record))
+    tasks = list(tasks_of_store(construction, survey, options))
+    construction.commit(document, nodes, elements.objects(), tasks)
 
 
 def recorded_plan(plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, s
 from scdl_zarr.conversion.plan import ShardTask, Task
 from scdl_zarr.conversion.shards import ShardResult, write_shard
 from scdl_zarr.conversion.staging import SCRATCH, TransposeTask, scratch_folder
-from scdl_zarr.conversion.stopping import STATE, state_document
+from scdl_zarr.conversion.stopping import STATE, read_state, state_document
 from scdl_zarr.conversion.tables import TABLES_FOLDER, TableTask, write_table_shard
 from scdl_zarr.conversion.transpose import stage_run
 from scdl_zarr.conversion.values import ValueStats
@@ -72,6 +72,7 @@ __all__ = [
     "perform_task",
     "prepare_target",
     "read_mark",
+    "refuse_lost",
     "restore_interrupted",
     "run_task",
     "skipped_in_plan",
@@ -287,16 +288,40 @@ class Construction:
 
     # ---- the end
 
-    def commit(self, root_document: bytes, nodes: Mapping[str, Mapping[str, Any]], objects: Mapping[str, bytes]) -> None:
-        """Write what is small, then the root document (the commit), then the documents of the parts."""
+    def commit(
+        self,
+        root_document: bytes,
+        nodes: Mapping[str, Mapping[str, Any]],
+        objects: Mapping[str, bytes],
+        tasks: Sequence[Task],
+    ) -> None:
+        """Write what is small, then the root document (the commit), then the documents of the parts.
+
+        Raises
+        ------
+        StoreBusyError, CorruptStoreError
+            The folder is built by another plan now, or what one of `tasks` wrote is not there any more: nothing is committed.
+        """
         with explained_errors(self.root):
             remove_partial_files(self.root)  # of workers that were lost
             _replace_files({self.root / key: objects[key] for key in sorted(objects)})
             _side_by_side(sync_folder, [self.root, *(path for path in self.root.rglob("*") if path.is_dir())])
             _sync_entry(self.root)  # a crash of the machine must not take the whole folder along
+            self._require_whole(tasks)
             replace_file(self.root / "zarr.json", root_document)
             sync_folder(self.root)
             finish_documents(self.root, nodes)
+
+    def _require_whole(self, tasks: Sequence[Task]) -> None:
+        """The last look before the commit: what was written may be hours old, and a missing file would read as zeros."""
+        if read_state(self.root)[0] != self.plan_digest:
+            raise StoreBusyError(f"{self.where} was taken over by another conversion; nothing is committed by this one")
+        with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="scdl-zarr-look") as pool:
+            refuse_lost(self.where, tasks, pool.map(self.is_there, tasks))
+
+    def is_there(self, task: Task) -> bool:
+        """Whether what a task wrote is there, whole, and noted.  Called from several threads."""
+        return read_mark(self.root, task) is not None
 
     def discard(self) -> None:
         """Remove everything that was written, and the folder unless somebody else's files are in it."""
@@ -304,6 +329,17 @@ class Construction:
         shutil.rmtree(self._build, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.root.rmdir()
+
+
+def refuse_lost(where: Path | RemoteLocation, tasks: Sequence[Task], there: Iterable[bool]) -> None:
+    """Refuse to commit a store of which something is not `there` any more."""
+    lost = [task.name for task, is_there in zip(tasks, there, strict=True) if not is_there]
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise CorruptStoreError(
+            f"{where}: files of {', '.join(lost[:3])}{more} were removed or changed after they were written, so nothing is "
+            "committed; run the same conversion again: it makes these anew"
+        )
 
 
 def finish_documents(root: Path, nodes: Mapping[str, Mapping[str, Any]]) -> None:

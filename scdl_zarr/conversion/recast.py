@@ -73,7 +73,7 @@ def recast_values(location: StoreLocation, dtype: Any, tolerance: float = 0.0) -
                     stats = _encode(StoreLocation(path=root), matrix, target, place, tolerance)
                 nodes = {**metadata.nodes, target.path: target.node()}
                 header = _header(metadata, wanted, stats)
-                construction.commit(root_document(nodes, header), nodes, {})
+                construction.commit(root_document(nodes, header), nodes, {}, ())
             except BaseException:
                 construction.discard()
                 raise

@@ -19,14 +19,14 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from scdl_zarr.conversion import construction
-from scdl_zarr.conversion.construction import describe_plans, mark_document, parse_mark, perform_task
+from scdl_zarr.conversion.construction import describe_plans, mark_document, parse_mark, perform_task, refuse_lost
 from scdl_zarr.conversion.files import replace_file
 from scdl_zarr.conversion.plan import ShardTask, Task
 from scdl_zarr.conversion.remote_lock import RemoteLock
@@ -302,10 +302,24 @@ class RemoteConstruction:
 
     # ---- the end
 
-    def commit(self, root_document: bytes, nodes: Mapping[str, Mapping[str, Any]], objects: Mapping[str, bytes]) -> None:
-        """Put what is small, then the root document (the commit), then the documents of the parts."""
+    def commit(
+        self,
+        root_document: bytes,
+        nodes: Mapping[str, Mapping[str, Any]],
+        objects: Mapping[str, bytes],
+        tasks: Sequence[Task],
+    ) -> None:
+        """Put what is small, then the root document (the commit), then the documents of the parts.
+
+        Raises
+        ------
+        StoreBusyError, CorruptStoreError
+            Another process took the lock, or what one of `tasks` put is not there any more: nothing is committed.
+        """
         self._lock.require()
         _side_by_side(lambda key: self.place.at(key).put(objects[key]), sorted(objects))
+        self._sizes = None  # looked at anew: what was put may be hours old
+        refuse_lost(self.where, tasks, (self.finished(task) is not None for task in tasks))
         self._lock.require()
         self.place.at("zarr.json").put(root_document)
         _finish_documents(self.place, nodes)

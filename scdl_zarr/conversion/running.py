@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from scdl_zarr.errors import (
     SourceError,
 )
 
-__all__ = ["write_matrices"]
+__all__ = ["tasks_of_store", "write_matrices"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class Run:
         survey, seen, begun = self.survey, ValueStats(), self.progress.position
         while True:
             self.progress.position = begun
-            tasks = self._tasks(path)
+            tasks = list(_matrix_tasks(path, self.construction, survey, self.options))
             self._stage(path, tasks)
             try:
                 results = self.tasks([*beside, *tasks])[len(beside) :]
@@ -78,10 +78,6 @@ class Run:
         todo = [task for source in sources for task in self.survey.plans[path].staging_tasks(source, root, digest)]
         self.tasks([task for task in todo if self.construction.finished(task) is None])
 
-    def _tasks(self, path: str) -> list[ShardTask]:
-        survey, construction = self.survey, self.construction
-        return list(survey.plans[path].tasks(str(construction.root), survey.maps(path), self.options, construction.plan_digest))
-
     def tasks(self, tasks: Sequence[Task]) -> list[ShardResult]:
         """The results of all tasks, in their order; what an earlier run did is in its marks."""
         results = {task.name: self.construction.finished(task) for task in tasks}
@@ -106,6 +102,21 @@ class Run:
         if done is None or done.dtype == task.dtype or not holds(np.dtype(task.dtype), done.stats):
             return task
         return WidenTask(task=task, done=done)
+
+
+def tasks_of_store(
+    construction: Construction | RemoteConstruction, survey: Survey, options: ConversionOptions
+) -> Iterator[Task]:
+    """Every task that what is stored comes from, in the dtypes that were found to be needed."""
+    yield from survey.cells.tasks(str(construction.root), construction.plan_digest)
+    for path in survey.plans:
+        yield from _matrix_tasks(path, construction, survey, options)
+
+
+def _matrix_tasks(
+    path: str, construction: Construction | RemoteConstruction, survey: Survey, options: ConversionOptions
+) -> Iterator[ShardTask]:
+    return survey.plans[path].tasks(str(construction.root), survey.maps(path), options, construction.plan_digest)
 
 
 def write_matrices(
