@@ -35,7 +35,7 @@ from scdl_zarr.conversion.executors import Executor
 from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.problems import Problems, blamed, may_pass
-from scdl_zarr.conversion.progress import Progress
+from scdl_zarr.conversion.progress import Progress, require_log
 from scdl_zarr.conversion.remote_building import RemoteConstruction, finish_remotely
 from scdl_zarr.conversion.running import write_matrices
 from scdl_zarr.conversion.sources import SourceSpec
@@ -141,6 +141,7 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
     An error in the sources or options leaves nothing at the target.  Anything else that stops a conversion (a kill, Ctrl-C, a
     full disk) leaves an unfinished one, which nothing opens and which the same call finishes.
     """
+    require_log(options.log_json)
     bad: dict[SourceSpec, SourceError] = {}  # what was found to be wrong with a source when its values were read
     try:
         if options.chooses:

@@ -59,8 +59,8 @@ class Executor(Protocol):
     def run(self, tasks: Sequence[Task], report: Report, say: Say) -> list[ShardResult]:
         """Do all tasks; their results, in their order.
 
-        `report` hears of each as it is done.  The first error ends it: tasks that have begun are waited for, the others are not
-        begun.  Ctrl-C gives up those that have begun.
+        `report` hears of each as it is done, from any thread.  The first error ends it: tasks that have begun are waited for, the
+        others are not begun.  Ctrl-C gives up those that have begun.
         """
 
 
@@ -82,15 +82,15 @@ def _run_in_pool(
     tasks: Sequence[Task], places: int, do: Callable[[Task], ShardResult], report: Report, say: Say
 ) -> list[ShardResult]:
     import dask
-    from dask.callbacks import Callback
 
-    def finished(_key: Any, result: Any, *_: Any) -> None:
-        if isinstance(result, ShardResult):
-            report(result)
+    def reported(task: Task) -> ShardResult:  # not by a callback of dask's: those hear of every computation in the process
+        result = do(task)
+        report(result)
+        return result
 
-    jobs = [dask.delayed(do, pure=False)(dask.delayed(task, traverse=False)) for task in tasks]
+    jobs = [dask.delayed(reported, pure=False)(dask.delayed(task, traverse=False)) for task in tasks]
     # a pool of our own: leaving it waits for tasks that still run after another one failed
-    with interruptible_pool(places, say) as pool, Callback(posttask=finished):
+    with interruptible_pool(places, say) as pool:
         return list(dask.compute(*jobs, scheduler="threads", pool=pool, num_workers=places))
 
 

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import threading
 import time
+import warnings
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from scdl_zarr.conversion.shards import ShardResult
-from scdl_zarr.errors import StoreAccessError
+from scdl_zarr.errors import OptionError
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "require_log"]
+
+
+def require_log(log: Any) -> None:
+    """Refuse a log that cannot be opened; one that can is there from now on."""
+    opened = _open_log(log)
+    if opened is not None:
+        opened.close()
+
+
+def _open_log(log: Any) -> TextIO | None:
+    """The file that lines are added to, or None where there is to be none.
+
+    Raises
+    ------
+    OptionError
+        It cannot be opened.
+    """
+    if log is None:
+        return None
+    try:
+        return open(os.fspath(log), "a", encoding="utf-8")
+    except (OSError, TypeError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise OptionError(f"log_json={log!r} (--log-json) cannot be written: {reason}") from error
 
 
 class Progress:
@@ -26,12 +52,13 @@ class Progress:
     shown
         Whether there is a bar: values so far, rate, time left, bytes read and written.
     log
-        A file to which lines of JSON are added: ``{"time": seconds since 1970, "event": "task", "name": ..., ...}``.
+        A file to which lines of JSON are added: ``{"time": seconds since 1970, "event": "task", "name": ..., ...}``.  Where that
+        fails later on (a full disk), there is a warning and no log any more: nothing that is converted is lost for it.
 
     Raises
     ------
-    StoreAccessError
-        The log cannot be written.
+    OptionError
+        The log cannot be opened.
     """
 
     def __init__(self, total: int, *, shown: bool, log: Any = None) -> None:
@@ -39,12 +66,7 @@ class Progress:
 
         self.values = self.bytes_in = self.bytes_out = self.tasks = 0  # of this run
         self._lock = threading.Lock()
-        self._log = None
-        if log is not None:
-            try:
-                self._log = open(os.fspath(log), "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-            except OSError as error:
-                raise StoreAccessError(f"log_json={log!r} (--log-json) cannot be written: {error.strerror}") from error
+        self._log = _open_log(log)
         self._bar = tqdm(total=total, unit="value", unit_scale=True, disable=not shown, desc="converting", smoothing=0.1)
 
     def __enter__(self) -> Progress:
@@ -54,8 +76,8 @@ class Progress:
         if error is not None:
             self.event("stopped", error=type(error).__name__, message=str(error))
         self._bar.close()
-        if self._log is not None:
-            self._log.close()
+        with self._lock:
+            self._end_log()
 
     @property
     def position(self) -> int:
@@ -69,10 +91,23 @@ class Progress:
 
     def event(self, event: str, **facts: Any) -> None:
         """Add a line to the log."""
-        if self._log is not None:
-            with self._lock:
+        with self._lock:
+            if self._log is None:
+                return
+            try:
                 self._log.write(json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n")
                 self._log.flush()
+                return
+            except OSError as error:
+                told = f"{self._log.name} (--log-json) gets no more lines: {error.strerror}"
+                self._end_log()
+        warnings.warn(told, stacklevel=2)
+
+    def _end_log(self) -> None:
+        if self._log is not None:
+            with contextlib.suppress(OSError):  # what could not be written before
+                self._log.close()
+            self._log = None
 
     def found(self, results: list[ShardResult]) -> None:
         """Tasks that an earlier run has done."""
