@@ -134,8 +134,9 @@ def convert(
         with different genes are outer-joined: ids are those of the union, in order of first appearance.
     target
         Folder to make, or a URL such as ``s3://bucket/atlas.zarr`` (see Notes).  A finished store of the same sources
-        and options is opened and nothing is written; an unfinished one
-        is finished; anything else there is an error.
+        and options is opened and nothing is written; an unfinished one is finished; anything else there is an error.  A finished
+        one knows its sources by their sizes, headers, row pointers, tables and samples of their values; which were written to
+        after it was made the summary says.
     matrix
         ``"X"``, ``"raw"``, the name of a layer, or one of these per source (``{source: name}``).  ``"auto"``: raw if every
         source has it, X if none has.  With raw, genes are those of ``raw.var``; where var

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -33,6 +34,13 @@ SIZES: dict[str, Any] = {"chunk_values": 8, "shard_values": 32, "progress": Fals
 
 class KilledError(BaseException):
     """Ends a conversion where a kill would: nothing handles it."""
+
+
+def raising(error: BaseException) -> Any:
+    def stand_in(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return stand_in
 
 
 def converted(source: Path, target: Path, **options: Any) -> ConversionSummary:
@@ -376,3 +384,49 @@ def test_a_parent_that_cannot_be_read_is_no_hindrance(source: Path, tmp_path: Pa
 
     monkeypatch.setattr(construction, "sync_folder", refusing)
     assert converted(source, tmp_path / "store.zarr").written
+
+
+# ---- sources that are edited in place
+
+
+def edited(source: Path, at: int, value: float) -> None:
+    """One value becomes another one; the file keeps its name and its size."""
+    size = source.stat().st_size
+    with h5py.File(source, "r+") as file:
+        file["X/data"][at] = value
+    assert source.stat().st_size == size
+
+
+@pytest.fixture
+def sampled(tmp_path: Path) -> Path:
+    """Values 4,096 to 7,499 are in no sample."""
+    return write_h5ad(tmp_path / "long.h5ad", encoded_rows(600, 200, 100))
+
+
+def test_a_joined_store_of_what_a_source_was_before_is_not_reused(
+    sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"order": "shuffle", "progress": False, "chunk_values": 1 << 12, "shard_values": 1 << 15}
+    with monkeypatch.context() as patch:
+        patch.setattr("scdl_zarr.conversion.rewrite.select", raising(KilledError()))  # all is joined, and nothing else done
+        with pytest.raises(KilledError):
+            scdl_zarr.convert(sampled, tmp_path / "s.zarr", **options)
+    edited(sampled, 5000, 77.0)
+    data = scdl_zarr.convert(sampled, tmp_path / "s.zarr", **options)
+    assert 77 in data.read_rows(slice(None)).data
+
+
+def test_a_source_that_was_edited_after_its_store_was_made_is_noticed(sampled: Path, tmp_path: Path) -> None:
+    target = tmp_path / "s.zarr"
+    options: dict[str, Any] = {"chunk_values": 1 << 12, "shard_values": 1 << 15}
+    converted(sampled, target, **options)
+    assert "hint" not in str(converted(sampled, target, **options))
+    made = (target / "zarr.json").stat().st_mtime_ns
+    edited(sampled, 5000, 77.0)
+    os.utime(sampled, ns=(made + 10**9, made + 10**9))
+    again = converted(sampled, target, **options)
+    assert not again.written
+    assert "hint: long.h5ad was written to after the store was made" in str(again)
+    edited(sampled, 8000, 77.0)
+    with pytest.raises(errors.StoreExistsError, match="the content of the sources differs"):
+        converted(sampled, target, **options)

@@ -52,7 +52,7 @@ from scdl_zarr.errors import (
     StoreExistsError,
     StoreUnreachableError,
 )
-from scdl_zarr.storage.location import StoreLocation, read_metadata, replacement_path
+from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, read_metadata, replacement_path
 from scdl_zarr.storage.remote import RemoteLocation, is_remote, parse_remote
 from scdl_zarr.storage.schema import (
     BUILD_FOLDER,
@@ -98,7 +98,8 @@ class ConversionSummary:
 
     def __str__(self) -> str:
         if not self.written:
-            return f"{self.target} is already there, from the same sources and options: nothing was written"
+            known = f"{self.target} is already there, from the same sources and options: nothing was written"
+            return "\n".join([known, *(f"hint: {hint}" for hint in self.hints)])
         per_value = f", {self.x_bytes / self.nnz:.2f} bytes per stored value" if self.nnz else ""
         rate = self.written_values / self.seconds / 1e6 if self.seconds else 0.0
         speed = f" ({rate:.0f} M values/s)" if rate >= SLOWEST_SHOWN else ""
@@ -302,7 +303,11 @@ def build_store(
 
 
 def same_store(root: Path | RemoteLocation, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:
-    """A finished store met again: fine if it is what would be made, an error naming the difference if not."""
+    """A finished store met again: fine if it is what would be made, an error naming the difference if not.
+
+    A store keeps nothing of when its sources were written, so that the same sources give the same bytes anywhere.  What it knows
+    them by is the digest of a survey: sizes, headers, all row pointers, tables and obsm, and samples of the values.
+    """
     import json
 
     found = committed_plan(root)
@@ -318,7 +323,24 @@ def same_store(root: Path | RemoteLocation, plan: Mapping[str, Any], survey: Sur
             finish_remotely(root)
         elif (root / BUILD_FOLDER).is_dir():  # the commit was interrupted after the root document
             finish_interrupted(root, read_metadata(StoreLocation(path=root)).nodes)
+    survey.hints = _written_since(root, survey.specs)
     return summarize(root, survey, 0.0, None)
+
+
+def _written_since(root: Path | RemoteLocation, specs: list[SourceSpec]) -> list[str]:
+    """Sources that were written to after a store was made of them: a value between the samples may be another one now."""
+    if isinstance(root, RemoteLocation):
+        return []
+    made = (root / ROOT_KEY).stat().st_mtime_ns
+    # of an archive of BioNeMo-SCDL the times of its files are summed up
+    later = [spec.name for spec in specs if spec.kind != "scdl" and spec.mtime_ns > made]
+    if not later:
+        return []
+    more = f" and {len(later) - 3} more" if len(later) > 3 else ""
+    return [
+        f"{', '.join(later[:3])}{more} {'was' if len(later) == 1 else 'were'} written to after the store was made; of the values "
+        "only samples were compared: overwrite=True (--overwrite) converts again"
+    ]
 
 
 def _difference(

@@ -169,8 +169,11 @@ def convert_view(
 
 
 def _scratch(place: Path, scratch_dir: Any, plan: Mapping[str, Any]) -> Path:
-    """Where the joined store is made: the same place for the same conversion."""
-    digest = _digest(repr((str(place), plan["digest"])).encode())[:16]
+    """Where the joined store is made: the same place for the same conversion, another one when a source was written to.
+
+    What a source holds is compared in samples only, so the times and versions of the sources count, too.
+    """
+    digest = _digest(json.dumps([str(place), plan["digest"], plan["sources"]]).encode())[:16]
     if scratch_dir is None:
         return place / BUILD_FOLDER / JOINED_FOLDER / digest
     if not isinstance(scratch_dir, (str, os.PathLike)):
