@@ -21,7 +21,7 @@ from scdl_zarr.reading.plan import Int64Array
 if TYPE_CHECKING:
     from scdl_zarr.reading.permutation import KeyedPermutation
 
-__all__ = ["RowOrder", "View", "open_numbers"]
+__all__ = ["RowOrder", "View", "forget_numbers", "open_numbers"]
 
 KEPT_FILES = 64
 
@@ -132,6 +132,11 @@ def open_numbers(path: str) -> npt.NDArray[np.int64]:
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from error
     return _open(path, status.st_size, status.st_mtime_ns)
+
+
+def forget_numbers() -> None:
+    """Let go of the files that were mapped: they keep space on the disk even when they are deleted."""
+    _open.cache_clear()
 
 
 def _checked(numbers: npt.NDArray[np.int64], n: int, where: str) -> Int64Array:

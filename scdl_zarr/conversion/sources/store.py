@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.kernels import map_rows, sort_rows
 from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, Provenance, RowArray, SourceSpec, TableReader
+from scdl_zarr.conversion.sources.order import forget_numbers
 from scdl_zarr.conversion.sources.row_readers import LazyArray, StoreTable, WholeArray, row_array_of
 from scdl_zarr.errors import CorruptStoreError, ScdlZarrError, SourceError
 from scdl_zarr.reading.blocks import Blocks
@@ -145,8 +146,9 @@ def _names(listed: str | None, name: str) -> bool:
 
 
 def forget_stores() -> None:
-    """Let go of the stores that were read: their mapped files keep space on the disk even when they are deleted."""
+    """Let go of the stores that were read, and of views of them: mapped files keep space on the disk even when they are deleted."""
     open_kept.cache_clear()
+    forget_numbers()
 
 
 class StoreSource:
@@ -325,7 +327,8 @@ class StoreMatrix:
         assert self._genes is not None
         local, rising = self._genes
         mapped, in_order = np.empty_like(ids), np.empty(len(pointers) - 1, np.bool_)
-        map_rows(ids, pointers, local, False, mapped, in_order)  # the reader has checked that ids are genes of the store
+        outside = map_rows(ids, pointers, local, False, mapped, in_order)
+        assert outside < 0, "the reader has checked that ids are genes of the store"
         ids[:] = mapped
         self._check_ids(ids)
         if rising:

@@ -431,7 +431,8 @@ class ViewMatrix:
         values, ids = np.empty(plan.total, self.header.dtype), np.empty(plan.total, self._id_dtype)
         self._columns.gather(plan, values, ids)
         in_order = np.empty(len(starts), np.bool_)
-        map_rows(ids, plan.indptr, np.empty(self._layout.n_vars, np.bool_), True, np.empty_like(ids), in_order)
+        outside = map_rows(ids, plan.indptr, np.empty(self._layout.n_vars, np.bool_), True, np.empty_like(ids), in_order)
+        assert outside < 0, "the reader has checked that ids are columns of the store"
         mapped = self._map.lookup(ids).astype(self._id_dtype)
         return values, mapped, in_order, plan.indptr
 
