@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -379,7 +380,49 @@ def test_it_can_be_appended_to_and_converted_again(data: SingleCellZarrDataset, 
     shuffled = data.write(tmp_path / "s.zarr", order="shuffle", progress=False)
     again = scdl_zarr.convert(tmp_path / "s.zarr", tmp_path / "c.zarr", progress=False)
     assert entries(again) == entries(shuffled)
-    assert "uns/scdl/origins" in again.left_out
+    assert not [name for name in again.left_out if "origins" in name]
+
+
+def test_origins_come_along_when_rows_are_added(data: SingleCellZarrDataset, folder: Path, tmp_path: Path) -> None:
+    shuffled = data.write(tmp_path / "s.zarr", order="shuffle", progress=False)
+    known, columns = shuffled.blocks.origin_rows(), ["name", "matrix", "n_obs", "nnz", "checksum", "size_bytes"]
+    assert known is not None
+    shuffled.append(folder / "s3.h5ad", progress=False)
+    joined = scdl_zarr.convert([folder / "s1.h5ad", tmp_path / "s.zarr", tmp_path / "s.zarr"], tmp_path / "j.zarr", progress=False)
+    for made, rows, names in (
+        (shuffled, [*known, *range(N, N + 11)], ["s0.h5ad", "s1.h5ad", "s2.h5ad", "s3.h5ad", "s3.h5ad"]),
+        (joined, [*range(12), *(12 + np.array([*known, *range(N, N + 11)] * 2))], ["s1.h5ad", *(f"s{k}.h5ad" for k in (0, 1, 2, 3, 3))]),
+    ):
+        origins, found = made.blocks.origins(), made.blocks.origin_rows()
+        assert origins is not None and found is not None
+        assert origins["name"].tolist() == names and list(origins.columns) == columns
+        assert origins["checksum"].iloc[-1] == data.sources["checksum"].iloc[3]
+        assert found.tolist() == rows
+        first = [name for name, n in zip(origins["name"], origins["n_obs"], strict=True) for _ in range(n)]
+        assert [first[row] for row in found] == [f"s{name.split('-')[0]}.h5ad" for name in made.obs_names]
+        assert not [name for name in made.left_out if "origins" in name]
+        assert made.verify().ok
+    shuffled.append(folder / "s1.h5ad", progress=False)
+    assert shuffled.blocks.origins()["name"].tolist()[-1] == "s1.h5ad"  # type: ignore[index]
+
+
+def test_skipped_sources_stay_named_when_rows_are_added(folder: Path, tmp_path: Path) -> None:
+    bad, late = tmp_path / "bad.h5ad", tmp_path / "late.h5ad"
+    for path in (bad, late):
+        path.write_text("no HDF5")
+    made = scdl_zarr.convert([folder / "s1.h5ad", bad, late], tmp_path / "k.zarr", skip_bad=True, progress=False)
+    known = made.blocks.skipped()
+    assert sorted(known) == ["bad.h5ad", "late.h5ad"]
+    shutil.copy(folder / "s0.h5ad", late)  # it was repaired
+    made.append(late, progress=False)
+    assert made.blocks.skipped() == {"bad.h5ad": known["bad.h5ad"]}
+    assert made.verify().ok
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at what is mapped where Linux lists it")
+def test_files_of_row_numbers_are_let_go_of(data: SingleCellZarrDataset, tmp_path: Path) -> None:
+    data.write(tmp_path / "w.zarr", rows=[5, 3, 8], progress=False)
+    assert "rows.npy" not in Path("/proc/self/maps").read_text()
 
 
 def test_options_are_the_stores_unless_others_are_given(data: SingleCellZarrDataset, tmp_path: Path) -> None:

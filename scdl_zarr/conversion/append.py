@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from scdl_zarr.conversion.assembly import encode_tables, merge_runs, recorded_plan
+from scdl_zarr.conversion.assembly import add_skipped, encode_tables, merge_runs, recorded_plan
 from scdl_zarr.conversion.construction import (
     Construction,
     check_room,
@@ -118,6 +118,8 @@ def _extend(base: _Base, survey: Survey, options: ConversionOptions, record: Map
     place, plan = replacement_path(base.root), plan_record(survey, options)
     with hired(survey, options) as executor:
         tables = encode_tables(survey)
+        names = {spec.name for spec in survey.specs}
+        add_skipped(tables, {name: why for name, why in base.blocks.skipped().items() if name not in names})
         rows = _SharedRows(base, survey.cells, tables.nodes())
         try:
             written = build_store(_Extension(base, rows, place, plan, resume=True), survey, options, executor, tables, record)

@@ -9,6 +9,7 @@ import numpy as np
 
 from scdl_zarr.conversion.construction import Construction
 from scdl_zarr.conversion.elements import EncodedElements
+from scdl_zarr.conversion.origins import carried_origin_rows, carried_origins
 from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan
 from scdl_zarr.conversion.remote_building import RemoteConstruction
 from scdl_zarr.conversion.running import tasks_of_store
@@ -17,16 +18,22 @@ from scdl_zarr.conversion.survey import Survey
 from scdl_zarr.conversion.values import union_stats
 from scdl_zarr.storage.schema import FORMAT_VERSION, group_node, matrix_nodes, root_document, unsorted_rows_name
 
-__all__ = ["commit_store", "encode_tables", "merge_runs", "recorded_plan"]
+__all__ = ["add_skipped", "commit_store", "encode_tables", "merge_runs", "recorded_plan"]
 
 DICT_GROUPS = ("layers", "obsm", "obsp", "varm", "varp", "uns", "uns/scdl", "uns/scdl/unsorted_rows")
 
 
 def encode_tables(survey: Survey) -> EncodedElements:
-    """var, and of obs and obsm what is not written by tasks; a column that no AnnData store can hold is a SourceError."""
+    """var, where rows were first, and of obs and obsm what is not written by tasks.
+
+    A column that no AnnData store can hold is a SourceError.
+    """
     elements = EncodedElements()
     survey.cells.add_to(elements)
     elements.add_frame("var", survey.vocabulary.frame())
+    rows = carried_origin_rows(survey)
+    if rows is not None:
+        elements.add_array("uns/scdl/origin_rows", rows)
     return elements
 
 
@@ -113,13 +120,10 @@ def _add_provenance(elements: EncodedElements, survey: Survey, results: dict[str
         else np.array(values, bool if name == "ordered" else np.int64)
         for name, values in packer.directory.items()
     }
-    if survey.skipped:
-        skipped = {
-            "name": _texts(one.name for one in survey.skipped),
-            "reason": _texts(one.reason for one in survey.skipped),
-            "size_bytes": np.array([one.size for one in survey.skipped], np.int64),
-        }
-        elements.add_frame("uns/scdl/skipped", pd.DataFrame(skipped))
+    add_skipped(elements, {one.name: (one.reason, one.size) for one in survey.skipped})
+    origins = carried_origins(survey, pd.DataFrame(sources))
+    if origins is not None:
+        elements.add_frame("uns/scdl/origins", origins)
     for name, columns in (("sources", sources), ("blocks", blocks), ("tables", tables), ("directory", directory)):
         elements.add_frame(f"uns/scdl/{name}", pd.DataFrame(columns))
     elements.add_array("uns/scdl/maps", np.concatenate(survey.vocabulary.maps).astype(np.int32))
@@ -127,6 +131,19 @@ def _add_provenance(elements: EncodedElements, survey: Survey, results: dict[str
     for path in survey.plans:
         runs = merge_runs(run for result in results[path] for run in result.unsorted)
         elements.add_array(f"uns/scdl/unsorted_rows/{unsorted_rows_name(path)}", np.array(runs, np.int64).reshape(-1, 2))
+
+
+def add_skipped(elements: EncodedElements, skipped: Mapping[str, tuple[str, int]]) -> None:
+    """``uns/scdl/skipped``, if there are any: names of sources that the store goes without, with the reasons and their sizes."""
+    import pandas as pd
+
+    if skipped:
+        columns = {
+            "name": _texts(skipped),
+            "reason": _texts(reason for reason, _ in skipped.values()),
+            "size_bytes": np.array([size for _, size in skipped.values()], np.int64),
+        }
+        elements.add_frame("uns/scdl/skipped", pd.DataFrame(columns))
 
 
 def _texts(values: Iterable[str]) -> np.ndarray[Any, np.dtype[np.object_]]:

@@ -45,6 +45,7 @@ from scdl_zarr.conversion.execution import (
 )
 from scdl_zarr.conversion.files import partial_path, sync_folder
 from scdl_zarr.conversion.gene_lists import described_genes, listed_genes
+from scdl_zarr.conversion.origins import ORIGIN_COLUMNS
 from scdl_zarr.conversion.plan import ConversionOptions, asked_dtype
 from scdl_zarr.conversion.sources import SourceSpec, open_source
 from scdl_zarr.conversion.sources.order import RowOrder, View
@@ -82,7 +83,6 @@ JOINED = "joined sources"  # the name of the source of a store whose rows are no
 JOINED_FOLDER = "joined"
 ORDERS = ("source", "shuffle")  # anything else is a column of obs
 COUNTED_ROWS = 1 << 14  # by one thread at a time
-ORIGIN_COLUMNS = ["name", "matrix", "n_obs", "nnz", "checksum", "size_bytes"]
 
 
 def write_view(

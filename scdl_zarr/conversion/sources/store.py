@@ -40,7 +40,7 @@ from scdl_zarr.storage.schema import MatrixLayout
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["OpenedStore", "StoreSource", "forget_stores", "open_kept", "store_specs"]
+__all__ = ["OpenedStore", "StoreSource", "forget_stores", "open_kept", "opened_store", "store_specs"]
 
 OPEN_STORES = 16  # kept open between the tasks of a process
 
@@ -126,6 +126,21 @@ class OpenedStore:
         return found
 
 
+    def rows(self, part: int) -> range:
+        """The rows of a source."""
+        lengths = np.asarray(self.sources["n_obs"], np.int64)
+        stop = int(lengths[: part + 1].sum())
+        return range(stop - int(lengths[part]), stop)
+
+    def origins(self) -> tuple[pd.DataFrame, Int64Array] | None:
+        """What ``blocks.origins()`` and ``blocks.origin_rows()`` say."""
+        if "origins" not in self.kept:
+            table, rows = self.blocks.origins(), self.blocks.origin_rows()
+            self.kept["origins"] = None if table is None or rows is None else (table, rows)
+        found: tuple[pd.DataFrame, Int64Array] | None = self.kept["origins"]
+        return found
+
+
 @functools.lru_cache(OPEN_STORES)
 def open_kept(path: Path | RemoteLocation, _stamp: tuple[int, int, str]) -> OpenedStore:
     """The store at a path as long as its root document is that one, kept open between the tasks of a process."""
@@ -135,6 +150,23 @@ def open_kept(path: Path | RemoteLocation, _stamp: tuple[int, int, str]) -> Open
     return OpenedStore(
         location=location, metadata=metadata, blocks=blocks, sources=blocks.sources(), tables=blocks.tables_of_sources()
     )
+
+
+def opened_store(spec: SourceSpec) -> OpenedStore:
+    """The store that a source is of, which must be as it was when it was described."""
+    _require_unchanged(spec)
+    return open_kept(spec.remote or Path(spec.path), (spec.size, spec.mtime_ns, spec.version))
+
+
+def _require_unchanged(spec: SourceSpec) -> None:
+    try:
+        found = _stamp(spec.remote or Path(spec.path))
+    except ScdlZarrError:
+        raise
+    except OSError as error:
+        raise SourceError(f"{spec.path} cannot be read any more: {error.strerror}") from error
+    if found != (spec.size, spec.mtime_ns, spec.version):
+        raise SourceError(f"{spec.path} changed while it was being converted; run again when nothing writes it")
 
 
 def _names(listed: str | None, name: str) -> bool:
@@ -156,29 +188,15 @@ class StoreSource:
 
     def __init__(self, spec: SourceSpec) -> None:
         self.spec = spec
-        self._place = spec.remote or Path(spec.path)
 
     def __enter__(self) -> StoreSource:
-        self._require_unchanged()
-        self._store = open_kept(self._place, (self.spec.size, self.spec.mtime_ns, self.spec.version))
-        lengths = np.asarray(self._store.sources["n_obs"], np.int64)
-        stop = int(lengths[: self.spec.part + 1].sum())
-        self._rows = range(stop - int(lengths[self.spec.part]), stop)
+        self._store = opened_store(self.spec)
+        self._rows = self._store.rows(self.spec.part)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None or issubclass(kind, SourceError):
-            self._require_unchanged()
-
-    def _require_unchanged(self) -> None:
-        try:
-            found = _stamp(self._place)
-        except ScdlZarrError:
-            raise
-        except OSError as error:
-            raise SourceError(f"{self.spec.path} cannot be read any more: {error.strerror}") from error
-        if found != (self.spec.size, self.spec.mtime_ns, self.spec.version):
-            raise SourceError(f"{self.spec.path} changed while it was being converted; run again when nothing writes it")
+            _require_unchanged(self.spec)
 
     # ---- matrices
 
@@ -219,8 +237,7 @@ class StoreSource:
 
     def others(self) -> list[str]:
         obsp = [path for path in self._store.metadata.matrices if path.startswith("obsp/")]
-        origins = [path for path in ("uns/scdl/origins",) if path in self._store.metadata.nodes]
-        return sorted([*obsp, *(f"obsm/{name}" for name in self._store.metadata.children("obsm")), *origins])
+        return sorted([*obsp, *(f"obsm/{name}" for name in self._store.metadata.children("obsm"))])  # origins come along
 
     def element(self, path: str) -> Any:
         group, _, name = path.partition("/")

@@ -154,9 +154,6 @@ class ViewSource(StoreSource):
             return super().columns_left_out(key)
         return list(self._store.metadata.left_out)
 
-    def others(self) -> list[str]:
-        return [path for path in super().others() if not path.startswith("uns/")]  # origins come along
-
     def element(self, path: str) -> Any:
         return self._arrays(path).read(path.partition("/")[2], self._view.order.rows(0, len(self._view.order), self._n_stored))
 
