@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from scdl_zarr.conversion.executors import Cluster, Crew, Executor, Processes, Threads, connected, threads_of_workers
@@ -43,7 +44,9 @@ def hired(survey: Survey, options: ConversionOptions) -> Iterator[Executor]:
             yield Cluster(_crew("cluster", len(threads), min(threads), survey, options), client)
         return
     if options.workers is None:
-        yield Threads(_crew("threads", 1, options.threads or usable_cores(), survey, options))
+        crew = _crew("threads", 1, options.threads or usable_cores(), survey, options)
+        more = projected_memory(survey, crew.threads + 1) <= parse_bytes(options.memory_budget)
+        yield Threads(replace(crew, waiting=int(more)))
         return
     processes = Processes(_crew("processes", options.workers, 1, survey, options))
     try:

@@ -39,7 +39,12 @@ class _Place:
 def carried_origin_rows(survey: Survey) -> Int64Array | None:
     """For each row, which row of :func:`carried_origins` it is; None where no source says more than its own name."""
     rows = [
-        place.first + (np.arange(len(place.own), dtype=np.int64) if place.recorded is None else place.recorded[1][place.own.start : place.own.stop])
+        place.first
+        + (
+            np.arange(len(place.own), dtype=np.int64)
+            if place.recorded is None
+            else place.recorded[1][place.own.start : place.own.stop]
+        )
         for place in _places(survey)
     ]
     return np.concatenate(rows) if rows else None

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from scdl_zarr.conversion.encode import ShardEncoder
 from scdl_zarr.conversion.id_maps import load_ids
 from scdl_zarr.conversion.kernels import map_rows, sort_rows
+from scdl_zarr.conversion.places import leave_place
 from scdl_zarr.conversion.plan import PIECE_VALUES, Part, ShardTask
 from scdl_zarr.conversion.problems import blaming
 from scdl_zarr.conversion.sources import MatrixReader, open_source, read_matrix
@@ -134,6 +135,7 @@ def _write_values(task: ShardTask) -> ShardResult:
                     written += len(narrowed)
         if written != task.stop - task.start:
             raise SourceError(f"{task.name}: the sources gave {written} values, {task.stop - task.start} were planned")
+        leave_place()
     return ShardResult(
         name=task.name,
         dtype=data.dtype.name,

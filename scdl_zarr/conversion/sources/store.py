@@ -125,7 +125,6 @@ class OpenedStore:
         found: Int64Array = self.kept["unsorted", path]
         return found
 
-
     def rows(self, part: int) -> range:
         """The rows of a source."""
         lengths = np.asarray(self.sources["n_obs"], np.int64)
