@@ -94,7 +94,8 @@ def _run_in_pool(
         return result
 
     # said as a graph: dask.compute would first look for a cluster, which takes longer than a small conversion
-    graph = {task.name: (functools.partial(reported, task),) for task in tasks}
+    left = range(len(tasks), 0, -1)  # of tasks that do not wait for one another dask begins with the last name
+    graph = {f"{k:09d} {task.name}": (functools.partial(reported, task),) for k, task in zip(left, tasks, strict=True)}
     # a pool of our own: leaving it waits for tasks that still run after another one failed
     with interruptible_pool(threads, say) as pool:
         return list(get(graph, list(graph), pool=pool, num_workers=threads))
