@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, SourceSpec
-from scdl_zarr.conversion.sources.counts import RowCounts, forget_counts, keep_counts, known_counts
+from scdl_zarr.conversion.sources.counts import RowCounts, forget_counts, row_counts
 from scdl_zarr.conversion.sources.h5ad import H5adMatrix, Hdf5Source, SparseParts, reading, refuse_undecodable
 from scdl_zarr.conversion.sources.row_readers import WholeArray, WholeTable
 from scdl_zarr.conversion.sources.rules import missing_matrix
@@ -287,7 +287,7 @@ class SelectedMatrix:
     def __init__(self, matrix: H5adMatrix, chosen: npt.NDArray[np.bool_], *, where: str, identity: Hashable) -> None:
         self._matrix, self._where, self._identity = matrix, where, identity
         self._numbers = np.where(chosen, np.cumsum(chosen) - 1, -1).astype(np.int32)
-        self._counts = known_counts(identity) or self._count()
+        self._counts = row_counts(identity, lambda counts: len(counts.counts) == matrix.header.n_obs, self._count)
         self._reached: _Position | None = None
         whole = matrix.header
         piece = PIECE_VALUES * (whole.dtype.itemsize + whole.index_dtype.itemsize + 4 + 8)  # and new ids, and positions
@@ -300,6 +300,7 @@ class SelectedMatrix:
             index_dtype=np.dtype(np.int32),
             layout="selected",
             chunk_bytes=whole.chunk_bytes + -(-piece // 4),  # plans count four of these a task
+            counted_bytes=self._counts.nbytes,
         )
 
     def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -358,9 +359,8 @@ class SelectedMatrix:
     def _count(self) -> RowCounts:
         n_obs = self._matrix.header.n_obs
         counts = np.zeros(n_obs, np.uint32)
-        starts = np.zeros(-(-n_obs // COUNTED_ROWS) + 1, np.int64)
         last = 0
-        for block, row in enumerate(range(0, n_obs, COUNTED_ROWS)):
+        for row in range(0, n_obs, COUNTED_ROWS):
             pointers = self._matrix.indptr(row, min(row + COUNTED_ROWS, n_obs) + 1)
             self._check_pointers(pointers, row, last)
             last = int(pointers[-1])
@@ -370,12 +370,9 @@ class SelectedMatrix:
                     f"{self._where} has a row of {found.max()} values; rows of up to {np.iinfo(np.uint32).max} can be"
                 )
             counts[row : row + len(found)] = found
-            starts[block + 1] = starts[block] + found.sum()
         if last != self._matrix.header.nnz:
             raise SourceError(f"{self._where}/indptr ends at {last}, but there are {self._matrix.header.nnz} stored values")
-        counted = RowCounts(height=COUNTED_ROWS, counts=counts, starts=starts)
-        keep_counts(self._identity, counted)
-        return counted
+        return RowCounts.of(counts, COUNTED_ROWS)
 
     def _check_pointers(self, pointers: npt.NDArray[np.int64], row: int, last: int) -> None:
         if pointers[0] != last:
