@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import threading
 import time
@@ -329,6 +330,34 @@ def test_obs_or_var_of_another_length(tmp_path: Path) -> None:
         del file["X"]
         file["X"] = some_counts(7, 5)
     refused(source, tmp_path / "a.zarr", "X has 7 rows and obs has 8")
+
+
+@pytest.mark.parametrize("layout", ["dense", "csc"])
+def test_rows_that_no_memory_holds(layout: str, tmp_path: Path) -> None:
+    """A header may say anything: it is held against obs before memory is taken for what it says."""
+    n_obs, matrix = 1 << 58, some_counts(8, 5)
+    source = put(tmp_path / "a.h5ad", matrix) if layout == "dense" else write_h5ad(tmp_path / "a.h5ad", sp.csc_matrix(matrix))
+    with h5py.File(source, "r+") as file:
+        if layout == "dense":
+            del file["X"]
+            file.create_dataset("X", (n_obs, 5), "f4", chunks=(1, 5))  # not a byte of it is there
+        else:
+            file["X"].attrs["shape"] = (n_obs, 5)
+    refused(source, tmp_path / "a.zarr", f"X has {n_obs} rows and obs has 8")
+    with h5py.File(source, "r+") as file:
+        del file["obs"]
+    refused(source, tmp_path / "a.zarr", "X has more rows than this machine has memory to count")
+
+
+def test_rows_of_a_zarr_store_that_no_memory_holds(tmp_path: Path) -> None:
+    source = write_with_anndata(tmp_path / "a.zarr", ad.AnnData(sp.csc_matrix(some_counts(8, 5))))
+    for path in (source / "zarr.json", source / "X" / "zarr.json"):
+        document = json.loads(path.read_bytes())
+        for node in (document, *document.get("consolidated_metadata", {}).get("metadata", {}).values()):
+            if node.get("attributes", {}).get("encoding-type") == "csc_matrix":
+                node["attributes"]["shape"] = [1 << 58, 5]
+        path.write_text(json.dumps(document))
+    refused(source, tmp_path / "s.zarr", f"X has {1 << 58} rows and obs has 8")
 
 
 def test_a_dense_obsp(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from scdl_zarr.conversion.sources import (
     stored_elements,
 )
 from scdl_zarr.conversion.sources.counts import RowCounts, known_counts
-from scdl_zarr.conversion.sources.h5ad import matrix_name
+from scdl_zarr.conversion.sources.rules import matrix_name, require_rows
 from scdl_zarr.conversion.tables import TablePlan
 from scdl_zarr.conversion.values import choose_dtype, value_stats
 from scdl_zarr.conversion.vocabulary import Vocabulary
@@ -324,8 +324,7 @@ def _matrix_key(name: str) -> str:
 
 def _check_tables(spec: SourceSpec, header: MatrixHeader, obs: TableReader, var: pd.DataFrame) -> None:
     shown = matrix_name(header.key)
-    if obs.n_rows != header.n_obs:
-        raise SourceError(f"{spec.path}: {shown} has {header.n_obs} rows and obs has {obs.n_rows}")
+    require_rows(spec.path, shown, header.n_obs, obs.n_rows)
     if len(var) != header.n_vars:
         raise SourceError(f"{spec.path}: {shown} has {header.n_vars} genes and its var has {len(var)}")
 

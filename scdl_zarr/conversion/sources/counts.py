@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.files import partial_path
-from scdl_zarr.errors import CorruptStoreError
+from scdl_zarr.errors import CorruptStoreError, ScdlZarrError, SourceError
 
 __all__ = ["RowCounts", "adopt_counts", "forget_counts", "known_counts", "load_counts", "row_counts", "save_counts"]
 
@@ -149,14 +149,33 @@ class _KnownCounts:
 KNOWN = _KnownCounts()
 
 
-def row_counts(identity: Hashable, fits: Callable[[RowCounts], bool], count: Callable[[], RowCounts]) -> RowCounts:
+def row_counts(
+    identity: Hashable, where: str, fits: Callable[[RowCounts], bool], count: Callable[[], RowCounts]
+) -> RowCounts:
     """The counts of a matrix: those known in this process, if they fit, or else what `count` gives, for one thread at a time.
 
-    `identity` is anything that is the same only for the same matrix with the same content.
+    Parameters
+    ----------
+    identity
+        Anything that is the same only for the same matrix with the same content.
+    where
+        File and matrix, for messages.
+
+    Raises
+    ------
+    SourceError
+        The matrix says that it has more rows than could be counted here, beside what `count` raises.
     """
     with KNOWN.claimed(identity):
         known = KNOWN.get(identity)
-        return known if known is not None and fits(known) else KNOWN.keep(identity, count())
+        if known is not None and fits(known):
+            return known
+        try:
+            return KNOWN.keep(identity, count())
+        except ScdlZarrError:
+            raise
+        except (MemoryError, ValueError) as error:  # NumPy's for an array that no machine could hold
+            raise SourceError(f"{where} has more rows than this machine has memory to count: {error}") from error
 
 
 def known_counts(identity: Hashable) -> RowCounts | None:

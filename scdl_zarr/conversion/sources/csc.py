@@ -263,7 +263,7 @@ class CscMatrix:
         threads: int | None = None,
     ) -> None:
         self.columns, self.where, self.identity = reader, where, identity
-        self.counts = row_counts(identity, self._fits, lambda: count_rows(reader, where, threads))
+        self.counts = row_counts(identity, where, self._fits, lambda: count_rows(reader, where, threads))
         stored = reader.header
         self.small = is_small(stored)
         self._turned: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None

@@ -74,7 +74,7 @@ class DenseMatrix:
         self._words = np.dtype(f"u{rows.dtype.itemsize}")
         sign = 1 << (8 * rows.dtype.itemsize - 1) if rows.dtype.kind == "f" else 0
         self._mask = self._words.type(np.iinfo(self._words).max - sign)
-        self._counts = row_counts(identity, self._fits, self._count)
+        self._counts = row_counts(identity, where, self._fits, self._count)
         self._held: tuple[int, npt.NDArray[Any], npt.NDArray[np.int32]] | None = None
         self._room = self._counts.largest_block + rows.n_vars  # as `take_stored` wants it
         block_bytes = self._counts.height * rows.n_vars * rows.dtype.itemsize
@@ -140,9 +140,10 @@ class DenseMatrix:
     def _count(self) -> RowCounts:
         rows, height = self._rows, block_height(self._rows)
         counts = np.zeros(rows.n_obs, np.uint16 if rows.n_vars < 1 << 16 else np.uint32)
-        ranges = [(start, min(start + height, rows.n_obs)) for start in range(0, rows.n_obs, height)]
-        found, blocks = np.empty(height, np.int64), rows.blocks(ranges)
-        for start, stop in ranges:
+        blocks = rows.blocks((start, min(start + height, rows.n_obs)) for start in range(0, rows.n_obs, height))
+        found = np.empty(height, np.int64)
+        for start in range(0, rows.n_obs, height):
+            stop = min(start + height, rows.n_obs)
             own = found[: stop - start]
             count_stored(next(blocks).view(self._words), self._mask, own)  # no name holds a block while the next one is made
             counts[start:stop] = own

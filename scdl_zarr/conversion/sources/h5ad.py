@@ -22,11 +22,12 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.hdf5_chunks import ElementReader, RowReader, filter_advice, unavailable_filters
 from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, RowArray, SourceSpec, TableReader
+from scdl_zarr.conversion.sources.counts import known_counts
 from scdl_zarr.conversion.sources.csc import CscMatrix
 from scdl_zarr.conversion.sources.dense import DenseMatrix
 from scdl_zarr.conversion.sources.h5ad_frames import H5adTable, dataset_rows, is_usual, read_frame
 from scdl_zarr.conversion.sources.row_readers import LazyArray, WholeArray, WholeTable
-from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible
+from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible, require_rows
 from scdl_zarr.errors import ScdlZarrError, SourceError, StoreAccessError, StoreNotFoundError, StoreReplacedError
 from scdl_zarr.storage.remote import RemoteLocation, RemoteObject
 from scdl_zarr.storage.remote_file import RemoteFile
@@ -157,6 +158,8 @@ class H5adSource(Hdf5Source):
             raise missing_matrix(self.spec.path, key, self.matrices())
         require_convertible(self.spec.path, key, kind)
         shown, where = matrix_name(key), f"{self.spec.path}: {matrix_name(key)}"
+        if kind != "csr":
+            self._require_rows_of_obs(key, node, kind)
         if kind == "dense":
             with reading(self.spec.path, shown):
                 refuse_unreadable(where, node, self._file)
@@ -164,6 +167,14 @@ class H5adSource(Hdf5Source):
         with reading(self.spec.path, shown, f"is not a readable {kind.upper()} matrix"):
             matrix = self._sparse(key, where, _sparse_parts(node), by_columns=kind == "csc")
         return CscMatrix(matrix, where=where, identity=(self.spec, key)) if kind == "csc" else matrix
+
+    def _require_rows_of_obs(self, key: str, node: h5py.Group | h5py.Dataset, kind: str) -> None:
+        """Refuse a matrix that is to be counted and says that it has other rows than obs, before memory is taken for them."""
+        if known_counts((self.spec, key)) is None and self._node("obs") is not None:
+            shown = matrix_name(key)
+            with reading(self.spec.path, shown, f"is not a readable {kind.upper()} matrix"):
+                n_obs = int(node.shape[0]) if kind == "dense" else _sparse_parts(node).shape[0]
+            require_rows(self.spec.path, shown, n_obs, self.obs_table().n_rows)
 
     # ---- tables and the rest
 

@@ -144,6 +144,7 @@ class TenxSource(Hdf5Source):
             parts = {name: self._dataset(name) for name in ("data", "indices", "indptr")}
             self._require_length("indptr", self._n_obs + 1, f"{self._n_obs} barcodes")
             self._require_length("indices", len(parts["data"]), f"{len(parts['data'])} values")
+            self._require_length("barcodes", self._n_obs, self._shown_shape)  # before as many rows are counted
             matrix = self._sparse(key, self._where, SparseParts(**parts, shape=(self._n_obs, self._n_features)))
         chosen = self._chosen()
         return matrix if chosen is None else SelectedMatrix(matrix, chosen, where=self._where, identity=(self.spec, key))
@@ -240,7 +241,7 @@ class TenxSource(Hdf5Source):
 
     def _values(self, name: str, length: int) -> npt.NDArray[Any]:
         dataset = self._dataset(name)
-        self._require_length(name, length, f"a matrix of {self._n_features} features × {self._n_obs} barcodes")
+        self._require_length(name, length, self._shown_shape)
         with reading(self.spec.path, str(dataset.name)):
             refuse_undecodable(self.spec.path, dataset)
             return np.asarray(dataset[()])
@@ -250,7 +251,7 @@ class TenxSource(Hdf5Source):
         dataset = self._dataset(name)
         if h5py.check_string_dtype(dataset.dtype) is None:
             return self._values(name, length).astype(str).astype(object)
-        self._require_length(name, length, f"a matrix of {self._n_features} features × {self._n_obs} barcodes")
+        self._require_length(name, length, self._shown_shape)
         with reading(self.spec.path, str(dataset.name)):
             refuse_undecodable(self.spec.path, dataset)
             return np.asarray(dataset.asstr("utf-8")[()], object)
@@ -260,6 +261,10 @@ class TenxSource(Hdf5Source):
         if not isinstance(node, h5py.Dataset):
             raise SourceError(f"{self._where} has no dataset {name}, which the matrix of a 10x Genomics file has")
         return node
+
+    @property
+    def _shown_shape(self) -> str:
+        return f"a matrix of {self._n_features} features × {self._n_obs} barcodes"
 
     def _require_length(self, name: str, length: int, what: str) -> None:
         dataset = self._dataset(name)
@@ -287,7 +292,7 @@ class SelectedMatrix:
     def __init__(self, matrix: H5adMatrix, chosen: npt.NDArray[np.bool_], *, where: str, identity: Hashable) -> None:
         self._matrix, self._where, self._identity = matrix, where, identity
         self._numbers = np.where(chosen, np.cumsum(chosen) - 1, -1).astype(np.int32)
-        self._counts = row_counts(identity, lambda counts: len(counts.counts) == matrix.header.n_obs, self._count)
+        self._counts = row_counts(identity, where, lambda counts: len(counts.counts) == matrix.header.n_obs, self._count)
         self._reached: _Position | None = None
         whole = matrix.header
         piece = PIECE_VALUES * (whole.dtype.itemsize + whole.index_dtype.itemsize + 4 + 8)  # and new ids, and positions
