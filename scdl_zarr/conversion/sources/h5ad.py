@@ -421,6 +421,17 @@ def _group_frame(group: h5py.Group) -> Any:
     return frame
 
 
+def _texts(values: npt.NDArray[Any], what: str) -> npt.NDArray[np.object_]:
+    """Text as it is in the file: a byte that is replaced may make one cell of two."""
+    texts: npt.NDArray[np.object_] = np.empty(len(values), object)
+    for number, value in enumerate(values.tolist()):
+        try:
+            texts[number] = value.decode() if isinstance(value, bytes) else str(value)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"row {number} of {what} is {value!r}, which is not UTF-8 ({error.reason}); rewrite it as that") from None
+    return texts
+
+
 def _compound_frame(node: h5py.Dataset, uns: Mapping[str, Any] | None) -> pd.DataFrame:
     """A table that anndata 0.6 stored as one compound dataset, its categories in ``uns/<column>_categories``."""
     import pandas as pd
@@ -433,12 +444,12 @@ def _compound_frame(node: h5py.Dataset, uns: Mapping[str, Any] | None) -> pd.Dat
     for name in names:
         values = records[name]
         if values.dtype.kind in "SO":
-            values = np.array([_text(v) for v in values], dtype=object)
+            values = _texts(values, name)
         categories = None if uns is None else uns.get(f"{name}_categories")
         if categories is not None and values.dtype.kind in "iu":
             labels = np.atleast_1d(categories[()])
             if labels.dtype.kind in "SO":
-                labels = np.array([_text(v) for v in labels], dtype=object)
+                labels = _texts(labels, f"uns/{name}_categories")
             values = pd.Categorical.from_codes(values.astype(np.int64), categories=pd.Index(labels))
         columns[name] = values
     index = next((name for name in ("_index", "index") if name in columns), names[0])
