@@ -8,8 +8,8 @@
     outs/multi/count/raw_feature_bc_matrix.h5               of all samples that were run together
     outs/per_sample_outs/<sample>/.../sample_filtered_feature_bc_matrix.h5
 
-Names are all there is to go by: barcodes are the same in unrelated runs.  What comes before and after those words in a name, as in
-``GSM1_raw_feature_bc_matrix.h5``, tells runs apart that were put into one folder.
+Names are all there is to go by: barcodes are the same in unrelated runs.  What comes before and after those words in a name, as
+in ``GSM1_raw_feature_bc_matrix.h5``, tells runs apart that were put into one folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TOGETHER, _APART = ("multi", "count"), "per_sample_outs"
 
 
 def matrices_of_one_run(paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The first paths found, each given as its parts, that are different matrices of the cells of one run; none if there are none."""
+    """The first of the paths, each given as its parts, that are different matrices of the cells of one run; or none."""
     runs: dict[tuple[object, ...], dict[str, tuple[str, ...]]] = {}
     for parts in paths:
         found = _NAME.fullmatch(parts[-1].lower())

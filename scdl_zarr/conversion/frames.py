@@ -15,8 +15,8 @@ __all__ = ["as_stored", "join_columns", "join_frames", "nullable"]
 def join_columns(parts: list[pd.Series[Any]]) -> pd.Series[Any]:
     """Concatenate one column of several sources: categories united in order of appearance, numbers widened.
 
-    Integers stay integers.  Columns of kinds that have no common one (text and numbers, booleans and fractions, large integers and
-    fractions, integers below zero and from 2**63 on) become text.
+    Integers stay integers.  Columns of kinds that have no common one (text and numbers, booleans and fractions, large integers
+    and fractions, integers below zero and from 2**63 on) become text.
     """
     import pandas as pd
     from pandas.api.types import union_categoricals

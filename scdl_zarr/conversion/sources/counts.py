@@ -149,9 +149,7 @@ class _KnownCounts:
 KNOWN = _KnownCounts()
 
 
-def row_counts(
-    identity: Hashable, where: str, fits: Callable[[RowCounts], bool], count: Callable[[], RowCounts]
-) -> RowCounts:
+def row_counts(identity: Hashable, where: str, fits: Callable[[RowCounts], bool], count: Callable[[], RowCounts]) -> RowCounts:
     """The counts of a matrix: those known in this process, if they fit, or else what `count` gives, for one thread at a time.
 
     Parameters

@@ -428,7 +428,7 @@ def _texts(values: npt.NDArray[Any], what: str) -> npt.NDArray[np.object_]:
         try:
             texts[number] = value.decode() if isinstance(value, bytes) else str(value)
         except UnicodeDecodeError as error:
-            raise ValueError(f"row {number} of {what} is {value!r}, which is not UTF-8 ({error.reason}); rewrite it as that") from None
+            raise ValueError(f"row {number} of {what} is {value!r}, which is not UTF-8 ({error.reason})") from None
     return texts
 
 
