@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, sync_folder
 from scdl_zarr.conversion.plan import ShardTask, Task
+from scdl_zarr.conversion.row_runs import unpack_runs
 from scdl_zarr.conversion.shards import ShardResult, write_shard
 from scdl_zarr.conversion.staging import SCRATCH, TransposeTask, scratch_folder
 from scdl_zarr.conversion.stopping import STATE, read_state, state_document
@@ -158,8 +159,8 @@ def parse_mark(record: dict[str, Any], task: Task, evidence: Mapping[str, Any], 
         return None
     try:
         stats = ValueStats(**record.pop("stats"))
-        for name in ("checksums", "unsorted"):
-            record[name] = tuple((int(a), int(b)) for a, b in record[name])
+        record["checksums"] = tuple((int(a), int(b)) for a, b in record["checksums"])
+        unpack_runs(record["unsorted"])
         return ShardResult(**record, stats=stats)
     except (TypeError, ValueError, KeyError):
         return None
