@@ -142,6 +142,29 @@ def test_obstore_knows_every_option_that_is_taken(scheme: str) -> None:
             assert "Invalid key" not in str(error), name
 
 
+@pytest.mark.parametrize(
+    ("url", "region"),
+    [
+        ("s3://here", "here"),
+        ("s3://here/x", "here"),
+        ("S3://here/x/", "here"),
+        ("s3://here/deep/x", "deep"),
+        ("s3://here/deeper", "here"),
+        ("s3://here-public/x", None),
+        ("s3://here.evil.example/x", None),
+        ("s3://her", None),
+        ("gs://any/x", None),
+    ],
+)
+def test_options_by_url_are_for_what_lies_below_it_alone(url: str, region: str | None) -> None:
+    given = {"s3://here": {"region": "here"}, "s3://here/deep/": {"region": "deep"}, "az://": {"token": SECRET}}
+    assert dict(parse_remote(url, given).options) == ({} if region is None else {"region": region})
+    assert dict(parse_remote("az://any/where/x", given).options) == {"token": SECRET}
+    with pytest.raises(OptionError, match="given by URL, and 'region' is none") as caught:
+        parse_remote(url, {**given, "region": SECRET})
+    assert SECRET not in str(caught.value)
+
+
 def test_secrets_are_in_no_text(bucket: Bucket) -> None:
     where = bucket.at("x")
     spec = SourceSpec(path=where.url, name="x", size=1, mtime_ns=0, remote=where)

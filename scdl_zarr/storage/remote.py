@@ -367,8 +367,8 @@ _MULTIPART: dict[str, Any] = {"chunk_size": PART_BYTES, "max_concurrency": PARTS
 def parse_remote(url: str, storage_options: Mapping[str, Any] | None = None) -> RemoteLocation:
     """The location of a URL, with everything checked that can be without asking the server.
 
-    `storage_options` are names and values, or such mappings by the beginnings of URLs:
-    ``{"s3://here": {"region": ...}, "gs://": {...}}``.
+    `storage_options` are names and values, or such mappings by the beginnings of URLs, whole parts of them:
+    ``{"s3://here": {"region": ...}, "gs://": {...}}`` says nothing of ``s3://here-too``.
 
     Raises
     ------
@@ -402,12 +402,22 @@ def parse_remote(url: str, storage_options: Mapping[str, Any] | None = None) -> 
 
 
 def _options_for(url: str, given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Those of the longest URL that this one begins with, where options are given by URL."""
+    """Those of the longest URL that this one lies below, where options are given by URL: credentials are for nobody else."""
     if not isinstance(given, Mapping) or not any("://" in str(name) for name in given):
         return given
-    fitting = [str(name) for name in given if url.startswith(str(name))]
-    found: Mapping[str, Any] = given[max(fitting, key=len)] if fitting else {}
+    plain = [str(name) for name in given if "://" not in str(name)]
+    if plain:
+        raise OptionError(f"storage_options are given by URL, and {plain[0]!r} is none; put it into the mapping of a URL")
+    parts = _parts(url)
+    fitting = [name for name in given if parts[: len(_parts(name))] == _parts(name)]
+    found: Mapping[str, Any] = given[max(fitting, key=lambda name: len(_parts(name)))] if fitting else {}
     return found
+
+
+def _parts(url: str) -> list[str]:
+    """The scheme of a URL, then what is between its slashes; a scheme alone is all of its URLs."""
+    scheme, _, rest = url.partition("://")
+    return [scheme.lower(), *rest.rstrip("/").split("/")] if rest.strip("/") else [scheme.lower()]
 
 
 def _checked_options(scheme: str, given: Mapping[str, Any]) -> tuple[tuple[str, str | bool | int | float], ...]:
