@@ -179,12 +179,28 @@ class RemoteLocation:
             answer = obstore.get(store, self.key, options={"range": (start, stop)})
             return bytes(answer.bytes()), _described(answer.meta, "")
 
-        found, now = self._call(ask)
-        if known is not None and (now.size, now.version) != (known.size, known.version):
-            raise StoreReplacedError(f"{self} was replaced while it was read; read it again when nothing writes it")
+        replaced = StoreReplacedError(f"{self} was replaced while it was read; read it again when nothing writes it")
+        try:
+            found, now = self._call(ask)
+        except StoreUnreachableError:  # a shorter object has no such range
+            there = None if known is None else self.head()
+            if there is None or _state(there) == _state(known):
+                raise
+            raise replaced from None
+        if known is not None and _state(now) != _state(known):
+            raise replaced
         if len(found) != stop - start:
             raise StoreUnreachableError(f"{self}: asked for bytes {start} to {stop - 1}, the server gave {len(found)} bytes")
         return found
+
+    def get_file(self, path: Path) -> None:
+        """Write what is in the object into a new local file, a part at a time."""
+        known = self.head()
+        if known is None:
+            raise StoreNotFoundError(f"there is no object {self}")
+        starts = range(0, known.size, PART_BYTES)
+        with open(path, "xb") as file:
+            file.writelines(self.get_range(start, min(start + PART_BYTES, known.size), known) for start in starts)
 
     def list(self) -> list[RemoteObject]:
         """Every object below the prefix, sorted by key (which is relative to it)."""
@@ -464,6 +480,11 @@ def shown_url(url: str) -> str:
     """A URL for a message: without what may be a secret."""
     plain = re.split(r"[?#]", url, maxsplit=1)[0]
     return re.sub(r"://[^/@]*@", "://...@", plain)
+
+
+def _state(known: RemoteObject | None) -> tuple[int, str] | None:
+    """What two looks at an object must have in common."""
+    return None if known is None else (known.size, known.version)
 
 
 def _described(meta: Mapping[str, Any], key: str) -> RemoteObject:
