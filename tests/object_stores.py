@@ -111,7 +111,7 @@ def memory_bucket(monkeypatch: pytest.MonkeyPatch) -> Bucket:
     import obstore.store
     import zarr
 
-    def opened(where: RemoteLocation) -> zarr.abc.store.Store:
+    def opened(where: RemoteLocation) -> Any:
         """What is below a prefix now, as zarr-python reads it: obstore's store in memory has no prefixes."""
         make = zarr.core.buffer.default_buffer_prototype().buffer.from_bytes
         return zarr.storage.MemoryStore({key: make(content) for key, content in objects(where).items()}, read_only=True)

@@ -14,7 +14,7 @@ import pytest
 import scipy.sparse
 
 import scdl_zarr
-from scdl_zarr.conversion import rewrite
+from scdl_zarr.conversion import execution, rewrite
 from scdl_zarr.errors import OptionError, StoreAccessError, StoreExistsError, StoreFullError
 from tests.object_stores import Bucket, KilledError, as_uploaded, dying, memory_bucket, objects
 from tests.toys import contents, write_h5ad
@@ -114,7 +114,7 @@ def test_killed_at_any_request_the_same_call_goes_on(
     expected = contents(tmp_path / "x.zarr")
     joined: list[Path] = []
 
-    def build(place: Any, *rest: Any, _do: Any = rewrite.build_store) -> Any:
+    def build(place: Any, *rest: Any, _do: Any = execution.build_store) -> Any:
         joined.append(place.root)
         return _do(place, *rest)
 
@@ -154,7 +154,7 @@ def test_what_is_refused_leaves_nothing(
     with pytest.raises(OptionError, match="or a column of obs"):
         scdl_zarr.convert(sources, memory.url("x.zarr"), order="nothing", **SIZES)
     with pytest.raises(OptionError, match="scratch_dir=5"):
-        scdl_zarr.convert(sources, memory.url("x.zarr"), order="shuffle", scratch_dir=5, **SIZES)
+        scdl_zarr.convert(sources, memory.url("x.zarr"), order="shuffle", **{**SIZES, "scratch_dir": 5})
     remote = data.write(memory.url("there.zarr"), progress=False)
     with pytest.raises(OptionError, match="is no local folder"):
         remote.write(tmp_path / "x.zarr", progress=False)
@@ -174,8 +174,10 @@ def test_room_on_the_local_disk_is_asked_for(
 
     monkeypatch.setattr(shutil, "disk_usage", nothing_free)
     (tmp_path / "given").mkdir()
-    for folder, options in ((scratch, {}), (tmp_path / "given", {"scratch_dir": tmp_path / "given"})):
-        for chosen in ({}, {"order": "shuffle"}):
+    folders: list[tuple[Path, dict[str, Any]]] = [(scratch, {}), (tmp_path / "given", {"scratch_dir": tmp_path / "given"})]
+    ways: list[dict[str, Any]] = [{}, {"order": "shuffle"}]
+    for folder, options in folders:
+        for chosen in ways:
             with pytest.raises(StoreFullError, match=rf"on its way to s3://memory/x\.zarr .* lie in {folder}, .*scratch_dir="):
                 scdl_zarr.convert(sources, memory.url("x.zarr"), **chosen, **options, **SIZES)
         with pytest.raises(StoreFullError, match="scratch_dir="):
