@@ -82,6 +82,11 @@ class Hdf5Source:
             raise SourceError(f"{path} cannot be opened, it is truncated or damaged: {error}") from error
         return self
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that it keeps for as long as it is open."""
+        return 0 if self._remote is None else self._remote.held_bytes
+
     def _open_remote(self, location: RemoteLocation) -> None:
         """Through HDF5's driver for file objects; every answer is checked to come from the object that was described."""
         self._remote = RemoteFile(location, RemoteObject(key="", size=self.spec.size, version=self.spec.version))
