@@ -222,7 +222,7 @@ def test_a_task_that_nobody_waits_for_does_not_land(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("crew", [{"threads": 2}, {"workers": 1}])
 def test_a_folder_that_another_conversion_took_over_is_said_to_be_busy(
-    crew: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    crew: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody pressed Ctrl-C: that alone is a KeyboardInterrupt."""
     source, target = write_h5ad(tmp_path / "b.h5ad", csr([([1, 2], [0, 1])] * 8, 2)), tmp_path / "b.zarr"

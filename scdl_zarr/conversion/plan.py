@@ -33,6 +33,7 @@ __all__ = [
     "ShardTask",
     "SourceMatrix",
     "Task",
+    "TaskAround",
     "asked_dtype",
     "projected_bytes",
 ]
@@ -233,6 +234,33 @@ class Task(Protocol):
     @property
     def files(self) -> tuple[str, ...]:
         """What it writes, as keys below `root`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskAround:
+    """A task done in another way: it has the name, the folder and the files of the one that it is around."""
+
+    task: Task
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def root(self) -> str:
+        return self.task.root
+
+    @property
+    def plan(self) -> str:
+        return self.task.plan
+
+    @property
+    def dtype(self) -> str:
+        return self.task.dtype
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.task.files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

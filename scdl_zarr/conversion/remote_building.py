@@ -37,7 +37,7 @@ from scdl_zarr.conversion.construction import (
     refuse_lost,
 )
 from scdl_zarr.conversion.files import partial_path, replace_file
-from scdl_zarr.conversion.plan import ShardTask, Task
+from scdl_zarr.conversion.plan import ShardTask, Task, TaskAround
 from scdl_zarr.conversion.remote_lock import RemoteLock
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.staging import scratch_folder
@@ -59,31 +59,10 @@ PUBLISHED = "published"  # in the build folder: keys of what tasks read there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteTask:
+class RemoteTask(TaskAround):
     """A task whose files belong in an object store.  What travels knows how to get there."""
 
-    task: Task
     place: RemoteLocation
-
-    @property
-    def name(self) -> str:
-        return self.task.name
-
-    @property
-    def root(self) -> str:
-        return self.task.root
-
-    @property
-    def plan(self) -> str:
-        return self.task.plan
-
-    @property
-    def dtype(self) -> str:
-        return self.task.dtype
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        return self.task.files
 
 
 def run_task(task: Task) -> ShardResult:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from scdl_zarr.conversion.encode import ShardEncoder, shard_chunks
-from scdl_zarr.conversion.plan import ShardTask
+from scdl_zarr.conversion.plan import ShardTask, TaskAround
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.stopping import refuse_if_stopped
 from scdl_zarr.errors import CorruptStoreError
@@ -25,31 +25,11 @@ __all__ = ["WidenTask", "widen_shard"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WidenTask:
+class WidenTask(TaskAround):
     """A shard task that is done, in another dtype than its values are to have now."""
 
     task: ShardTask
     done: ShardResult  # what it reported
-
-    @property
-    def name(self) -> str:
-        return self.task.name
-
-    @property
-    def root(self) -> str:
-        return self.task.root
-
-    @property
-    def plan(self) -> str:
-        return self.task.plan
-
-    @property
-    def dtype(self) -> str:
-        return self.task.dtype
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        return self.task.files
 
 
 def widen_shard(widen: WidenTask, file: BinaryIO, before: Callable[[], object]) -> ShardResult:
