@@ -104,9 +104,7 @@ class Run:
         return WidenTask(task=task, done=done)
 
 
-def tasks_of_store(
-    construction: Construction | RemoteConstruction, survey: Survey, options: ConversionOptions
-) -> Iterator[Task]:
+def tasks_of_store(construction: Construction | RemoteConstruction, survey: Survey, options: ConversionOptions) -> Iterator[Task]:
     """Every task that what is stored comes from, in the dtypes that were found to be needed."""
     yield from survey.cells.tasks(str(construction.root), construction.plan_digest)
     for path in survey.plans:

@@ -125,7 +125,6 @@ class OpenedStore:
         found: Int64Array = self.kept["unsorted", path]
         return found
 
-
     def rows(self, part: int) -> range:
         """The rows of a source."""
         lengths = np.asarray(self.sources["n_obs"], np.int64)
@@ -178,7 +177,7 @@ def _names(listed: str | None, name: str) -> bool:
 
 
 def forget_stores() -> None:
-    """Let go of the stores that were read, and of views of them: mapped files keep space on the disk even when they are deleted."""
+    """Let go of the stores that were read, and of views of them: mapped files keep space on the disk even when deleted."""
     open_kept.cache_clear()
     forget_numbers()
 
