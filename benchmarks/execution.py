@@ -190,7 +190,7 @@ class _Run:
         figures: dict[str, dict[str, float]] = {}
         self.results.rounds.append(figures)
         for case in rotated(self.results.cases, number, self.grid.rounds):
-            if case.name in self.results.unmeasured:
+            if case.name in self.results.unmeasured or (case.once and number):
                 continue
             try:
                 found = self._measure(case)

@@ -46,7 +46,8 @@ class Grid:
     batches: tuple[int, ...] = (64, 1024)
     files: int = 8
     many_cells: int = 25_000  # in each of the many files, and in the one with neighbours
-    layout_cells: int = 10_000  # in the files of other layouts
+    layout_cells: int = 25_000  # in the files of other layouts
+    large_cells: int = 500_000  # in the one that shows how much memory a large file takes
 
     @classmethod
     def toy(cls) -> Grid:
@@ -62,6 +63,7 @@ class Grid:
             files=2,
             many_cells=40,
             layout_cells=30,
+            large_cells=100,
         )
 
 
@@ -77,6 +79,7 @@ class Case:
     store: str = ""  # name of the store that it reads, see benchmarks/stores.py; "" reads the source
     cache: Cache = "warm"
     against: tuple[str, ...] = ()
+    once: bool = False  # in the first round alone: what it shows is not a matter of chance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +123,7 @@ def cases(grid: Grid) -> tuple[Case, ...]:
         *_many_files(),
         *_at_scale(grid),
         *_layouts(),
+        *_large_file(grid),
         *_row_calls(grid),
         *_lookups(grid),
         *_opening(),
@@ -499,6 +503,26 @@ def _layouts() -> list[Case]:
             against=(names["csr"],) if layout != "csr" else (),
         )
         for layout in LAYOUTS
+    ]
+
+
+def _large_file(grid: Grid) -> list[Case]:
+    """Memory, and what a model of larger data needs to know."""
+    crews: dict[str, dict[str, Any]] = {
+        "2 threads": {"threads": 2},
+        "2 processes": {"workers": 2},
+        "shuffled, 2 threads": {"threads": 2, "order": "shuffle"},
+    }
+    return [
+        Case(
+            name=f"convert {grid.large_cells:,} cells, {name}",
+            section="Conversion of a large file, once, warm source",
+            module="benchmarks.ours.converting",
+            parameters=_parameters(**crew, read="store", out="large.zarr"),
+            store="large file",
+            once=True,
+        )
+        for name, crew in crews.items()
     ]
 
 

@@ -97,6 +97,14 @@ STORES = {
             source=None,
             sized_by=("files", "many_cells"),
         ),
+        Store(
+            name="large file",
+            module="benchmarks.drawing",
+            parameters=(("task", "large file"),),
+            suffix=".h5ad",
+            source=None,
+            sized_by=("large_cells",),
+        ),
         *(
             Store(
                 name=f"file {layout}",

@@ -183,8 +183,10 @@ def convert(
         A ``dask.distributed.Client``, or the address of a scheduler, whose workers write the shards instead.  They must see the
         sources and the target under the same paths.  A task of a worker that is lost is done by another one.
     scratch_dir
-        Folder for the joined store that is made first where `order`, `rows` or `genes` is given, and removed at the end.  By
-        default it lies with what is being built.
+        Folder on the local disk for what is removed at the end: the joined store that is made first where `order`, `rows` or
+        `genes` is given, and whatever passes through on its way into an object store.  By default that is the folder that is
+        being built; for a target in an object store the system's folder for temporary files (``TMPDIR``), where the same call
+        finds a joined store again.
     skip_bad
         Convert the other sources where some cannot be: those are named in the summary and in ``uns/scdl/skipped``.
     resume
@@ -218,7 +220,10 @@ def convert(
     -----
     In an object store, shards are put as they are finished, and the root ``zarr.json`` last.  What is built there is held by an
     object ``.scdl-build/lock``, which counts no more once its process is known to be dead or has not renewed it for ten minutes;
-    ``overwrite=True`` takes it over.  A finished store there is not replaced: convert to another place.
+    ``overwrite=True`` takes it over.  A finished store there is not replaced: convert to another place.  Shards pass through a
+    folder of the machine that writes them (see `scratch_dir`), each for as long as it takes to put it; the columns of a matrix
+    stored by columns stay there until their rows are written.  With `order`, `rows` or `genes` the workers of a cluster must see
+    the joined store, so `scratch_dir` must be on a disk that they share.
 
     Sources are opened read-only.  The result is committed by one atomic rename: killed at any moment, a conversion leaves a store
     that opens whole or one that does not open.  The same sources and options give the same bytes.  Memory is bounded by

@@ -50,7 +50,12 @@ SchedulerOption = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="Scheduler of a Dask cluster, tcp://..., whose workers write the shards.")
 ]
 
-
+StorageOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--storage-option", metavar="NAME=VALUE", help="How object stores are reached: region=..., endpoint=... (repeat)."
+    ),
+]
 RowsOption = Annotated[str | None, typer.Option(help="Query of obs in pandas' syntax: the rows to take [default: all].")]
 GenesOption = Annotated[Path | None, typer.Option(help="Text file with the name of a gene in each line [default: all genes].")]
 OrderOption = Annotated[str, typer.Option(help="source, shuffle, or a column of obs to sort by.")]
@@ -115,18 +120,16 @@ def convert(
     seed: SeedOption = 0,
     scratch_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder for the joined store that --rows, --genes and --order ask for [default: in TARGET]."),
+        typer.Option(
+            help="Folder for the joined store that --rows, --genes and --order ask for [default: in TARGET], and for what is on "
+            "its way into an object store [default: the system's for temporary files]."
+        ),
     ] = None,
     memory_budget: MemoryOption = "2GB",
     threads: ThreadsOption = None,
     workers: WorkersOption = None,
     scheduler: SchedulerOption = None,
-    storage_option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--storage-option", metavar="NAME=VALUE", help="How object stores are reached: region=..., endpoint=... (repeat)."
-        ),
-    ] = None,
+    storage_option: StorageOption = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Convert the other sources where some cannot be.")] = False,
     log_json: Annotated[Path | None, typer.Option(help="File to add a line of JSON to for each thing that happens.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
@@ -188,7 +191,7 @@ def convert(
 @app.command()
 def write(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="The store whose rows are written.")],
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The store to make (a new folder).")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The store to make (a new folder, or a URL).")],
     rows: RowsOption = None,
     genes: GenesOption = None,
     order: OrderOption = "source",
@@ -205,6 +208,8 @@ def write(
     threads: ThreadsOption = None,
     workers: WorkersOption = None,
     scheduler: SchedulerOption = None,
+    storage_option: StorageOption = None,
+    scratch_dir: Annotated[Path | None, typer.Option(help="Folder for what is on its way into an object store.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is already there.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Start an unfinished store over.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")] = False,
@@ -236,6 +241,8 @@ def write(
             threads=threads,
             workers=workers,
             client=scheduler,
+            scratch_dir=scratch_dir,
+            storage_options=_named(storage_option or []),
             overwrite=overwrite,
             resume=not restart,
             progress=not quiet,

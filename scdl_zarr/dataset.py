@@ -641,16 +641,18 @@ class SingleCellZarrDataset:
         threads: int | None = None,
         workers: int | None = None,
         client: Any = None,
+        scratch_dir: str | os.PathLike[str] | None = None,
         resume: bool = True,
         overwrite: bool = False,
         progress: bool = True,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> SingleCellZarrDataset:
         """Write rows and genes of this store, in any order, as a new store, and open that.
 
         Parameters
         ----------
         path
-            Folder to make, as the target of :func:`scdl_zarr.convert`.
+            Folder to make, or a URL such as ``s3://bucket/atlas.zarr``, as the target of :func:`scdl_zarr.convert`.
         rows
             What :meth:`read_rows` takes, or a query of obs in pandas' syntax (``"n_genes > 500 and cell_type == 'B'"``, of which
             only the named columns are read).  Numbers come in the order given.  By default all rows.
@@ -670,6 +672,11 @@ class SingleCellZarrDataset:
             As in :func:`scdl_zarr.convert`; by default as this store has them, or with another `profile` as that one has them.
         memory_budget, threads, workers, client, resume, overwrite, progress
             As in :func:`scdl_zarr.convert`.
+        scratch_dir
+            Folder on the local disk for what passes through on its way into an object store; by default the system's for
+            temporary files (``TMPDIR``).  Workers of a cluster must see it, as they must see this store.
+        storage_options
+            How to reach a URL (see :func:`scdl_zarr.open`).
 
         Returns
         -------
@@ -680,7 +687,7 @@ class SingleCellZarrDataset:
         ------
         OptionError, FeatureNameError, RowIndexError
             There is no such row, column or layer; a gene is asked for twice, or its name is there twice; `rows` names a row twice
-            and an obsp is to come along; another program made this store.
+            and an obsp is to come along; another program made this store, or it is no local folder.
         StoreExistsError, StoreAccessError, StoreFullError, StoreBusyError
             As in a conversion.
 
@@ -715,14 +722,16 @@ class SingleCellZarrDataset:
             "threads": threads,
             "workers": workers,
             "client": client,
+            "scratch_dir": scratch_dir,
             "resume": resume,
             "overwrite": overwrite,
             "progress": progress,
+            "storage_options": storage_options,
         }
         summary = write_view(self._location, path, rows=rows, genes=genes, order=order, seed=seed, options=options)
         if progress:
             print(summary)
-        return SingleCellZarrDataset(path, **self._options)
+        return SingleCellZarrDataset(path, storage_options=storage_options, **self._options)
 
     def append(
         self,

@@ -7,17 +7,32 @@ import gc
 import http.server
 import subprocess
 import sys
+import tempfile
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import pytest
+
+from scdl_zarr.storage import remote, remote_zarr
 from scdl_zarr.storage.remote import RemoteLocation, parse_remote
 
-__all__ = ["SECRET", "Bucket", "FileServer", "file_server", "s3_bucket"]
+__all__ = [
+    "SECRET",
+    "Bucket",
+    "FileServer",
+    "KilledError",
+    "as_uploaded",
+    "dying",
+    "file_server",
+    "memory_bucket",
+    "objects",
+    "s3_bucket",
+]
 
 SECRET = "no-real-secret-0123456789"
 
@@ -25,7 +40,10 @@ SECRET = "no-real-secret-0123456789"
 SERVE_S3 = """
 import logging, sys
 from moto.server import ThreadedMotoServer
-logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for each request
+log = logging.getLogger("werkzeug")  # a line for each request
+log.setLevel(logging.INFO)
+log.addHandler(logging.FileHandler(sys.argv[1]))
+log.propagate = False
 server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()
 print("http://%s:%s" % server.get_host_and_port(), flush=True)
@@ -39,6 +57,12 @@ class Bucket:
 
     name: str
     options: dict[str, Any]
+    log: Path | None = None  # a line for each request that the server answered
+
+    def puts(self, key: str) -> int:
+        """How often the server was asked to put an object whose key begins so, or with a space at the end that one."""
+        assert self.log is not None
+        return self.log.read_text().count(f'"PUT /{self.name}/{key}')
 
     def url(self, key: str = "") -> str:
         return f"s3://{self.name}/{key}".rstrip("/")
@@ -60,7 +84,9 @@ class Bucket:
 @contextlib.contextmanager
 def s3_bucket(name: str = "cells") -> Iterator[Bucket]:
     """A bucket of moto's S3 server, in a process of its own (see :func:`file_server` for why)."""
-    server = subprocess.Popen([sys.executable, "-c", SERVE_S3], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    folder = tempfile.TemporaryDirectory()
+    log = Path(folder.name, "log")
+    server = subprocess.Popen([sys.executable, "-c", SERVE_S3, str(log)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert server.stdin is not None and server.stdout is not None
     try:
         endpoint = server.stdout.readline().decode().strip()
@@ -73,10 +99,57 @@ def s3_bucket(name: str = "cells") -> Iterator[Bucket]:
             "allow_http": True,
             "max_retries": 1,
         }
-        yield Bucket(name, options)
+        yield Bucket(name, options, log)
     finally:
         server.kill()
         server.communicate()
+        folder.cleanup()
+
+
+def memory_bucket(monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A bucket in memory: much faster than a server, and the same to whoever writes objects."""
+    import obstore.store
+    import zarr
+
+    def opened(where: RemoteLocation) -> Any:
+        """What is below a prefix now, as zarr-python reads it: obstore's store in memory has no prefixes."""
+        make = zarr.core.buffer.default_buffer_prototype().buffer.from_bytes
+        return zarr.storage.MemoryStore({key: make(content) for key, content in objects(where).items()}, read_only=True)
+
+    monkeypatch.setitem(remote._handles, ("s3://memory", ()), obstore.store.MemoryStore())
+    monkeypatch.setattr(remote_zarr, "open_remote", opened)
+    return Bucket("memory", {})
+
+
+def objects(where: RemoteLocation) -> dict[str, bytes]:
+    """Every object below a prefix."""
+    return {entry.key: where.at(entry.key).get() for entry in where.list()}
+
+
+def as_uploaded(expected: dict[str, bytes], found: dict[str, bytes]) -> None:
+    """Two stores, by their files and objects, are the same."""
+    assert found.keys() == expected.keys()
+    assert [key for key in expected if found[key] != expected[key]] == []
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing that runs afterwards reaches the object store."""
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
+    """Let the process lose the store at its n-th request that writes (0: never); returns what was written."""
+    written: list[str] = []
+    for name in ("put", "put_file", "create", "delete", "swap"):
+        real: Callable[..., Any] = getattr(RemoteLocation, name)
+
+        def act(self: RemoteLocation, *arguments: Any, _real: Callable[..., Any] = real) -> Any:
+            if at and len(written) >= at - 1:
+                raise KilledError
+            written.append(self.key)
+            return _real(self, *arguments)
+
+        monkeypatch.setattr(RemoteLocation, name, act)
+    return written
 
 
 @dataclass

@@ -71,6 +71,7 @@ KINDS: dict[str, Any] = {
     "no objects": lambda draw, n: np.array([None] * n, object),  # noqa: ARG005
     "Int32": lambda draw, n: pd.array(listed(draw, n, st.sampled_from([None, 1, 5])), dtype="Int32"),
     "Int64": lambda draw, n: pd.array(listed(draw, n, st.sampled_from([None, *NUMBERS[:5]])), dtype="Int64"),
+    "UInt64": lambda draw, n: pd.array(listed(draw, n, st.sampled_from([None, 0, 7, 1 << 63])), dtype="UInt64"),
     "boolean": lambda draw, n: pd.array(listed(draw, n, st.sampled_from([None, True, False])), dtype="boolean"),
     "text": lambda draw, n: np.array([*listed(draw, n, st.sampled_from(LABELS)), "x"], object)[:n],
     "text or none": lambda draw, n: np.array([*listed(draw, n, st.sampled_from([*LABELS, None, np.nan])), "x"], object)[:n],
@@ -78,7 +79,8 @@ KINDS: dict[str, Any] = {
     "labels": lambda draw, n: _codes(draw, LABELS[:3], n),
     "other labels": lambda draw, n: _codes(draw, draw(st.permutations(LABELS))[: draw(st.integers(1, 4))], n),
     "no labels": lambda draw, n: pd.Categorical([np.nan] * n),  # noqa: ARG005
-    "numbers": lambda draw, n: _codes(draw, [3, 1, (1 << 60) + 1], n),
+    "numbers": lambda draw, n: _codes(draw, [3, -1, (1 << 60) + 1], n),
+    "large numbers": lambda draw, n: _codes(draw, np.array([3, 1 << 63], np.uint64), n),
     "fractions": lambda draw, n: _codes(draw, [0.5, 2.5], n),
     "truths": lambda draw, n: _codes(draw, [True, False], n),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import tempfile
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -195,7 +196,7 @@ def test_threads_count_the_same(threads: int, tmp_path: Path) -> None:
     ):
         reader = csc_matrix(source.matrix("X"))
         found = csc.count_rows(reader.columns, "X", threads)
-        assert found.counts.tolist() == np.diff(matrix.tocsr().indptr).tolist()
+        assert found.counts[:].tolist() == np.diff(matrix.tocsr().indptr).tolist()
         with mock.patch.object(csc, "COUNT_ROOM_BYTES", 300 * 4), mock.patch.object(csc, "_count_apart") as apart:
             csc.count_rows(reader.columns, "X", 5)  # a matrix of many rows
         assert not apart.called
@@ -286,14 +287,38 @@ def test_a_file_of_counts_is_whole_or_nothing(width: Any, n: int, tmp_path: Path
     save_counts(tmp_path / "c", kept)
     found = load_counts(tmp_path / "c")
     assert found is not None and found.counts.dtype == kept.counts.dtype
-    assert (found.height, found.counts.tolist(), found.starts.tolist()) == (4, kept.counts.tolist(), kept.starts.tolist())
+    assert (found.height, found.counts[:].tolist(), found.starts.tolist()) == (4, kept.counts[:].tolist(), kept.starts.tolist())
     content = (tmp_path / "c").read_bytes()
     for k in range(len(content)):
         (tmp_path / "c").write_bytes(content[:k] + bytes([content[k] ^ 1]) + content[k + 1 :])
-        assert load_counts(tmp_path / "c") is None or k in range(8, 16), k  # another height is found where it is used
+        damaged = load_counts(tmp_path / "c")
+        if damaged is not None:
+            assert k >= len(content) - kept.counts.nbytes
+            with pytest.raises(errors.CorruptStoreError, match="does not match its checksums"):
+                damaged.counts[:]
         (tmp_path / "c").write_bytes(content[:k])
         assert load_counts(tmp_path / "c") is None
     assert load_counts(tmp_path / "nothing") is None
+    (tmp_path / "c").unlink()
+    if n:
+        with pytest.raises(errors.CorruptStoreError, match="was lost or damaged"):
+            found.counts[:]
+
+
+@given(st.data())
+@settings(max_examples=20)
+def test_ranges_of_saved_counts(data: st.DataObject) -> None:
+    each = np.array(data.draw(st.lists(st.integers(0, 70_000), max_size=40)), np.uint32)
+    path = Path(tempfile.mkdtemp(), "c")
+    with mock.patch.object(counts, "PIECE_ROWS", 8):
+        kept = RowCounts.of(each, data.draw(st.integers(1, 20)))
+        save_counts(path, kept)
+        saved = load_counts(path)
+        assert saved is not None and (saved.longest, saved.total) == (max([0, *each.tolist()]), each.sum())
+        start = data.draw(st.integers(0, len(each)))
+        stop = data.draw(st.integers(start, len(each)))
+        assert saved.counts[start:stop].tolist() == each[start:stop].tolist()
+        assert saved.pointers(start, stop + 1).tolist() == kept.pointers(start, stop + 1).tolist()
 
 
 # ---- files on the way

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -206,14 +210,75 @@ def test_a_matrix_is_counted_once_and_blocks_are_not_read_twice_in_a_row(tmp_pat
 
 def test_what_is_kept_of_counts_is_bounded() -> None:
     known = type(counts.KNOWN)()
-    each = [counts.RowCounts(height=1, counts=np.zeros(10, np.uint16), starts=np.zeros(11, np.int64)) for _ in range(4)]
+    each = [counts.RowCounts.of(np.zeros(10, np.uint16), 1) for _ in range(4)]
     with mock.patch.object(counts, "KEPT_COUNTS_BYTES", 3 * each[0].nbytes):
         for k, one in enumerate(each[:3]):
             known.keep(k, one)
         assert known.get(0) is each[0]
         known.keep(3, each[3])
+    assert known.get(1) is each[1]  # which is still held here
+    each[1] = each[0]
     assert known.get(1) is None  # the one used longest ago
-    assert [known.get(k) for k in (0, 2, 3)] == [each[0], each[2], each[3]]
+    assert all(known.get(k) is each[k] for k in (0, 2, 3))
+
+
+def test_of_threads_that_open_a_matrix_one_counts(tmp_path: Path) -> None:
+    """The others wait for what it finds, and count themselves only where it did not come to an end."""
+    (spec,) = describe_path(put(tmp_path / "a.h5ad", some_counts(40, 6)))
+    opened, failed = threading.Barrier(4, timeout=20), threading.Event()
+    plain = DenseMatrix._count
+
+    def slowly(self: DenseMatrix) -> counts.RowCounts:
+        time.sleep(0.05)
+        if not failed.is_set():
+            failed.set()
+            raise errors.SourceError("the disk is away for a moment")
+        return plain(self)
+
+    def total() -> int:
+        opened.wait()
+        with open_source(spec) as source:
+            return source.matrix("X").header.nnz
+
+    with (
+        mock.patch.object(DenseMatrix, "_count", autospec=True, side_effect=slowly) as counting,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        jobs = [pool.submit(total) for _ in range(4)]
+        found = [job.exception() or job.result() for job in jobs]
+    assert counting.call_count == 2
+    assert sorted(map(str, found))[:3] == [str(np.count_nonzero(some_counts(40, 6)))] * 3
+
+
+def test_counts_that_are_too_many_to_keep_are_read_from_files(tmp_path: Path) -> None:
+    """While the sources are surveyed nothing of them is lost, and tasks read no more than the rows they need."""
+    rows = [some_counts(90, 20), some_counts(70, 20)]
+    sources = [put(tmp_path / f"{k}.h5ad", matrix) for k, matrix in enumerate(rows)]
+    plain, read = counts.SavedRows.__getitem__, []
+    count, counted = DenseMatrix._count, []
+
+    def counting(self: DenseMatrix) -> counts.RowCounts:  # a mock would hold the matrices
+        counted.append(self._where)
+        return count(self)
+
+    def noted(self: counts.SavedRows, wanted: slice) -> Any:
+        read.append((self.path.name, wanted.stop - wanted.start))
+        return plain(self, wanted)
+
+    with (
+        mock.patch.object(counts, "KEPT_COUNTS_BYTES", 1),
+        mock.patch.object(counts, "PIECE_ROWS", 16),
+        mock.patch.object(dense, "BLOCK_BYTES", 10 * rows[0][0].nbytes),
+        mock.patch.object(DenseMatrix, "_count", counting),
+        mock.patch.object(counts.SavedRows, "__getitem__", noted),
+    ):
+        made = scdl_zarr.convert(sources, tmp_path / "s.zarr", chunk_values=16, shard_values=64, progress=False, threads=2)
+        assert (made.read_rows(np.arange(160)).to_dense() == np.vstack(rows)).all()
+        assert len(counted) == 2
+        assert "X-000000" in {name for name, _ in read} and max(n for _, n in read) < 90
+        again = scdl_zarr.convert(sources, tmp_path / "t.zarr", **SIZES)  # the files are gone with their conversion
+    assert len(counted) == 4
+    assert (again.read_rows(np.arange(160)).to_dense() == np.vstack(rows)).all()
 
 
 @pytest.mark.parametrize("chunks", [None, (1, 64), (100, 10), (4000, 1), (4000, 64), (3, 7)])
@@ -270,6 +335,34 @@ def test_obs_or_var_of_another_length(tmp_path: Path) -> None:
         del file["X"]
         file["X"] = some_counts(7, 5)
     refused(source, tmp_path / "a.zarr", "X has 7 rows and obs has 8")
+
+
+@pytest.mark.parametrize("layout", ["dense", "csc"])
+def test_rows_that_no_memory_holds(layout: str, tmp_path: Path) -> None:
+    """A header may say anything: it is held against obs before memory is taken for what it says."""
+    n_obs, matrix = 1 << 58, some_counts(8, 5)
+    source = put(tmp_path / "a.h5ad", matrix) if layout == "dense" else write_h5ad(tmp_path / "a.h5ad", sp.csc_matrix(matrix))
+    with h5py.File(source, "r+") as file:
+        if layout == "dense":
+            del file["X"]
+            file.create_dataset("X", (n_obs, 5), "f4", chunks=(1, 5))  # not a byte of it is there
+        else:
+            file["X"].attrs["shape"] = (n_obs, 5)
+    refused(source, tmp_path / "a.zarr", f"X has {n_obs} rows and obs has 8")
+    with h5py.File(source, "r+") as file:
+        del file["obs"]
+    refused(source, tmp_path / "a.zarr", "X has more rows than this machine has memory to count")
+
+
+def test_rows_of_a_zarr_store_that_no_memory_holds(tmp_path: Path) -> None:
+    source = write_with_anndata(tmp_path / "a.zarr", ad.AnnData(sp.csc_matrix(some_counts(8, 5))))
+    for path in (source / "zarr.json", source / "X" / "zarr.json"):
+        document = json.loads(path.read_bytes())
+        for node in (document, *document.get("consolidated_metadata", {}).get("metadata", {}).values()):
+            if node.get("attributes", {}).get("encoding-type") == "csc_matrix":
+                node["attributes"]["shape"] = [1 << 58, 5]
+        path.write_text(json.dumps(document))
+    refused(source, tmp_path / "s.zarr", f"X has {1 << 58} rows and obs has 8")
 
 
 def test_a_dense_obsp(tmp_path: Path) -> None:

@@ -121,6 +121,46 @@ def test_a_pattern_may_find_folders(made: dict[str, Path], here: Path) -> None:
 # ---- folders
 
 
+RAW, FILTERED = "raw_feature_bc_matrix.h5", "filtered_feature_bc_matrix.h5"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (RAW, FILTERED),
+        (f"outs/{RAW}", f"outs/{FILTERED.upper()}"),
+        ("raw_gene_bc_matrices_h5.h5", "filtered_gene_bc_matrices_h5.h5"),
+        ("filtered_peak_bc_matrix.h5", "filtered_tf_bc_matrix.h5"),
+        (f"a/GSM1_S1_{RAW}", f"a/GSM1_S1_{FILTERED}"),
+        (f"outs/multi/count/{RAW}", f"outs/per_sample_outs/S1/count/sample_{FILTERED}"),
+        (f"outs/S1/count/sample_{RAW}", f"outs/S1/count/sample_{FILTERED}"),
+    ],
+)
+def test_cells_that_a_run_has_twice(here: Path, one: str, other: str) -> None:
+    """Nobody named both: which is meant must be said, and skip_bad does not choose either."""
+    paths = [tenx(here / "top" / name) for name in (one, other)]
+    (here / "list.txt").write_text("top\n")
+    for sources, more in (("top", {}), ("top/**/*.[hH]5", {}), ("list.txt", {}), ("top", {"problems": Problems(skip=True)})):
+        with pytest.raises(errors.OptionError, match="the same cells, which would be converted twice") as caught:
+            find_sources(sources, **more)
+        assert all(str(path) in str(caught.value) for path in paths)
+    assert len(found(paths)) == len(found(str(path) for path in paths)) == 2  # both were named
+    assert len(found(f"top/**/{paths[1].name}")) == 1
+
+
+def test_cells_of_several_runs(here: Path) -> None:
+    """Matrices of one kind in folders of their own, or under names of their own; and those of raw droplets alone."""
+    tenx(here / "a" / "outs" / FILTERED)
+    tenx(here / "b" / "outs" / FILTERED)
+    tenx(here / "c" / f"GSM1_{FILTERED}")
+    tenx(here / "c" / f"GSM2_{FILTERED}")
+    tenx(here / "c" / f"un{FILTERED}")
+    tenx(here / "d" / "outs" / "per_sample_outs" / "S1" / f"sample_{FILTERED}")
+    tenx(here / "d" / "outs" / "per_sample_outs" / "S2" / f"sample_{FILTERED}")
+    tenx(here / "e" / RAW)
+    assert len(found(".")) == 8
+
+
 def test_a_folder_is_everything_in_it_that_can_be_converted(made: dict[str, Path], here: Path) -> None:
     top = here / "top"
     for name in ("b.h5ad", "A.H5AD", "n/c.h5ad", "b.h5ad.7-0a0a0a0a.part", ".hidden.h5ad", "unfinished.zarr/e.h5ad"):

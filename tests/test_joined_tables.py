@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import anndata as ad
 import h5py
@@ -14,6 +15,7 @@ import scipy.sparse as sp
 
 import scdl_zarr
 from scdl_zarr import errors
+from scdl_zarr.conversion import columns, elements
 from scdl_zarr.conversion.frames import join_columns, join_frames
 from scdl_zarr.conversion.sources.h5ad_frames import read_frame
 from tests.toys import csr, encoded_rows, write_h5ad
@@ -67,6 +69,48 @@ def test_the_least_integer_beside_fractions() -> None:
     assert least.tolist() == ["-9223372036854775808", "-9223372036854775807", "0.5"]
 
 
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("categories", [False, True])
+@pytest.mark.parametrize(
+    ("signed", "unsigned", "dtype"),
+    [
+        ([-1, 5], [7], "int64"),
+        ([5], [2**63 - 1], "int64"),
+        ([5, 2**60 + 1], [2**64 - 1], "uint64"),
+        ([-1], [2**64 - 1], None),  # nothing holds both but text
+    ],
+)
+def test_integers_with_and_without_a_sign(
+    signed: list[int], unsigned: list[int], dtype: str | None, categories: bool, missing: bool, tmp_path: Path
+) -> None:
+    """NumPy makes float64 of them, in which 2**60 + 1 is 2**60."""
+    parts = [pd.Series(signed, dtype="i8"), pd.Series(unsigned, dtype="u8")]
+    if categories:
+        parts[0] = pd.Series(pd.Categorical(parts[0]))
+    if missing:
+        parts[1] = pd.Series([*unsigned, None], dtype="UInt64")
+    wanted = [*signed, *unsigned, *([None] * missing)]
+    for order in (slice(None), slice(None, None, -1)):
+        joined = join_columns(parts[order])
+        found = pd.concat([joined.iloc[len(parts[1]) :], joined.iloc[: len(parts[1])]]) if order.step else joined
+        texts = [None if value is pd.NA or value is None else value for value in found.astype(object)]
+        assert texts == (wanted if dtype else [None if value is None else str(value) for value in wanted])
+        assert str(joined.dtype).lower() == dtype if dtype else joined.dtype.kind == "O"
+
+
+def test_large_integers_of_one_file_in_blocks(tmp_path: Path) -> None:
+    """What a block becomes depends on rows that it does not have: of both files, the last ones alone are odd."""
+    tables = [frame("a", n=np.array([5, 6, -7])), frame("b", n=np.array([1, 2, 3, 2**64 - 1], "u8"))]
+    sources = [write_h5ad(tmp_path / f"{k}.h5ad", encoded_rows(len(t), 4, 2), obs=t) for k, t in enumerate(tables)]
+    with mock.patch.multiple(elements, CHUNK_ROWS=2, SHARD_ROWS=4), mock.patch.object(columns, "BLOCK_ROWS", 2):
+        both = scdl_zarr.convert(sources, tmp_path / "s.zarr", progress=False)
+        assert both.obs["n"].tolist() == ["5", "6", "-7", "1", "2", "3", str(2**64 - 1)]
+        tables[0]["n"] = [5, 6, 7]
+        write_h5ad(sources[0], encoded_rows(3, 4, 2), obs=tables[0])
+        both = scdl_zarr.convert(sources, tmp_path / "t.zarr", progress=False)
+        assert both.obs["n"].dtype == np.uint64 and both.obs["n"].tolist() == [5, 6, 7, 1, 2, 3, 2**64 - 1]
+
+
 def test_booleans_beside_fractions_are_not_numbers() -> None:
     for booleans in (pd.Series([True, False]), pd.Series(pd.Categorical([True, False]))):
         assert join_columns([booleans, pd.Series([1.5])]).tolist() == ["True", "False", "1.5"]
@@ -97,7 +141,21 @@ def test_columns_of_var_that_differ(tmp_path: Path) -> None:
         assert own["n"].isna().tolist() == table["n"].isna().tolist()
 
 
-# ---- tables as other languages write them
+# ---- tables as other languages, and other times, wrote them
+
+
+@pytest.mark.parametrize("place", ["obs", "uns/kind_categories"])
+def test_text_of_a_compound_table_that_is_no_text(tmp_path: Path, place: str) -> None:
+    """Two names must not become one, whatever was meant: anndata 0.6 wrote UTF-8."""
+    names = [b"c0", b"c\xe9" if place == "obs" else b"c1"]
+    with h5py.File(tmp_path / "old.h5ad", "w") as file:
+        file["obs"] = np.array([(name, k) for k, name in enumerate(names)], [("index", "S8"), ("kind", "i1")])
+        file["uns/kind_categories"] = np.array([b"T", b"B" if place == "obs" else b"\xe9"])
+        file["var"] = np.array([(b"v0",)], [("index", "S8")])
+        file["X"] = np.ones((2, 1), "f4")
+    named = "index" if place == "obs" else place
+    with pytest.raises(errors.SourceError, match=rf"old\.h5ad: obs cannot be read: row 1 of {named} is b'.*xe9', which is not"):
+        scdl_zarr.convert(tmp_path / "old.h5ad", tmp_path / "s.zarr", progress=False)
 
 
 def test_attributes_of_fixed_length_and_the_other_byte_order(tmp_path: Path) -> None:

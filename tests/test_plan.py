@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scdl_zarr.conversion.assembly import merge_runs
 from scdl_zarr.conversion.crews import projected_memory
 from scdl_zarr.conversion.finding import find_sources
 from scdl_zarr.conversion.plan import (
@@ -22,6 +21,7 @@ from scdl_zarr.conversion.plan import (
     border_elements,
     cut_shards,
 )
+from scdl_zarr.conversion.row_runs import merge_runs, pack_runs, runs_of, unpack_runs
 from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
 from scdl_zarr.conversion.survey import scan_pointers, survey_sources
 from scdl_zarr.conversion.values import ValueStats, choose_dtype, union_stats, value_stats
@@ -110,9 +110,25 @@ def test_row_plans(ranges: list[tuple[int, int]], size: int, parts: int) -> None
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)), max_size=8))
 def test_runs_merge_to_the_same_rows(runs: list[tuple[int, int]]) -> None:
     given_runs = [(a, a + n) for a, n in runs]
-    merged = merge_runs(given_runs)
+    merged = merge_runs([np.array([run]) for run in given_runs]).tolist()
     assert {r for a, b in merged for r in range(a, b)} == {r for a, b in given_runs for r in range(a, b)}
     assert all(a[1] < b[0] for a, b in pairwise(merged))
+
+
+@given(st.lists(st.integers(0, 40), unique=True))
+def test_runs_are_the_rows(rows: list[int]) -> None:
+    found = runs_of(np.array(sorted(rows), np.int64))
+    assert [row for a, b in found.tolist() for row in range(a, b)] == sorted(rows)
+    assert found.tolist() == merge_runs([found]).tolist() == unpack_runs(pack_runs(found)).tolist()
+
+
+def test_runs_of_every_second_row_are_few_bytes() -> None:
+    """A shard of short rows may have millions of them, and every mark and every result has its list."""
+    packed = pack_runs(runs_of(np.arange(1, 2_000_001, 2)))
+    assert len(packed) < 200_000 and len(unpack_runs(packed)) == 1_000_000
+    for damaged in ("x", packed[:-8], "AAAA", pack_runs(np.arange(4).reshape(-1, 2))[:-4]):
+        with pytest.raises(ValueError):  # noqa: PT011 (whichever part noticed it)
+            unpack_runs(damaged)
 
 
 @given(parts=st.lists(st.lists(st.floats(width=32), max_size=5), min_size=1, max_size=5), data=st.data())

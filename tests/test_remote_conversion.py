@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,13 +35,23 @@ from scdl_zarr.errors import (
     SourceError,
     StoreBusyError,
     StoreExistsError,
+    StoreFullError,
     StoreNotFoundError,
     StoreUnreachableError,
     UncommittedStoreError,
 )
-from scdl_zarr.storage import remote
 from scdl_zarr.storage.remote import RemoteLocation
-from tests.object_stores import SECRET, Bucket, file_server, s3_bucket
+from tests.object_stores import (
+    SECRET,
+    Bucket,
+    KilledError,
+    as_uploaded,
+    dying,
+    file_server,
+    memory_bucket,
+    objects,
+    s3_bucket,
+)
 from tests.toys import contents, encoded_rows, write_h5ad
 
 pytestmark = pytest.mark.usefixtures("careless_disk")
@@ -74,25 +86,12 @@ def expected(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    """A bucket in memory: much faster than a server, and the same to whoever writes objects."""
-    from obstore.store import MemoryStore
-
-    monkeypatch.setitem(remote._handles, ("s3://memory", ()), MemoryStore())
-    return Bucket("memory", {})
-
-
-def objects(where: RemoteLocation) -> dict[str, bytes]:
-    return {entry.key: where.at(entry.key).get() for entry in where.list()}
+    return memory_bucket(monkeypatch)
 
 
 def convert(sources: Any, bucket: Bucket, key: str, **options: Any) -> scdl_zarr.SingleCellZarrDataset:
     chosen: dict[str, Any] = {"width": "narrow", "storage_options": bucket.options, **SIZES, **options}
     return scdl_zarr.convert(sources, bucket.url(key), **chosen)
-
-
-def as_uploaded(expected: dict[str, bytes], found: dict[str, bytes]) -> None:
-    assert found.keys() == expected.keys()
-    assert [key for key in expected if found[key] != expected[key]] == []
 
 
 # ---- targets
@@ -153,30 +152,9 @@ def test_what_can_never_finish_leaves_nothing(memory: Bucket, sources: list[Path
     assert memory.at("never.zarr").list() == []
 
 
-class KilledError(BaseException):
-    """Stands for SIGKILL: nothing that runs afterwards reaches the object store."""
-
-
-def dying(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
-    """Let the process lose the store at its n-th request that writes (0: never); returns what was written."""
-    written: list[str] = []
-    for name in ("put", "put_file", "create", "delete", "swap"):
-        real: Callable[..., Any] = getattr(RemoteLocation, name)
-
-        def act(self: RemoteLocation, *arguments: Any, _real: Callable[..., Any] = real) -> Any:
-            if at and len(written) >= at - 1:
-                raise KilledError
-            written.append(self.key)
-            return _real(self, *arguments)
-
-        monkeypatch.setattr(RemoteLocation, name, act)
-    return written
-
-
 def test_killed_at_any_request_it_goes_on(
     memory: Bucket, sources: list[Path], expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_lock, "_lives", lambda _: False)  # the process that held the lock, which is this one
     one: dict[str, Any] = {"sources": sources, "bucket": memory, "threads": 1}
     with monkeypatch.context() as patch:
         written = dying(patch, 0)
@@ -209,30 +187,47 @@ def test_killed_at_any_request_it_goes_on(
 
 CHILD = """
 import json, sys, scdl_zarr
-print("ready", flush=True)
-sizes = dict(chunk_values=256, shard_values=2048, width="narrow", threads=1, progress=False)
-scdl_zarr.convert(sys.argv[3:], sys.argv[1], storage_options=json.loads(sys.argv[2]), **sizes)
+sizes = dict(chunk_values=64, shard_values=256, width="narrow", threads=1, progress=False)
+scdl_zarr.convert(sys.argv[3], sys.argv[1], storage_options=json.loads(sys.argv[2]), **sizes)
 """
 
 
-def test_a_process_that_is_killed_leaves_what_the_next_one_finishes(
-    bucket: Bucket, sources: list[Path], expected: dict[str, bytes]
+def test_killed_at_random_moments_it_goes_on_and_puts_no_finished_shard_again(
+    bucket: Bucket, sources: list[Path], tmp_path: Path
 ) -> None:
     where = bucket.at("sigkill.zarr")
-    arguments = [where.url, json.dumps(bucket.options), *map(str, sources)]
-    process = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE)
-    try:
-        end = time.monotonic() + 60
-        while len(where.at(".scdl-build/done").list()) < 2 and time.monotonic() < end:
-            assert process.poll() is None
-        process.send_signal(signal.SIGSTOP)  # it lives, and says nothing
-        with pytest.raises(StoreBusyError, match=rf"being written by another process \(id {process.pid} on "):
-            convert(sources, bucket, "sigkill.zarr")
-    finally:
-        process.kill()
-        process.communicate()
-    convert(sources, bucket, "sigkill.zarr")
-    as_uploaded(expected, objects(where))
+    sizes: dict[str, Any] = {"chunk_values": 64, "shard_values": 256, "threads": 1}
+    moments = random.Random(os.environ.get("SCDL_ZARR_SEED", "3"))
+    finished: dict[str, int] = {}
+
+    def done() -> dict[str, int]:
+        """Shards whose tasks are marked, and how often each was put."""
+        marks = [entry.key.removesuffix(".json").split("-") for entry in where.at(".scdl-build/done").list()]
+        values = [int(number) for *_, kind, number in marks if kind == "values"]
+        keys = [f"X/{part}/c/{number}" for number in values for part in ("data", "indices")]
+        return {key: bucket.puts(f"sigkill.zarr/{key} ") for key in keys}
+
+    for kill in range(2):
+        arguments = [where.url, json.dumps(bucket.options), str(sources[0])]
+        process = subprocess.Popen([sys.executable, "-c", CHILD, *arguments])
+        try:
+            wanted, end = 7 * kill + moments.randrange(2, 7), time.monotonic() + 60  # of 15 shards
+            while bucket.puts("sigkill.zarr/X/data/c/") < wanted and time.monotonic() < end:
+                assert process.poll() is None
+                time.sleep(0.002)
+            process.send_signal(signal.SIGSTOP)  # it lives, and says nothing
+            if kill:
+                with pytest.raises(StoreBusyError, match=rf"being written by another process \(id {process.pid} on "):
+                    convert(sources[0], bucket, "sigkill.zarr", **sizes)
+        finally:
+            process.kill()
+            process.communicate()
+        before, finished = finished, done()
+        assert len(finished) > len(before) and finished == finished | before
+    convert(sources[0], bucket, "sigkill.zarr", **sizes)
+    assert {key: bucket.puts(f"sigkill.zarr/{key} ") for key in finished} == finished
+    scdl_zarr.convert(sources[0], tmp_path / "x.zarr", width="narrow", **{**SIZES, **sizes, "threads": 1})
+    as_uploaded(contents(tmp_path / "x.zarr"), objects(where))
 
 
 def test_only_missing_shards_are_written_again(memory: Bucket, sources: list[Path], expected: dict[str, bytes]) -> None:
@@ -373,6 +368,75 @@ def test_a_lock_is_renewed(memory: Bucket, monkeypatch: pytest.MonkeyPatch) -> N
         lock.require()
     lock.release()
     assert not place.exists()
+
+
+@pytest.mark.parametrize("said", [False, StoreUnreachableError("no answer")])
+def test_a_lost_answer_does_not_lose_the_lock(memory: Bucket, monkeypatch: pytest.MonkeyPatch, said: Any) -> None:
+    """The write took place; what is heard of it is that it was refused, as a retry is, or nothing."""
+    for name in ("create", "swap"):
+        real: Callable[..., bool] = getattr(RemoteLocation, name)
+
+        def deaf(self: RemoteLocation, *arguments: Any, _real: Callable[..., bool] = real) -> bool:
+            if _real(self, *arguments) and isinstance(said, Exception):
+                raise said
+            return False
+
+        monkeypatch.setattr(RemoteLocation, name, deaf)
+    monkeypatch.setattr(remote_lock, "RENEW_SECONDS", 0.02)
+    place = memory.at("locks/deaf")
+    lock = RemoteLock(place, "x")
+    lock.acquire()
+    seen = {place.get()}
+    end = time.monotonic() + 20
+    while len(seen) < 4:
+        seen.add(place.get())
+        lock.require()
+        assert time.monotonic() < end
+    with pytest.raises(StoreBusyError, match="being written by another process"):
+        RemoteLock(place, "x").acquire()
+    RemoteLock(place, "x").acquire(take_over=True)
+    with pytest.raises(StoreBusyError, match="taken over"):
+        lock.require()
+
+
+def test_a_lock_that_this_process_left_behind_is_stale(memory: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What made it was interrupted, or could not delete it at the end."""
+    place = memory.at("locks/left")
+    lock = RemoteLock(place, "x")
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteLocation, "delete", lambda *_: (_ for _ in ()).throw(StoreUnreachableError("no answer")))
+        lock.acquire()
+        lock.release()
+    found = json.loads(place.get())
+    assert found["process"] == os.getpid()
+    place.put(json.dumps({**found, "machine": "another container"}).encode())
+    with pytest.raises(StoreBusyError):
+        RemoteLock(place, "x").acquire()
+    place.put(json.dumps(found).encode())
+    RemoteLock(place, "x").acquire()
+
+
+def test_the_lock_is_given_back_whatever_fails(memory: Bucket, sources: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = tempfile.TemporaryDirectory.cleanup
+
+    def fail(folder: Any) -> None:
+        remove(folder)
+        raise OSError(39, "Directory not empty")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile.TemporaryDirectory, "cleanup", fail)
+        patch.setattr("scdl_zarr.conversion.execution.commit_store", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            convert(sources[:1], memory, "given-back.zarr")
+    assert not memory.at("given-back.zarr/.scdl-build/lock").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkdtemp", full)
+        with pytest.raises(StoreFullError):
+            convert(sources[:1], memory, "given-back.zarr")
+    assert not memory.at("given-back.zarr/.scdl-build/lock").exists()
 
 
 def test_a_lock_of_garbage_is_stale(memory: Bucket) -> None:

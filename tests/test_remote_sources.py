@@ -19,8 +19,11 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 
 import scdl_zarr
+from scdl_zarr.conversion import tables
+from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.sources import SourceSpec, describe_path, open_source
 from scdl_zarr.conversion.sources.remote import expand_remote
+from scdl_zarr.conversion.survey import survey_sources
 from scdl_zarr.dataset import SingleCellZarrDataset
 from scdl_zarr.errors import (
     ForkedProcessError,
@@ -33,9 +36,10 @@ from scdl_zarr.errors import (
     StoreReplacedError,
     StoreUnreachableError,
 )
+from scdl_zarr.storage import remote
 from scdl_zarr.storage.location import StoreLocation, locate
 from scdl_zarr.storage.remote import CLIENT_OPTIONS, CONFIGURATION, RemoteLocation, RemoteObject, is_remote, parse_remote
-from scdl_zarr.storage.remote_file import RemoteFile
+from scdl_zarr.storage.remote_file import CACHE_BYTES, RemoteFile
 from tests.object_stores import SECRET, Bucket, FileServer, file_server, s3_bucket
 from tests.processes import run_in_forks
 from tests.stores_of_others import write_with_anndata
@@ -142,6 +146,29 @@ def test_obstore_knows_every_option_that_is_taken(scheme: str) -> None:
             assert "Invalid key" not in str(error), name
 
 
+@pytest.mark.parametrize(
+    ("url", "region"),
+    [
+        ("s3://here", "here"),
+        ("s3://here/x", "here"),
+        ("S3://here/x/", "here"),
+        ("s3://here/deep/x", "deep"),
+        ("s3://here/deeper", "here"),
+        ("s3://here-public/x", None),
+        ("s3://here.evil.example/x", None),
+        ("s3://her", None),
+        ("gs://any/x", None),
+    ],
+)
+def test_options_by_url_are_for_what_lies_below_it_alone(url: str, region: str | None) -> None:
+    given = {"s3://here": {"region": "here"}, "s3://here/deep/": {"region": "deep"}, "az://": {"token": SECRET}}
+    assert dict(parse_remote(url, given).options) == ({} if region is None else {"region": region})
+    assert dict(parse_remote("az://any/where/x", given).options) == {"token": SECRET}
+    with pytest.raises(OptionError, match="given by URL, and 'region' is none") as caught:
+        parse_remote(url, {**given, "region": SECRET})
+    assert SECRET not in str(caught.value)
+
+
 def test_secrets_are_in_no_text(bucket: Bucket) -> None:
     where = bucket.at("x")
     spec = SourceSpec(path=where.url, name="x", size=1, mtime_ns=0, remote=where)
@@ -203,6 +230,32 @@ def test_objects_are_written_listed_and_deleted(bucket: Bucket, tmp_path: Path) 
     where.delete_below()
     where.at("nothing").delete()
     assert where.list() == [] and not where.exists() and bucket.at("things-too").exists()
+
+
+def test_an_object_is_fetched_into_a_file_by_parts(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PART_BYTES", 100)
+    monkeypatch.setattr(RemoteLocation, "get", None)
+    asked: list[int] = []
+    real = RemoteLocation.get_range
+
+    def get_range(self: RemoteLocation, start: int, stop: int, known: RemoteObject) -> bytes:
+        asked.append(stop - start)
+        if len(asked) == 6:
+            self.put(b"something else")
+        return real(self, start, stop, known)
+
+    monkeypatch.setattr(RemoteLocation, "get_range", get_range)
+    where, content = bucket.at("by/parts"), np.random.default_rng(0).bytes(250)
+    where.put(content)
+    where.get_file(tmp_path / "whole")
+    assert (tmp_path / "whole").read_bytes() == content and asked == [100, 100, 50]
+    where.at("empty").put(b"")
+    where.at("empty").get_file(tmp_path / "empty")
+    assert (tmp_path / "empty").read_bytes() == b""
+    with pytest.raises(StoreNotFoundError, match="by/nothing"):
+        bucket.at("by/nothing").get_file(tmp_path / "nothing")
+    with pytest.raises(StoreReplacedError):
+        where.get_file(tmp_path / "mixed")
 
 
 def test_without_obstore_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,6 +380,20 @@ def test_the_bundled_file_takes_few_requests(server: FileServer, real_h5ad: Path
     (spec,) = describe_path(f"{server.url}/x.h5ad")
     same_source(spec, real_h5ad)
     assert len(server.requests) <= 8, "for 3.5 MB in blocks of 1 MB"
+
+
+def test_what_open_files_keep_in_memory_is_bounded_and_planned(server: FileServer, cells: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.h5ad").write_bytes(cells.read_bytes())
+    (spec,), (local,) = describe_path(f"{server.url}/x.h5ad"), describe_path(tmp_path / "x.h5ad")
+    there, here = (survey_sources([one], ConversionOptions()).cells.task_bytes for one in (spec, local))
+    assert there - here == tables.KEPT_BYTES + 2 * CACHE_BYTES
+    parts = [tables.TablePart(source=k, spec=spec, row_start=0, row_stop=9, first_row=9 * k) for k in range(3)]
+    with tables._OpenedSources(parts) as sources, pytest.MonkeyPatch.context() as patch:
+        for kept, n_open in ((tables.KEPT_BYTES, 3), (1 << 10, 1)):
+            patch.setattr(tables, "KEPT_BYTES", kept)
+            for part in parts:
+                assert len(sources.column(part, None)) == 9
+            assert len(sources._opened) == n_open
 
 
 def test_a_source_that_changes_is_refused(bucket: Bucket, cells: Path, tmp_path: Path) -> None:

@@ -367,11 +367,19 @@ def replaced(name: str, data: Any) -> Callable[[h5py.File], None]:
     return change
 
 
+def claiming_rows(file: h5py.File) -> None:
+    """A cell for each of more pointers than any memory holds, none of which is in the file."""
+    del file["matrix/shape"], file["matrix/indptr"]
+    file["matrix/shape"] = np.array([4, 1 << 58])
+    file["matrix"].create_dataset("indptr", ((1 << 58) + 1,), "i8", chunks=(1 << 10,))
+
+
 BAD: list[tuple[Callable[[h5py.File], None], str]] = [
     *(
         (without(f"matrix/{name}"), f"/matrix has no dataset {name}")
         for name in ("barcodes", "data", "indices", "indptr", "shape")
     ),
+    (claiming_rows, r"/matrix/barcodes has shape \(9,\), expected"),
     (without("matrix/features"), "/matrix has no group features"),
     *((without(f"matrix/features/{name}"), f"no dataset features/{name}") for name in ("id", "name", "feature_type")),
     (replaced("matrix/shape", np.arange(3)), "/matrix/shape is no pair"),

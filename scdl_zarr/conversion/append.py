@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from scdl_zarr.conversion.assembly import add_skipped, encode_tables, merge_runs, recorded_plan
+from scdl_zarr.conversion.assembly import add_skipped, encode_tables, recorded_plan
 from scdl_zarr.conversion.construction import (
     Construction,
     check_room,
@@ -39,6 +39,7 @@ from scdl_zarr.conversion.execution import ConversionSummary, Written, build_sto
 from scdl_zarr.conversion.files import link_file
 from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.plan import ConversionOptions, ShardTask, Task
+from scdl_zarr.conversion.row_runs import pack_runs, runs_of
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.conversion.sources.store import forget_stores, store_specs
@@ -208,18 +209,14 @@ class _Base:
         if matrix is None or not all(self._has(matrix, layout, task.stop) for layout in task.arrays):
             return None
         stats = ValueStats() if task.kind == "indptr" else self._stats(matrix)
-        runs = tuple(merge_runs((row, row + 1) for row in self._unsorted(task.matrix))) if task.number == 0 else ()
+        runs = pack_runs(runs_of(self.blocks.unsorted_rows(task.matrix))) if task.number == 0 else ""
         return ShardResult(
             name=task.name,
             dtype=task.dtype,
             stats=stats,
-            unsorted=runs if task.kind == "values" else (),
+            unsorted=runs if task.kind == "values" else "",
             values=task.stop - task.start if task.kind == "values" else 0,
         )
-
-    def _unsorted(self, path: str) -> list[int]:
-        found: list[int] = self.blocks.unsorted_rows(path).tolist()
-        return found
 
     @staticmethod
     def _has(matrix: MatrixLayout, layout: ArrayLayout, stop: int) -> bool:

@@ -12,13 +12,14 @@ from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.origins import carried_origin_rows, carried_origins
 from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan
 from scdl_zarr.conversion.remote_building import RemoteConstruction
+from scdl_zarr.conversion.row_runs import merge_runs, unpack_runs
 from scdl_zarr.conversion.running import tasks_of_store
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.survey import Survey
 from scdl_zarr.conversion.values import union_stats
 from scdl_zarr.storage.schema import FORMAT_VERSION, group_node, matrix_nodes, root_document, unsorted_rows_name
 
-__all__ = ["add_skipped", "commit_store", "encode_tables", "merge_runs", "recorded_plan"]
+__all__ = ["add_skipped", "commit_store", "encode_tables", "recorded_plan"]
 
 DICT_GROUPS = ("layers", "obsm", "obsp", "varm", "varp", "uns", "uns/scdl", "uns/scdl/unsorted_rows")
 
@@ -129,8 +130,8 @@ def _add_provenance(elements: EncodedElements, survey: Survey, results: dict[str
     elements.add_array("uns/scdl/maps", np.concatenate(survey.vocabulary.maps).astype(np.int32))
     elements.add_array("uns/scdl/pool", packer.pool())
     for path in survey.plans:
-        runs = merge_runs(run for result in results[path] for run in result.unsorted)
-        elements.add_array(f"uns/scdl/unsorted_rows/{unsorted_rows_name(path)}", np.array(runs, np.int64).reshape(-1, 2))
+        runs = merge_runs([unpack_runs(result.unsorted) for result in results[path] if result.unsorted])
+        elements.add_array(f"uns/scdl/unsorted_rows/{unsorted_rows_name(path)}", runs)
 
 
 def add_skipped(elements: EncodedElements, skipped: Mapping[str, tuple[str, int]]) -> None:
@@ -163,14 +164,3 @@ def _blocks(plan: MatrixPlan, tables: list[int]) -> dict[str, Any]:
             rows.append([start, stop, table])
     table_of = np.array(rows, np.int64).reshape(-1, 3)
     return {"row_start": table_of[:, 0], "row_stop": table_of[:, 1], "table": table_of[:, 2]}
-
-
-def merge_runs(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Half-open runs, sorted, with neighbours joined."""
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(runs):
-        if merged and merged[-1][1] >= start:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
-        else:
-            merged.append((start, stop))
-    return merged

@@ -33,28 +33,30 @@ def count_ids(ids: Any, counts: npt.NDArray[np.uint32]) -> int:
 
 @nb.njit(nogil=True, cache=True)
 def bucket_borders(
-    counts: Any, most_values: int, most_rows: int, rows: npt.NDArray[np.int64], values: npt.NDArray[np.int64]
-) -> int:
-    """Cut rows into runs of at most so many values (or one row) and rows; how many there are, had they all been written.
+    counts: Any,
+    first: int,
+    total: int,
+    most_values: int,
+    most_rows: int,
+    found: int,
+    rows: npt.NDArray[np.int64],
+    values: npt.NDArray[np.int64],
+) -> tuple[int, int]:
+    """Go on cutting rows into runs of at most so many values (or one row) and rows.
 
-    `rows` and `values` get the first row of each run and the values before it, and then the ends, as far as they are long.
+    `counts` are those of the rows from `first` on, which come after `total` values.  `rows` and `values` have the first row of
+    each of the `found` runs that were begun and the values before it, and have room for more.  How many are begun now, and the
+    values that came so far.
     """
-    found, start, total, held = 0, 0, 0, 0
-    if len(rows):
-        rows[0], values[0] = 0, 0
-    for r in range(len(counts)):
-        count: Any = np.int64(counts[r])
-        if r > start and (held + count > most_values or r - start >= most_rows):
+    start, before = rows[found - 1], values[found - 1]
+    for k in range(len(counts)):
+        count: Any = np.int64(counts[k])
+        if first + k > start and (total - before + count > most_values or first + k - start >= most_rows):
+            start, before = first + k, total
+            rows[found], values[found] = start, before
             found += 1
-            if found < len(rows):
-                rows[found], values[found] = r, total
-            start, held = r, 0
-        held += count
         total += count
-    found += len(counts) > start
-    if found < len(rows):
-        rows[found], values[found] = len(counts), total
-    return found
+    return found, total
 
 
 # The two loops below look for the bucket of a row in the same lines: called, or inlined by numba, they were measured at 20 ns an

@@ -9,7 +9,8 @@
     source ──► a block of rows ──► appended to its own source's representatives, joined with the others', cut off again
 
 So there is one rule (``frames.py``), and a block comes out as it would from joining the whole tables.  What the rule looks at is
-a column's dtype and categories, whether it has a value, whether it misses one and how, and how large its integers are.
+a column's dtype and categories, whether it has a value, whether it misses one and how, how large its integers are, and whether
+some are below zero.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ __all__ = ["ArraySummary", "BLOCK_ROWS", "ColumnJoin", "TableSummary", "blocks",
 
 BLOCK_ROWS = 1 << 16
 LARGE = 1 << 53  # from here on float64 does not hold every integer
+HUGE = 1 << 63  # nor int64 any
 TEXT_BYTES = 57  # of a Python text beside its characters, and the pointer to it
 FLOATS = ("float16", "float32", "float64")
 
@@ -110,6 +112,8 @@ class _Walk:
         self._has_value = False
         self._missing: dict[str, Any] = {}  # one of each kind of missing value, by its type's name
         self._large = False  # it has an integer that float64 need not hold
+        self._huge = False  # or one that int64 does not hold
+        self._below_zero = False
         self._used: npt.NDArray[np.bool_] | None = None  # which categories rows have
         self._content, self._lengths = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
         self._numbers: npt.NDArray[np.int64] | None = None  # of the categories, by first appearance
@@ -141,22 +145,22 @@ class _Walk:
         assert self._empty is not None
         dtype = self._empty.dtype
         if isinstance(dtype, pd.CategoricalDtype):
-            codes = ([self._typical_code()] if self._has_value else []) + [-1] * bool(self._missing)
+            codes = (self._typical_codes() if self._has_value else []) + [-1] * bool(self._missing)
             return pd.Series(pd.Categorical.from_codes(codes, dtype=dtype))
         kind = getattr(dtype, "kind", "O")
-        value = {"O": "a", "b": True, "f": 1.0}.get(kind, 2 * LARGE if self._large else 1)
-        rows = [value] * self._has_value + list(self._missing.values())
+        number = HUGE if self._huge else 2 * LARGE if self._large else 1
+        value = {"O": "a", "b": True, "f": 1.0}.get(kind, number)
+        rows = [value] * self._has_value + [-1] * self._below_zero + list(self._missing.values())
         return pd.Series(rows, dtype=dtype) if rows else self._empty.reset_index(drop=True)
 
-    def _typical_code(self) -> int:
-        """A category; of large integers and others one of the large ones that are used, if any is."""
+    def _typical_codes(self) -> list[int]:
+        """A category; of integers the least and the largest that are used."""
         assert self._empty is not None and self._used is not None
         labels = self._empty.array.categories.to_numpy()
-        used = np.flatnonzero(self._used).tolist()
         if labels.dtype.kind not in "iu":
-            return 0
-        large = [code for code in used if abs(int(labels[code])) > LARGE]
-        return int((large or ([0] if 0 in used or abs(int(labels[0])) <= LARGE else used))[0])
+            return [0]
+        used = np.flatnonzero(self._used)
+        return sorted({int(used[np.argmin(labels[used])]), int(used[np.argmax(labels[used])])})
 
     def _note(self, series: pd.Series[Any]) -> None:
         import pandas as pd
@@ -173,7 +177,10 @@ class _Walk:
             self._used[-1] = False
         elif getattr(series.dtype, "kind", "O") in "iu" and not missing.all():
             known = series.dropna()
-            self._large = self._large or any(abs(int(value)) > LARGE for value in (known.min(), known.max()))
+            least, most = int(known.min()), int(known.max())
+            self._large = self._large or max(-least, most) > LARGE
+            self._huge = self._huge or most >= HUGE
+            self._below_zero = self._below_zero or least < 0
 
     # ---- digest
 

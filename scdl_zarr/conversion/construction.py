@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, sync_folder
 from scdl_zarr.conversion.plan import ShardTask, Task
+from scdl_zarr.conversion.row_runs import unpack_runs
 from scdl_zarr.conversion.shards import ShardResult, write_shard
 from scdl_zarr.conversion.staging import SCRATCH, TransposeTask, scratch_folder
 from scdl_zarr.conversion.stopping import STATE, read_state, state_document
@@ -158,8 +159,8 @@ def parse_mark(record: dict[str, Any], task: Task, evidence: Mapping[str, Any], 
         return None
     try:
         stats = ValueStats(**record.pop("stats"))
-        for name in ("checksums", "unsorted"):
-            record[name] = tuple((int(a), int(b)) for a, b in record[name])
+        record["checksums"] = tuple((int(a), int(b)) for a, b in record["checksums"])
+        unpack_runs(record["unsorted"])
         return ShardResult(**record, stats=stats)
     except (TypeError, ValueError, KeyError):
         return None
@@ -468,17 +469,26 @@ def prepare_target(target: Path) -> None:
         raise StoreAccessError(f"{target} cannot be written: {parent} is on read-only media")
 
 
-def check_room(target: Path, needed: int) -> None:
-    """Refuse a conversion that the disk has clearly no room for (real counts need about `needed` bytes; a quarter is slack)."""
-    parent = target
+def check_room(folder: Path, needed: int, target: RemoteLocation | None = None) -> None:
+    """Refuse a conversion that the disk has clearly no room for (real counts need about `needed` bytes; a quarter is slack).
+
+    `target` is what passes through the folder, where that is not the target itself.
+    """
+    parent = folder
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
-    if free < needed * 3 // 4:
+    if free >= needed * 3 // 4:
+        return
+    if target is not None:
         raise StoreFullError(
-            f"{target} needs about {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free in {parent}; "
-            "make room, choose another disk, or profile='compact' or 'archive' (--profile)"
+            f"on its way to {target} about {needed / 1e6:,.1f} MB lie in {folder}, and {free / 1e6:,.1f} MB are free there; "
+            "make room, or choose another folder with scratch_dir= (--scratch-dir)"
         )
+    raise StoreFullError(
+        f"{folder} needs about {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free in {parent}; "
+        "make room, choose another disk, or profile='compact' or 'archive' (--profile)"
+    )
 
 
 @contextlib.contextmanager
@@ -492,8 +502,10 @@ def explained_errors(root: Path | RemoteLocation) -> Iterator[None]:
         raise StoreAccessError(f"{root} cannot be written: {error}") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = "" if isinstance(root, Path) else " in the local folder that it passes through (scratch_dir=, --scratch-dir)"
             raise StoreFullError(
-                f"no space left while writing {root}; make room and run the same conversion again: it goes on where it stopped"
+                f"no space left while writing {root}{full}; make room and run the same conversion again: "
+                "it goes on where it stopped"
             ) from error
         if error.errno == errno.EFBIG:
             raise StoreAccessError(

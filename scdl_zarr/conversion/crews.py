@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from scdl_zarr.conversion.executors import Cluster, Crew, Executor, Processes, Threads, connected, threads_of_workers
@@ -21,7 +22,7 @@ from scdl_zarr.storage.schema import (
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["hired", "projected_memory", "projected_scratch", "projected_size", "threads_that_fit"]
+__all__ = ["hired", "projected_memory", "projected_passing", "projected_scratch", "projected_size", "threads_that_fit"]
 
 TABLE_FACTOR = 6  # var: as read, joined, as objects, encoded
 
@@ -43,7 +44,9 @@ def hired(survey: Survey, options: ConversionOptions) -> Iterator[Executor]:
             yield Cluster(_crew("cluster", len(threads), min(threads), survey, options), client)
         return
     if options.workers is None:
-        yield Threads(_crew("threads", 1, options.threads or usable_cores(), survey, options))
+        crew = _crew("threads", 1, options.threads or usable_cores(), survey, options)
+        more = projected_memory(survey, crew.threads + 1) <= parse_bytes(options.memory_budget)
+        yield Threads(replace(crew, waiting=int(more)))
         return
     processes = Processes(_crew("processes", options.workers, 1, survey, options))
     try:
@@ -94,6 +97,19 @@ def projected_size(survey: Survey, options: ConversionOptions) -> int:
         assert plan.layout.indptr is not None
         size += plan.layout.nnz * profile.bytes_per_value + plan.layout.indptr.size * plan.layout.indptr.dtype.itemsize
     return int(size)
+
+
+def projected_passing(survey: Survey, options: ConversionOptions) -> int:
+    """Bytes on the local disk of what passes through on its way to an object store: columns, and shards that are being written.
+
+    None where a cluster does it: they lie with its workers.
+    """
+    if options.client is not None:
+        return 0
+    at_once = options.workers or options.threads or usable_cores()
+    profile = profile_named(options.profile)
+    shards = (min(plan.layout.nnz, at_once * options.shard) * profile.bytes_per_value for plan in survey.plans.values())
+    return projected_scratch(survey) + int(max(shards))
 
 
 def projected_scratch(survey: Survey) -> int:

@@ -30,7 +30,7 @@ from scdl_zarr.conversion.construction import (
     skipped_in_plan,
     swap_folders,
 )
-from scdl_zarr.conversion.crews import hired, projected_scratch, projected_size
+from scdl_zarr.conversion.crews import hired, projected_passing, projected_scratch, projected_size
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.executors import Executor
 from scdl_zarr.conversion.finding import find_sources, select_features
@@ -39,10 +39,11 @@ from scdl_zarr.conversion.problems import Problems, blamed, may_pass
 from scdl_zarr.conversion.progress import Progress, require_log
 from scdl_zarr.conversion.remote_building import RemoteConstruction, finish_remotely
 from scdl_zarr.conversion.running import write_matrices
+from scdl_zarr.conversion.scratch import scratch_parent
 from scdl_zarr.conversion.sources import SourceSpec
 from scdl_zarr.conversion.sources.store import forget_stores
 from scdl_zarr.conversion.survey import Survey, digest_of, survey_sources
-from scdl_zarr.conversion.targets import remote_state, target_folder, target_state
+from scdl_zarr.conversion.targets import remote_state, target_folder, target_prefix, target_state
 from scdl_zarr.errors import (
     InexactValueError,
     OptionError,
@@ -54,7 +55,7 @@ from scdl_zarr.errors import (
     StoreUnreachableError,
 )
 from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, read_metadata, replacement_path
-from scdl_zarr.storage.remote import RemoteLocation, is_remote, parse_remote
+from scdl_zarr.storage.remote import RemoteLocation, is_remote
 from scdl_zarr.storage.schema import (
     BUILD_FOLDER,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "build_store",
     "plan_record",
     "prepare",
+    "require_writable",
     "run_conversion",
     "same_store",
     "summarize",
@@ -184,7 +186,7 @@ def prepare(
     problems = Problems(skip=options.skip_bad)
     root: Path | RemoteLocation
     if isinstance(target, str) and is_remote(target):
-        root = parse_remote(target, options.storage_options)
+        root = target_prefix(target, options.storage_options)
         specs, taken = _look_remotely(sources, root, options, problems)
     else:
         root = target_folder(target)
@@ -206,8 +208,6 @@ def _look_remotely(
     sources: Any, place: RemoteLocation, options: ConversionOptions, problems: Problems
 ) -> tuple[list[SourceSpec], str | None]:
     """The sources, and what is at a target in an object store."""
-    if place.scheme in ("http", "https") or not place.key:
-        raise OptionError(f"{place}: expected a folder in a bucket, such as s3://bucket/atlas.zarr, to write into")
     specs = _found(sources, None, options, problems)
     if any(f"{spec.path}/".startswith(f"{place}/") or f"{place}/".startswith(f"{spec.path}/") for spec in specs):
         raise OptionError(f"{place} and a source of this conversion lie in one another; choose another target")
@@ -230,17 +230,27 @@ def _run_conversion(
     if taken == "store" and not options.overwrite:
         with explained_errors(root):
             return same_store(root, plan, survey)
-    if isinstance(root, Path):
-        with explained_errors(root):
-            prepare_target(root)
-            check_room(root, projected_size(survey, options) + projected_scratch(survey))
-    elif taken == "store":
-        raise StoreExistsError(
-            f"{root} is a store, and an object store cannot replace one by another in one step; convert to another place, "
-            "or delete this one first"
-        )
+    stored = projected_size(survey, options) + projected_scratch(survey)
+    require_writable(root, taken, options, stored if isinstance(root, Path) else projected_passing(survey, options))
     written = write_store(root, survey, options, plan, replaces=taken == "store")
     return summarize(root, survey, time.perf_counter() - began, written)
+
+
+def require_writable(root: Path | RemoteLocation, taken: str | None, options: ConversionOptions, needed: int) -> None:
+    """Refuse a target that cannot be written or replaced, and a local disk that has no room for so many bytes."""
+    with explained_errors(root):
+        if isinstance(root, Path):
+            prepare_target(root)
+            check_room(root, needed)
+            return
+        if taken == "store":
+            raise StoreExistsError(
+                f"{root} is a store, and an object store cannot replace one by another in one step; convert to another place, "
+                "or delete this one first"
+            )
+        folder = scratch_parent(options.scratch_dir)
+        prepare_target(folder)
+        check_room(folder, needed, root)
 
 
 def write_store(
@@ -258,7 +268,9 @@ def write_store(
     with hired(survey, options) as executor:
         encoded = (tables or encode_tables)(survey)  # what cannot be stored is refused here, before anything is written
         if isinstance(root, RemoteLocation):
-            place = RemoteConstruction(root, plan, resume=resume, take_over=options.overwrite)
+            place = RemoteConstruction(
+                root, plan, resume=resume, take_over=options.overwrite, scratch=scratch_parent(options.scratch_dir)
+            )
             return build_store(place, survey, options, executor, encoded, record)
         if not replaces:
             return build_store(Construction(root, plan, resume=resume), survey, options, executor, encoded, record)

@@ -2,7 +2,7 @@
 
 Each gives the same bytes, because a task depends on nothing but itself, and each runs the tasks through Dask::
 
-    threads      dask's threaded scheduler ──► pool ──► run_task
+    threads      dask's threaded scheduler ──► pool ──► run_task (a task that waits for the disk leaves its place to another)
     processes    dask's threaded scheduler ──► pool ──► pipe ──► run_task in a fresh interpreter (one for each place in the pool)
     cluster      dask.distributed ──► scheduler ──► run_task in a worker, as many at once as its memory allows
 
@@ -12,6 +12,7 @@ Tasks are small and so are their results: what is large is read and written wher
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
 import secrets
 import subprocess
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from scdl_zarr.conversion.places import Places
 from scdl_zarr.conversion.plan import Task
 from scdl_zarr.conversion.remote_building import run_task
 from scdl_zarr.conversion.shards import ShardResult
@@ -42,6 +44,7 @@ class Crew:
     kind: str  # "threads", "processes" or "cluster"
     processes: int
     threads: int
+    waiting: int = 0  # tasks in each process beside those: they are done but for the disk
 
     def __str__(self) -> str:
         if self.kind == "threads":
@@ -71,27 +74,31 @@ class Threads:
     crew: Crew
 
     def run(self, tasks: Sequence[Task], report: Report, say: Say) -> list[ShardResult]:
-        return _run_in_pool(tasks, self.crew.threads, _run_here, report, say)
+        places = Places(self.crew.threads)
 
+        def run_here(task: Task) -> ShardResult:
+            with places.taken():
+                return run_task(task)
 
-def _run_here(task: Task) -> ShardResult:
-    return run_task(task)
+        return _run_in_pool(tasks, self.crew.threads + self.crew.waiting, run_here, report, say)
 
 
 def _run_in_pool(
-    tasks: Sequence[Task], places: int, do: Callable[[Task], ShardResult], report: Report, say: Say
+    tasks: Sequence[Task], threads: int, do: Callable[[Task], ShardResult], report: Report, say: Say
 ) -> list[ShardResult]:
-    import dask
+    from dask.threaded import get
 
     def reported(task: Task) -> ShardResult:  # not by a callback of dask's: those hear of every computation in the process
         result = do(task)
         report(result)
         return result
 
-    jobs = [dask.delayed(reported, pure=False)(dask.delayed(task, traverse=False)) for task in tasks]
+    # said as a graph: dask.compute would first look for a cluster, which takes longer than a small conversion
+    left = range(len(tasks), 0, -1)  # of tasks that do not wait for one another dask begins with the last name
+    graph = {f"{k:09d} {task.name}": (functools.partial(reported, task),) for k, task in zip(left, tasks, strict=True)}
     # a pool of our own: leaving it waits for tasks that still run after another one failed
-    with interruptible_pool(places, say) as pool:
-        return list(dask.compute(*jobs, scheduler="threads", pool=pool, num_workers=places))
+    with interruptible_pool(threads, say) as pool:
+        return list(get(graph, list(graph), pool=pool, num_workers=threads))
 
 
 # ---- local processes

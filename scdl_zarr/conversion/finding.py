@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from scdl_zarr.conversion.cell_ranger import matrices_of_one_run
 from scdl_zarr.conversion.problems import Problems
 from scdl_zarr.conversion.sources import SourceSpec, describe_path, is_store
 from scdl_zarr.conversion.sources.remote import expand_remote
@@ -81,7 +82,8 @@ def find_sources(
     sources
         One of these, or a list of them: the path of a file or store; a URL; a pattern (``*``, ``?``, ``[...]``, and ``**`` for
         any folders), unless it is the name of something that is there; a folder, which stands for everything in it and below
-        that can be converted, by path; a text file (``.txt``, ``.list``, ``.lst``) with one of these a line, relative to its
+        that can be converted, by path (other HDF5 files that end in ``.h5``, such as ``molecule_info.h5``, are passed over); a
+        text file (``.txt``, ``.list``, ``.lst``) with one of these a line, relative to its
         own folder.  Empty lines there, and those that begin with ``#``, mean nothing.
     repeats
         Whether a source may be listed twice.
@@ -95,7 +97,8 @@ def find_sources(
     Raises
     ------
     OptionError
-        `sources` is no path and no list of paths, is empty, or lists a source twice.
+        `sources` is no path and no list of paths, is empty, or lists a source twice; a folder or pattern finds several matrices
+        of the same cells (the raw and the filtered one of a run of Cell Ranger).
     StoreNotFoundError, StoreAccessError, SourceError
         An entry that is not there, cannot be read, or is nothing that can be converted.  The message begins with file and line
         of an entry of a text file.
@@ -189,6 +192,18 @@ def _refuse_repeats(entries: list[_Entry]) -> None:
         raise OptionError(f"listed twice: {', '.join(repeated)}")
 
 
+def _refuse_same_cells(entries: list[_Entry]) -> None:
+    """Refuse what a folder or pattern found if cells would come twice: nobody named both matrices."""
+    twice = matrices_of_one_run(entry.steps for entry in entries)
+    if twice:
+        places = [str(next(entry.place for entry in entries if entry.steps == steps)) for steps in twice]
+        name = next((steps[-1] for steps in twice if "filtered" in steps[-1].lower()), twice[0][-1])
+        raise OptionError(
+            f"{entries[0].listed}these are matrices of the same cells, which would be converted twice: {', '.join(places)}; "
+            f"name the files that are meant, or a pattern that finds one of each, such as '**/{name}'"
+        )
+
+
 class _Search:
     """Turns what was listed into entries, and takes note of what is wrong with it."""
 
@@ -220,20 +235,23 @@ class _Search:
     def _expanded(self, text: str, folder: Path, listed: str, lists: tuple[str, ...]) -> Iterator[_Entry]:
         """The entries that a text stands for, read from that folder; `lists` are the text files that lead to it."""
         found: list[Path] = []
+        searched: list[_Entry] = []
         with self.noting(text, listed):
             if "://" in text and urlsplit(text).scheme != "file":
-                for url in expand_remote(text, self._storage_options):
-                    yield _Entry(place=url, listed=listed)
-                return
-            path = _absolute(text, folder)
-            found = [path] if os.path.lexists(path) or not glob.has_magic(text) else self._matches(text, folder)
+                searched = [_Entry(place=url, listed=listed) for url in expand_remote(text, self._storage_options)]
+                yield from searched
+            else:
+                path = _absolute(text, folder)
+                found = [path] if os.path.lexists(path) or not glob.has_magic(text) else self._matches(text, folder)
         for path in found:
             if _is_text(path):
                 yield from self._of_text(path, listed, lists)
                 continue
             with self.noting(str(path), listed):
                 for place in self._sources_at(path):
-                    yield _Entry(place=place, listed=listed)
+                    searched.append(_Entry(place=place, listed=listed))
+                    yield searched[-1]
+        _refuse_same_cells(searched)
 
     def _matches(self, text: str, folder: Path) -> list[Path]:
         """What a pattern matches; characters of the folder that it is read from mean themselves."""

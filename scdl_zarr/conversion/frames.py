@@ -15,8 +15,8 @@ __all__ = ["as_stored", "join_columns", "join_frames", "nullable"]
 def join_columns(parts: list[pd.Series[Any]]) -> pd.Series[Any]:
     """Concatenate one column of several sources: categories united in order of appearance, numbers widened.
 
-    Columns of kinds that have no common one (text and numbers, booleans and fractions, large integers and fractions) become
-    text.
+    Integers stay integers.  Columns of kinds that have no common one (text and numbers, booleans and fractions, large integers
+    and fractions, integers below zero and from 2**63 on) become text.
     """
     import pandas as pd
     from pandas.api.types import union_categoricals
@@ -36,6 +36,8 @@ def join_columns(parts: list[pd.Series[Any]]) -> pd.Series[Any]:
     kinds = {getattr(part.dtype, "kind", "O") for part in plain}
     if "b" in kinds and kinds & set("iu"):
         plain = [part.astype("Int64" if part.isna().any() else "int64") if part.dtype.kind == "b" else part for part in plain]
+    if kinds <= set("biu"):
+        plain = _with_one_sign(plain)
     if {"b", "f"} <= kinds:  # which pandas makes 1.0 of True for
         plain = [_as_text(part) if part.dtype.kind == "b" else part for part in plain]
     joined: pd.Series[Any] = pd.concat(plain)
@@ -81,6 +83,22 @@ def _without_categories(part: pd.Series[Any]) -> pd.Series[Any]:
         return part
     labels = nullable(pd.Series(part.cat.categories.to_numpy()))
     return pd.Series(labels.array.take(part.cat.codes.to_numpy(), allow_fill=True), index=part.index)
+
+
+def _with_one_sign(parts: list[pd.Series[Any]]) -> list[pd.Series[Any]]:
+    """Integers in dtypes that have a common one: beside uint64, the others are what holds them all, if there is such a one.
+
+    Of uint64 and a signed dtype NumPy and pandas make float64, which is neither what a column of numbers was nor exact.
+    """
+    if not any(part.dtype.kind == "u" and part.dtype.itemsize == 8 for part in parts):
+        return parts
+    known = [values for part in parts if len(values := part.dropna())]
+    least = min((int(values.min()) for values in known), default=0)
+    most = max((int(values.max()) for values in known), default=0)
+    if least < 0 and most >= 1 << 63:
+        return parts
+    name = "Int64" if most < 1 << 63 else "UInt64"
+    return [part.astype(name.lower() if isinstance(part.dtype, np.dtype) else name) for part in parts]
 
 
 def _rounds(part: pd.Series[Any]) -> bool:

@@ -416,7 +416,9 @@ def projected_bytes(plans: list[MatrixPlan], workers: int, tables_bytes: int, lo
             per_task = max(per_task, piece * (read + written + rare) + 4 * source.header.chunk_bytes + slabs + remote)
             if source.header.layout == "csc" and not is_small(source.header):  # its columns are dealt out before
                 dealing = staging_bytes(source.header, TurnSizes.of(source.header.nnz))
-                per_task = max(per_task, dealing + 4 * source.header.chunk_bytes)
+                per_task = max(per_task, dealing + 4 * source.header.chunk_bytes + remote)
     arrow = ARROW_BYTES if importlib.util.find_spec("pyarrow") is not None else 0
-    counted = sum(4 * source.header.n_obs for plan in plans for source in plan.sources if source.header.layout != "csr")
-    return BASE_BYTES + arrow + tables_bytes + counted + workers * per_task
+    headers = [source.header for plan in plans for source in plan.sources]
+    counted = sum(header.counted_bytes for header in headers)
+    counting = max((4 * header.n_obs for header in headers if header.counted_bytes), default=0)  # before there are tasks
+    return BASE_BYTES + arrow + tables_bytes + counted + max(workers * per_task, counting)

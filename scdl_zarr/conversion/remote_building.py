@@ -14,8 +14,10 @@ What a local construction has as files there are objects here, under the same ke
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -26,8 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from scdl_zarr.conversion import construction
-from scdl_zarr.conversion.construction import describe_plans, mark_document, parse_mark, perform_task, refuse_lost
-from scdl_zarr.conversion.files import replace_file
+from scdl_zarr.conversion.construction import (
+    describe_plans,
+    explained_errors,
+    mark_document,
+    parse_mark,
+    perform_task,
+    refuse_lost,
+)
+from scdl_zarr.conversion.files import partial_path, replace_file
 from scdl_zarr.conversion.plan import ShardTask, Task
 from scdl_zarr.conversion.remote_lock import RemoteLock
 from scdl_zarr.conversion.shards import ShardResult
@@ -122,8 +131,16 @@ def _bring(place: RemoteLocation, root: Path, task: Task) -> None:
 
 
 def _bring_file(place: RemoteLocation, root: Path, key: str) -> None:
-    if not (root / key).exists():
-        replace_file(root / key, place.at(key).get())
+    path = root / key
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = partial_path(path)
+    try:
+        place.at(key).get_file(temporary)  # by parts: columns on their way to rows may be as large as the matrix
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _bring_state(place: RemoteLocation, root: Path) -> None:
@@ -186,33 +203,37 @@ class RemoteConstruction:
 
     Parameters
     ----------
+    scratch
+        The folder in which that one is made; it is removed at the end, and after an error.
     take_over
         Take the lock also from a process that may still be alive.
     """
 
-    def __init__(self, place: RemoteLocation, plan: Mapping[str, Any], *, resume: bool, take_over: bool = False) -> None:
+    def __init__(
+        self, place: RemoteLocation, plan: Mapping[str, Any], *, resume: bool, scratch: Path, take_over: bool = False
+    ) -> None:
         self.place = self.where = place
         self._plan = json.loads(json.dumps(plan))
         self.plan_digest = hashlib.blake2b(json.dumps(plan, sort_keys=True).encode(), digest_size=16).hexdigest()
-        self._resume, self._take_over = resume, take_over
+        self._resume, self._take_over, self._scratch = resume, take_over, scratch
         self._lock = RemoteLock(place.at(LOCK), str(place))
         self._sizes: dict[str, int] | None = None  # of every object; not known again once tasks were handed out
         self._marks: dict[str, bytes] = {}
 
     def __enter__(self) -> RemoteConstruction:
-        self._lock.acquire(take_over=self._take_over)
-        self._folder = tempfile.TemporaryDirectory(prefix="scdl-zarr-")
-        self.root = Path(self._folder.name)
-        try:
+        with contextlib.ExitStack() as stack:  # whatever fails, the rest is given back
+            with explained_errors(self.place):
+                self._scratch.mkdir(parents=True, exist_ok=True)
+                folder = tempfile.TemporaryDirectory(prefix="scdl-zarr-", dir=self._scratch, ignore_cleanup_errors=True)
+            self.root = Path(stack.enter_context(folder))
+            self._lock.acquire(take_over=self._take_over)
+            stack.callback(self._lock.release)
             self._go_on_or_start()
-        except BaseException:
-            self.__exit__()
-            raise
+            self._given_back = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
-        self._lock.release()
+        self._given_back.close()
 
     def _go_on_or_start(self) -> None:
         """Refuse what appeared since the first look, and what is built by another plan; then say what is built."""

@@ -2,6 +2,9 @@
 
 A process that dies leaves it behind.  It counts for nothing once its holder is known to be dead (a process of this machine that
 is gone) or has not renewed it for :data:`STALE_SECONDS`; ``overwrite=True`` takes it over in any case.
+
+The answer to a conditional write may be lost, and the write then be refused because it took place: so whoever is refused looks at
+whose token the object has.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import threading
 import time
 from typing import Any
 
-from scdl_zarr.errors import ScdlZarrError, StoreBusyError, StoreNotFoundError
+from scdl_zarr.errors import ScdlZarrError, StoreBusyError, StoreNotFoundError, StoreUnreachableError
 from scdl_zarr.storage.identity import this_machine
 from scdl_zarr.storage.remote import RemoteLocation
 
@@ -24,6 +27,8 @@ __all__ = ["RENEW_SECONDS", "RemoteLock", "STALE_SECONDS"]
 RENEW_SECONDS = 60
 STALE_SECONDS = 600
 LARGEST_BYTES = 1 << 16
+
+_held: set[str] = set()  # tokens of the locks that this process holds: one of its own that is not among them was left behind
 
 
 class RemoteLock:
@@ -47,35 +52,46 @@ class RemoteLock:
         StoreBusyError
             Another process holds it, or took it at this moment.
         """
+        _held.add(self._token)
+        try:
+            self._take(take_over)
+            self._renewing.start()
+        except BaseException:
+            _held.discard(self._token)
+            raise
+
+    def _take(self, take_over: bool) -> None:
         content = self._document()
-        if not self._place.create(content):
-            there = self._read()
-            found = _parse(there)
-            if there is not None and not take_over and not _is_stale(found):
-                raise StoreBusyError(f"{self._shown} is being written by another process ({_holder(found)})")
-            if not (self._place.create(content) if there is None else self._place.swap(content, there)):
-                raise StoreBusyError(f"{self._shown} was taken by another process at this moment; run again")
-        self._content = content
-        self._renewing.start()
+        if self._write(content, None):
+            return
+        there = self._read()
+        found = _parse(there)
+        if there is not None and not take_over and not _is_stale(found):
+            raise StoreBusyError(f"{self._shown} is being written by another process ({_holder(found)})")
+        if not self._write(content, there):
+            raise StoreBusyError(f"{self._shown} was taken by another process at this moment; run again")
 
     def require(self) -> None:
         """Refuse to go on where another process has taken the lock over."""
         with self._changing:
-            self._lost = self._lost or self._read() != self._content
+            self._lost = self._lost or not self._is_own()
         if self._lost:
             raise StoreBusyError(f"{self._shown} was taken over by another process; nothing more is written by this one")
 
     def release(self) -> None:
         """Give the lock back, if it is still this one's."""
-        self._over.set()
-        if self._renewing.is_alive():
-            self._renewing.join()
-        with contextlib.suppress(ScdlZarrError):  # whoever comes next sees that this process is gone
-            if not self._lost and self._read() == self._content:
-                self._place.delete()
+        try:
+            self._over.set()
+            if self._renewing.is_alive():
+                self._renewing.join()
+            with contextlib.suppress(ScdlZarrError):  # whoever comes next sees that this process is gone, or holds it no more
+                if not self._lost and self._is_own():
+                    self._place.delete()
+        finally:
+            _held.discard(self._token)
 
     def _document(self) -> bytes:
-        who = {"token": self._token, "host": socket.gethostname(), "machine": this_machine(), "process": os.getpid()}
+        who = {"token": self._token, "host": socket.gethostname(), "machine": _processes(), "process": os.getpid()}
         return json.dumps({**who, "time": round(time.time(), 3)}).encode()
 
     def _read(self) -> bytes | None:
@@ -84,14 +100,33 @@ class RemoteLock:
         except StoreNotFoundError:  # given back
             return None
 
+    def _is_own(self) -> bool:
+        """Whether the object is this one's; what is in it is then known, whichever answer was lost."""
+        there = self._read()
+        if _parse(there).get("token") != self._token:
+            return False
+        assert there is not None
+        self._content = there
+        return True
+
+    def _write(self, content: bytes, expected: bytes | None) -> bool:
+        """Put that in the place of what is `expected` there (None: nothing); whether the object is this one's then."""
+        try:
+            done = self._place.create(content) if expected is None else self._place.swap(content, expected)
+        except StoreUnreachableError:
+            if not self._is_own():
+                raise
+            return True
+        if done:
+            self._content = content
+        return done or self._is_own()
+
     def _renew(self) -> None:
         while not self._over.wait(RENEW_SECONDS):
-            content = self._document()
             with self._changing, contextlib.suppress(ScdlZarrError):  # the next time, then: there are many before it is stale
-                if not self._place.swap(content, self._content):
+                if not self._write(self._document(), self._content):
                     self._lost = True
                     return
-                self._content = content
 
 
 def _parse(content: bytes | None) -> dict[str, Any]:
@@ -105,9 +140,21 @@ def _parse(content: bytes | None) -> dict[str, Any]:
 def _is_stale(found: dict[str, Any]) -> bool:
     """Whether the holder is gone."""
     process, moment = found.get("process"), found.get("time")
-    if found.get("machine") == this_machine() and isinstance(process, int) and not _lives(process):
+    if found.get("machine") == _processes() and isinstance(process, int) and not _holds(process, found.get("token")):
         return True
     return not isinstance(moment, (int, float)) or time.time() - moment > STALE_SECONDS
+
+
+def _processes() -> str:
+    """Within what a process has that number: containers of one machine number theirs each for itself."""
+    with contextlib.suppress(OSError):
+        return f"{this_machine()} {os.readlink('/proc/self/ns/pid')}"
+    return this_machine()
+
+
+def _holds(process: int, token: Any) -> bool:
+    """Whether a process of this machine may still hold what it made."""
+    return token in _held if process == os.getpid() else _lives(process)
 
 
 def _lives(process: int) -> bool:

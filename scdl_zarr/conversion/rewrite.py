@@ -8,6 +8,9 @@
                                            places.npy   where each row of the store went, where an obsp asks for it
                                            counts-*.npy how many values each row keeps, where some are dropped
 
+What lies in ``.scdl-build`` there lies in a local folder where the target is in an object store (``scratch.py``): the same call
+finds it again, and what is finished at the target as any conversion does.
+
 A shuffle is a keyed permutation, of which nothing is in memory; shards are gathered with the random reads of the store.  Rows in
 the order of the store keep its sources as they are, each with fewer rows and its own genes.  In any other order, or with other
 genes, the rows are one block of one source, the store, and ``uns/scdl/origins`` says where each came from.
@@ -31,14 +34,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scdl_zarr.conversion.assembly import encode_tables, recorded_plan
-from scdl_zarr.conversion.construction import Construction, check_room, committed_plan, explained_errors, prepare_target
-from scdl_zarr.conversion.crews import hired, projected_scratch, projected_size
+from scdl_zarr.conversion.construction import Construction, committed_plan, explained_errors
+from scdl_zarr.conversion.crews import hired, projected_passing, projected_scratch, projected_size
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.execution import (
     ConversionSummary,
     build_store,
     plan_record,
     prepare,
+    require_writable,
     same_store,
     summarize,
     write_store,
@@ -47,12 +51,13 @@ from scdl_zarr.conversion.files import partial_path, sync_folder
 from scdl_zarr.conversion.gene_lists import described_genes, listed_genes
 from scdl_zarr.conversion.origins import ORIGIN_COLUMNS
 from scdl_zarr.conversion.plan import ConversionOptions, asked_dtype
+from scdl_zarr.conversion.scratch import lasting_folder, scratch_parent
 from scdl_zarr.conversion.sources import SourceSpec, open_source
 from scdl_zarr.conversion.sources.order import RowOrder, View
 from scdl_zarr.conversion.sources.store import forget_stores, store_specs
 from scdl_zarr.conversion.sources.view import ViewSource, gene_numbers
 from scdl_zarr.conversion.survey import Survey, survey_sources
-from scdl_zarr.conversion.targets import target_folder, target_state
+from scdl_zarr.conversion.targets import remote_state, target_folder, target_prefix, target_state
 from scdl_zarr.errors import (
     CorruptStoreError,
     FeatureNameError,
@@ -70,8 +75,9 @@ from scdl_zarr.reading.plan import Int64Array, resolve_rows
 from scdl_zarr.reading.queries import named_columns, query_rows, sort_rows_by
 from scdl_zarr.reading.tables import LazyTable
 from scdl_zarr.resources import usable_cores
-from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, local_path, read_metadata, replacement_path
+from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, locate, read_metadata, replacement_path
 from scdl_zarr.storage.metadata import StoreMetadata
+from scdl_zarr.storage.remote import RemoteLocation, is_remote
 from scdl_zarr.storage.schema import BUILD_FOLDER, PROFILES
 
 if TYPE_CHECKING:
@@ -81,6 +87,7 @@ __all__ = ["ORDERS", "Selection", "convert_view", "require_known", "select", "wr
 
 JOINED = "joined sources"  # the name of the source of a store whose rows are not in the order of its files
 JOINED_FOLDER = "joined"
+LONGEST_NAME = 40  # taken of an object's name for a folder's
 ORDERS = ("source", "shuffle")  # anything else is a column of obs
 COUNTED_ROWS = 1 << 14  # by one thread at a time
 
@@ -104,18 +111,17 @@ def write_view(
         base = _Base(location)
         chosen = base.options({name: value for name, value in (options or {}).items() if value is not None})
         selection = select(base.location, base.metadata, rows=rows, genes=genes, order=order, seed=seed)
-        root = target_folder(target)
-        taken = target_state(root, [base.root], chosen)
-        place = replacement_path(root) if taken == "store" else root
-        with _nothing_left(place), explained_errors(place):
-            view = _View(base, selection, chosen, place)
+        root, taken = _looked_at(target, base.root, chosen)
+        work = _work_folder(root, taken, chosen, str(base.root))
+        with _nothing_left(work), explained_errors(root):
+            view = _View(base, selection, chosen, work)
             survey = view.survey()
             plan = plan_record(survey, view.options)
             plan["options"] |= selection.described()
             if taken == "store" and not chosen.overwrite:
                 return same_store(root, plan, survey)
-            prepare_target(root)
-            check_room(root, projected_size(survey, view.options))
+            needed = projected_size(survey, chosen) if isinstance(root, Path) else projected_passing(survey, chosen)
+            require_writable(root, taken, chosen, needed)
             written = write_store(root, survey, view.options, plan, replaces=taken == "store", tables=view.tables)
         return summarize(root, survey, time.perf_counter() - began, written)
     finally:
@@ -136,49 +142,64 @@ def convert_view(
     began = time.perf_counter()
     prepared = prepare(sources, target, options, bad)
     root, taken, whole, plan = prepared.root, prepared.taken, prepared.survey, prepared.plan
-    if not isinstance(root, Path):
-        raise OptionError(
-            f"{root} lies in an object store, and rows=, genes= and order= make local stores; convert into a folder and copy it"
-        )
     plain = dataclasses.replace(options, rows=None, genes=None, order="source")
     require_known(whole, options)
+    work = _work_folder(root, taken, options, plan["digest"])
     if taken == "store" and not options.overwrite:
         with explained_errors(root):
-            return _as_stored(same_store(root, plan, whole), root)
-    place = replacement_path(root) if taken == "store" else root
-    with explained_errors(root):
-        prepare_target(root)
-        check_room(root, 2 * projected_size(whole, options) + projected_scratch(whole))
-    scratch = _scratch(place, options.scratch_dir, plan)
-    with _nothing_left(place), explained_errors(place):
+            found = _as_stored(same_store(root, plan, whole), root)
+        if not isinstance(root, Path):
+            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
+        return found
+    size, columns = projected_size(whole, options), projected_scratch(whole)
+    local = 2 * size + columns if isinstance(root, Path) else size + max(columns, projected_passing(whole, options))
+    require_writable(root, taken, options, local)
+    scratch = _joined_folder(work, root, options.scratch_dir, plan)
+    with _nothing_left(work), explained_errors(root):
         _join(scratch, whole, dataclasses.replace(plain, profile="fast", chunk_values=None, shard_values=None))
         base = _Base(StoreLocation(path=scratch))
         selection = select(
             base.location, base.metadata, rows=options.rows, genes=options.genes, order=options.order, seed=options.seed
         )
         keeps_dtypes = options.rows is None and options.genes is None
-        view = _View(base, selection, plain, place, name=JOINED, keeps_dtypes=keeps_dtypes)
+        view = _View(base, selection, plain, work, name=JOINED, keeps_dtypes=keeps_dtypes)
         survey = view.survey()
         survey.skipped = whole.skipped
         survey.hints = whole.hints
         written = write_store(root, survey, view.options, plan, replaces=taken == "store", tables=view.tables)
-    if options.scratch_dir is not None:
-        shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)  # where it does not lie with what is gone
     summary = summarize(root, survey, time.perf_counter() - began, written)
     return dataclasses.replace(summary, n_sources=len(whole.specs), matrices=tuple(dict.fromkeys(whole.matrix_names)))
 
 
-def _scratch(place: Path, scratch_dir: Any, plan: Mapping[str, Any]) -> Path:
+def _looked_at(target: Any, source: Path, options: ConversionOptions) -> tuple[Path | RemoteLocation, str | None]:
+    """A target, and what is there."""
+    if isinstance(target, str) and is_remote(target):
+        place = target_prefix(target, options.storage_options)
+        return place, remote_state(place)
+    if options.storage_options:
+        raise OptionError("storage_options belong to the URL of an object store; this target is none")
+    root = target_folder(target)
+    return root, target_state(root, [source], options)
+
+
+def _work_folder(root: Path | RemoteLocation, taken: str | None, options: ConversionOptions, source: str) -> Path:
+    """Where what a view needs lies while it is written: the same place for the same call."""
+    if isinstance(root, Path):
+        return (replacement_path(root) if taken == "store" else root) / BUILD_FOLDER
+    digest = _digest(repr((str(root), source)).encode())[:16]
+    return lasting_folder(options.scratch_dir, f"{root.name[:LONGEST_NAME]}.scdl-view-{digest}")
+
+
+def _joined_folder(work: Path, root: Path | RemoteLocation, scratch_dir: Any, plan: Mapping[str, Any]) -> Path:
     """Where the joined store is made: the same place for the same conversion, another one when a source was written to.
 
     What a source holds is compared in samples only, so the times and versions of the sources count, too.
     """
-    digest = _digest(json.dumps([str(place), plan["digest"], plan["sources"]]).encode())[:16]
-    if scratch_dir is None:
-        return place / BUILD_FOLDER / JOINED_FOLDER / digest
-    if not isinstance(scratch_dir, (str, os.PathLike)):
-        raise OptionError(f"scratch_dir={scratch_dir!r} (--scratch-dir); expected a folder")
-    return local_path(scratch_dir) / f"{place.name}.scdl-joined-{digest}"
+    digest = _digest(json.dumps([str(work.parent), plan["digest"], plan["sources"]]).encode())[:16]
+    if scratch_dir is None or not isinstance(root, Path):
+        return work / JOINED_FOLDER / digest
+    return scratch_parent(scratch_dir) / f"{work.parent.name}.scdl-joined-{digest}"
 
 
 def _join(scratch: Path, survey: Survey, options: ConversionOptions) -> None:
@@ -209,30 +230,38 @@ def require_known(survey: Survey, options: ConversionOptions) -> None:
         gene_numbers(survey.vocabulary.frame().index, options.genes)
 
 
-def _as_stored(summary: ConversionSummary, root: Path) -> ConversionSummary:
+def _as_stored(summary: ConversionSummary, root: Path | RemoteLocation) -> ConversionSummary:
     """A summary with the numbers of the store that is there."""
-    matrix = read_metadata(StoreLocation(path=root)).matrices["X"]
+    matrix = read_metadata(locate(root)).matrices["X"]
     return dataclasses.replace(summary, n_obs=matrix.n_obs, n_vars=matrix.n_vars, nnz=matrix.nnz, dtype=matrix.data_dtype.name)
 
 
 @contextlib.contextmanager
-def _nothing_left(place: Path) -> Iterator[None]:
-    """What is refused leaves nothing behind that was not there before; what was stopped goes on from what is there."""
-    begun = (place / BUILD_FOLDER).exists()
+def _nothing_left(work: Path) -> Iterator[None]:
+    """What is refused leaves nothing behind that was not there before; what was stopped goes on from what is there.
 
-    def clear() -> None:
-        build = place / BUILD_FOLDER
-        if not begun and build.exists() and not (build / "plan.json").exists():
-            shutil.rmtree(build, ignore_errors=True)
+    A build folder belongs to the target, any other one goes at the end.
+    """
+    begun, with_target = work.exists(), work.name == BUILD_FOLDER
+
+    def clear(*, done: bool) -> None:
+        if not work.exists() or (begun and (with_target or not done)) or (work / "plan.json").exists():
+            return
+        shutil.rmtree(work, ignore_errors=True)
+        if with_target:
             with contextlib.suppress(OSError):
-                place.rmdir()
+                work.parent.rmdir()
 
     try:
         yield
     except (SourceError, InexactValueError, OptionError, RowIndexError, FeatureNameError):
-        clear()
+        clear(done=False)
         raise
-    clear()
+    except StoreExistsError:  # what is built at the target is somebody else's
+        if not with_target:
+            clear(done=False)
+        raise
+    clear(done=True)
 
 
 # ---- what is chosen
@@ -332,7 +361,7 @@ class _Base:
 
     def __init__(self, location: StoreLocation) -> None:
         if location.path is None:
-            raise OptionError(f"{location} is no local folder; this version writes the rows of local stores")
+            raise OptionError(f"{location} is no local folder; this version writes the rows of local stores: copy it to a disk")
         self.root = Path(os.path.realpath(location.path))
         self.location = StoreLocation(path=self.root)
         try:
@@ -392,7 +421,7 @@ class _View:
         base: _Base,
         selection: Selection,
         options: ConversionOptions,
-        place: Path,
+        work: Path,
         *,
         name: str | None = None,
         keeps_dtypes: bool = True,
@@ -407,7 +436,7 @@ class _View:
             )
         spec = base.specs[0]
         told = (str(base.root), spec.size, spec.mtime_ns, selection.described(), options.layers, options.obsp)
-        self.folder = place / BUILD_FOLDER / f"view-{_digest(repr(told).encode())}"
+        self.folder = work / f"view-{_digest(repr(told).encode())}"
 
     def _require_keys(self) -> None:
         """Genes that the store has not have no key to be matched by when something is appended."""

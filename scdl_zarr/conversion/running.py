@@ -139,13 +139,14 @@ def write_matrices(
 
 
 def _save_counts(construction: Construction | RemoteConstruction, survey: Survey) -> None:
-    """What was counted, for tasks in other processes."""
+    """What was counted, for the tasks: from here on nobody needs to hold it."""
     for plan in survey.plans.values():
         for s, source in enumerate(plan.sources):
             path = plan.counts_path(s, str(construction.root))
             counts = known_counts((source.spec, source.header.key)) if path else None
             if counts is not None:
                 save_counts(Path(path), counts)
+    survey.counts.clear()
 
 
 def _wanted_dtype(survey: Survey, path: str, options: ConversionOptions, seen: ValueStats) -> np.dtype[Any]:

@@ -20,8 +20,10 @@ import numpy.typing as npt
 from scdl_zarr.conversion.encode import ShardEncoder
 from scdl_zarr.conversion.id_maps import load_ids
 from scdl_zarr.conversion.kernels import map_rows, sort_rows
+from scdl_zarr.conversion.places import leave_place
 from scdl_zarr.conversion.plan import PIECE_VALUES, Part, ShardTask
 from scdl_zarr.conversion.problems import blaming
+from scdl_zarr.conversion.row_runs import merge_runs, pack_runs, runs_of
 from scdl_zarr.conversion.sources import MatrixReader, open_source, read_matrix
 from scdl_zarr.conversion.sources.counts import adopt_counts
 from scdl_zarr.conversion.sources.h5ad import matrix_name
@@ -48,15 +50,15 @@ class DtypeTooNarrowError(Exception):
 class ShardResult:
     """What a task reports: small, and the same whoever ran it.
 
-    ``checksums`` are (source, partial sum) pairs; ``unsorted`` are half-open runs of store rows; only the task in which a row
-    starts reports it.
+    ``checksums`` are (source, partial sum) pairs; ``unsorted`` are runs of store rows, packed (see ``row_runs.py``); only the
+    task in which a row starts reports it.
     """
 
     name: str
     dtype: str
     stats: ValueStats
     checksums: tuple[tuple[int, int], ...] = ()
-    unsorted: tuple[tuple[int, int], ...] = ()
+    unsorted: str = ""
     values: int = 0
     bytes_in: int = 0  # values and ids as they came out of the sources, decoded
     bytes_out: int = 0  # the files written
@@ -97,7 +99,7 @@ def _write_values(task: ShardTask) -> ShardResult:
     data, indices = task.arrays
     stats = ValueStats()
     sums: dict[int, int] = {}
-    unsorted: list[tuple[int, int]] = []
+    unsorted: list[npt.NDArray[np.int64]] = []
     written = bytes_in = 0
     buffers = _Buffers()
 
@@ -118,7 +120,7 @@ def _write_values(task: ShardTask) -> ShardResult:
                     inside = piece.inside(task, part)
                     mapped = buffers.take("mapped", len(ids), indices.dtype)
                     in_order = mapping.map(piece, ids, mapped)
-                    _note_unsorted(unsorted, in_order, task, part, piece)
+                    unsorted.append(_unsorted_runs(in_order, task, part, piece))
                     narrowed = buffers.take("narrowed", inside.stop - inside.start, data.dtype)
                     found, total = take_values(values[inside], ids[inside], narrowed)
                     if not part.ids.rising:  # the checksum is that of the source's order, what is stored is sorted
@@ -134,12 +136,13 @@ def _write_values(task: ShardTask) -> ShardResult:
                     written += len(narrowed)
         if written != task.stop - task.start:
             raise SourceError(f"{task.name}: the sources gave {written} values, {task.stop - task.start} were planned")
+        leave_place()
     return ShardResult(
         name=task.name,
         dtype=data.dtype.name,
         stats=stats,
         checksums=tuple(sorted(sums.items())),
-        unsorted=tuple(unsorted),
+        unsorted=pack_runs(merge_runs(unsorted)),
         values=task.stop - task.start,
         bytes_in=bytes_in,
     )
@@ -270,18 +273,11 @@ def _sort(
     sort_rows(piece.local, in_order, ids, words, *scratch)
 
 
-def _note_unsorted(
-    runs: list[tuple[int, int]], in_order: npt.NDArray[np.bool_], task: ShardTask, part: Part, piece: _Piece
-) -> None:
-    """Add the rows that were not sorted, and start in the task, to `runs` of store rows."""
+def _unsorted_runs(in_order: npt.NDArray[np.bool_], task: ShardTask, part: Part, piece: _Piece) -> npt.NDArray[np.int64]:
+    """The rows that were not sorted, and start in the task, as runs of store rows."""
     first_row = part.first_row + piece.row - part.row_start
     starts = part.value_start + piece.pointers[:-1]
-    owned = ~in_order & (starts >= task.start)
-    for row in (first_row + np.flatnonzero(owned)).tolist():
-        if runs and runs[-1][1] == row:
-            runs[-1] = (runs[-1][0], row + 1)
-        else:
-            runs.append((row, row + 1))
+    return runs_of(first_row + np.flatnonzero(~in_order & (starts >= task.start)))
 
 
 def _check_values(values: npt.NDArray[Any], stats: ValueStats, task: ShardTask, part: Part, piece: _Piece, inside: slice) -> None:

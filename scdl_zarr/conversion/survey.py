@@ -28,7 +28,8 @@ from scdl_zarr.conversion.sources import (
     read_matrix,
     stored_elements,
 )
-from scdl_zarr.conversion.sources.h5ad import matrix_name
+from scdl_zarr.conversion.sources.counts import RowCounts, known_counts
+from scdl_zarr.conversion.sources.rules import matrix_name, require_rows
 from scdl_zarr.conversion.tables import TablePlan
 from scdl_zarr.conversion.values import choose_dtype, value_stats
 from scdl_zarr.conversion.vocabulary import Vocabulary
@@ -65,6 +66,7 @@ class Survey:
     digests: list[str]
     longest_row: int
     row_maps: list[IdMap]  # for each source, the store's row of each of its rows; empty without obsp
+    counts: list[RowCounts]  # of the sources that had to be counted: held until they are saved for the tasks
     skipped: list[Problem] = field(default_factory=list)  # sources that could not be converted
     kept_dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)  # of matrices that keep theirs while values fit
 
@@ -126,6 +128,7 @@ class _Findings:
     left_out: list[set[str]] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     longest_row: int = 0
+    counts: list[RowCounts] = field(default_factory=list)
     vocabulary: Vocabulary = field(init=False)
 
     def __post_init__(self) -> None:
@@ -150,12 +153,14 @@ class _Findings:
             left_out = _left_out(source, key, options)
             origin = source.provenance() if key == "X" else None
             digest = hashlib.blake2b(digest_size=16)
-            placed, borders, longest = {}, {}, 0
+            placed, borders, counts, longest = {}, {}, [], 0
             for path, header in headers.items():
                 placed[path] = self._placed(spec, path, header)
                 reader = read_matrix(source, header.key, n_obs)
                 borders[path], row = scan_pointers(reader, border_elements(placed[path], options.shard), spec, digest)
                 _sample_values(reader, digest)
+                if (counted := known_counts((spec, header.key))) is not None:
+                    counts.append(counted)
                 longest = max(longest, row)
         digest.update(repr(spec.size).encode())
         number = self.vocabulary.add(var, spec.path)
@@ -167,6 +172,7 @@ class _Findings:
         self.obs.append(obs)
         self.left_out.append(left_out)
         self.longest_row = max(self.longest_row, longest)
+        self.counts += counts
         for name, array in obsm.items():
             self.obsm[name].append(array)
         for path, one in placed.items():
@@ -218,6 +224,7 @@ class _Findings:
             digests=self.digests,
             longest_row=self.longest_row,
             row_maps=row_maps,
+            counts=self.counts,
             skipped=skipped,
         )
 
@@ -317,8 +324,7 @@ def _matrix_key(name: str) -> str:
 
 def _check_tables(spec: SourceSpec, header: MatrixHeader, obs: TableReader, var: pd.DataFrame) -> None:
     shown = matrix_name(header.key)
-    if obs.n_rows != header.n_obs:
-        raise SourceError(f"{spec.path}: {shown} has {header.n_obs} rows and obs has {obs.n_rows}")
+    require_rows(spec.path, shown, header.n_obs, obs.n_rows)
     if len(var) != header.n_vars:
         raise SourceError(f"{spec.path}: {shown} has {header.n_vars} genes and its var has {len(var)}")
 

@@ -36,6 +36,7 @@ from scdl_zarr.conversion.sources import RowArray, Source, SourceSpec, TableRead
 from scdl_zarr.conversion.stopping import refuse_if_stopped
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.errors import StoreAccessError
+from scdl_zarr.storage.remote_file import CACHE_BYTES
 from scdl_zarr.storage.schema import BUILD_FOLDER
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ __all__ = ["TABLES_FOLDER", "TablePart", "TablePlan", "TableTask", "write_table_
 
 TABLES_FOLDER = "tables"  # in the build folder
 KEPT_OPEN = 32  # sources of a task
-KEPT_BYTES = 1 << 26  # of tables that had to be read whole
+KEPT_BYTES = 1 << 26  # of tables that had to be read whole, and of blocks of remote files
 COLUMN_COPIES = 6  # of a chunk of one column: as read, joined, as objects, encoded, compressed
 ARRAY_COPIES = 4  # of a chunk of an array: as read, as stored, filled up, compressed
 CATEGORY_COPIES = 8  # of categories: as JSON, parsed, in pandas with their hash table, and joined
@@ -228,7 +229,8 @@ class _OpenedSource:
     @property
     def held_bytes(self) -> int:
         table = self.__dict__.get("table")
-        return (table.held_bytes if table is not None else 0) + sum(array.held_bytes for array in self._arrays.values())
+        own = getattr(self._source, "held_bytes", 0) + (table.held_bytes if table is not None else 0)
+        return int(own) + sum(array.held_bytes for array in self._arrays.values())
 
 
 # ---- the plan
@@ -407,6 +409,7 @@ class TablePlan:
         chunk = max(COLUMN_COPIES * largest, ARRAY_COPIES * rows * row)
         held = [table.held_bytes for table in self.tables]
         held += [array.held_bytes for found in self.arrays.values() for array in found]
+        held += [2 * CACHE_BYTES for spec in self.specs if spec.remote is not None]  # blocks, and a request on its way into them
         whole = KEPT_BYTES * any(held) + max(held, default=0)
         return chunk + CATEGORY_COPIES * len(self.document) + whole
 

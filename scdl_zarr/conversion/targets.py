@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from scdl_zarr.conversion.construction import (
     committed_plan,
@@ -20,12 +21,12 @@ from scdl_zarr.errors import (
     StoreExistsError,
 )
 from scdl_zarr.storage.location import local_path
-from scdl_zarr.storage.remote import RemoteLocation
+from scdl_zarr.storage.remote import RemoteLocation, parse_remote
 from scdl_zarr.storage.schema import (
     BUILD_FOLDER,
 )
 
-__all__ = ["remote_state", "target_folder", "target_state"]
+__all__ = ["remote_state", "target_folder", "target_prefix", "target_state"]
 
 
 def target_folder(target: str | os.PathLike[str]) -> Path:
@@ -35,6 +36,14 @@ def target_folder(target: str | os.PathLike[str]) -> Path:
     root = local_path(target)
     with explained_errors(root):
         return Path(os.path.realpath(root)) if root.is_symlink() else root
+
+
+def target_prefix(target: str, storage_options: Any) -> RemoteLocation:
+    """Where in an object store the store goes."""
+    place = parse_remote(target, storage_options)
+    if place.scheme in ("http", "https") or not place.key:
+        raise OptionError(f"{place}: expected a folder in a bucket, such as s3://bucket/atlas.zarr, to write into")
+    return place
 
 
 def target_state(root: Path, sources: list[Path], options: ConversionOptions) -> str | None:

@@ -66,11 +66,15 @@ class Buckets:
 
     @classmethod
     def of(cls, counts: RowCounts, sizes: TurnSizes) -> Buckets:
-        nothing = np.empty(0, np.int64)
-        n = int(bucket_borders(counts.counts, sizes.bucket_values, sizes.bucket_rows, nothing, nothing))
-        rows, values = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64)
-        bucket_borders(counts.counts, sizes.bucket_values, sizes.bucket_rows, rows, values)
         n_obs = len(counts.counts)
+        # two neighbours hold more values than one may, unless the first is full of rows
+        most = 2 * counts.total // sizes.bucket_values + n_obs // sizes.bucket_rows + 2
+        rows, values = np.zeros(most + 1, np.int64), np.zeros(most + 1, np.int64)
+        n, total = min(n_obs, 1), 0
+        for first, piece in counts.pieces():
+            n, total = bucket_borders(piece, first, total, sizes.bucket_values, sizes.bucket_rows, n, rows, values)
+        rows, values = rows[: n + 1], values[: n + 1]
+        rows[n], values[n] = n_obs, total
         shift = max(n_obs.bit_length() - _TABLE_BITS, 0)
         blocks = np.arange(0, n_obs, 1 << shift)
         table = np.append(np.searchsorted(rows[1:], blocks, side="right"), max(n - 1, 0)).astype(np.int32)
@@ -95,7 +99,7 @@ def stage_run(task: TransposeTask) -> int:
         return 0
     staging, (start, stop) = task.staging, task.elements
     with opened_columns(staging) as matrix:
-        buckets = Buckets.of(_counts(matrix), staging.sizes)
+        buckets = Buckets.of(matrix.counts, staging.sizes)
         with _RunWriter(staging, task.number, buckets, matrix) as writer:
             for piece in column_pieces(matrix.columns, matrix.where, start, stop, staging.sizes.piece_values):
                 refuse_if_stopped(task.root)
@@ -120,11 +124,6 @@ def of_staging(matrix: MatrixReader, staging: Staging) -> CscMatrix:
     if not isinstance(matrix, CscMatrix) or matrix.header.nnz != staging.nnz:
         raise changed(f"{staging.spec.path}: {staging.key}")
     return matrix
-
-
-def _counts(matrix: CscMatrix) -> RowCounts:
-    assert matrix.counts is not None
-    return matrix.counts
 
 
 class _RunWriter:
@@ -307,7 +306,7 @@ class TransposedMatrix:
     def __init__(self, matrix: MatrixReader, staging: Staging) -> None:
         self.header = matrix.header
         self._matrix, self._staging = of_staging(matrix, staging), staging
-        self._counts = _counts(self._matrix)
+        self._counts = self._matrix.counts
         self._buckets = Buckets.of(self._counts, staging.sizes)
         self._held: int | None = None
         most = int(np.diff(self._buckets.values).max(initial=0))

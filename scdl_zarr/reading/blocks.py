@@ -102,10 +102,12 @@ class Blocks:
         if (
             runs.ndim != 2
             or runs.shape[1] != 2
-            or (len(runs) and (runs.min() < 0 or runs.max() > n or (runs[:, 1] < runs[:, 0]).any()))
+            or (len(runs) and (runs[0, 0] < 0 or runs[-1, 1] > n or (np.diff(runs.ravel().astype(np.int64)) < 0).any()))
         ):
             raise CorruptStoreError(f"{self._location}: the list of unsorted rows of {matrix} is malformed")
-        return np.concatenate([np.arange(a, b) for a, b in runs.tolist()] or [np.empty(0, np.int64)]).astype(np.int64)
+        lengths = (runs[:, 1] - runs[:, 0]).astype(np.int64)
+        behind = np.cumsum(lengths)  # rows of the list that come up to the end of each run
+        return np.repeat(runs[:, 1].astype(np.int64) - behind, lengths) + np.arange(behind[-1] if len(behind) else 0)
 
     def sources(self) -> pd.DataFrame:
         """One row per source: name, matrix, rows, stored values, checksum, size of its file, number of its var table."""

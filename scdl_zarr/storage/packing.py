@@ -108,14 +108,17 @@ def _column_parts(series: pd.Series[Any]) -> list[tuple[str, str, bool, int, byt
     if plain.dtype.kind in "biuf":
         little = plain.astype(plain.dtype.newbyteorder("<"))
         return [("values", little.dtype.str, False, n, little.tobytes())]
-    texts = ["" if gone else text for text, gone in zip(plain.tolist(), missing.tolist(), strict=True)]
+    texts = plain.tolist()
+    if missing.any():
+        texts = ["" if gone else text for text, gone in zip(texts, missing.tolist(), strict=True)]
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:
         raise TypeError(f"values such as {wrong[0]!r} are neither numbers nor text")
-    encoded = [text.encode() for text in texts]
-    offsets = np.zeros(len(encoded) + 1, "<i8")
-    np.cumsum([len(text) for text in encoded], out=offsets[1:])
-    parts = [("values", STRING, False, n, offsets.tobytes() + b"".join(encoded))]
+    joined = "".join(texts)
+    lengths = map(len, texts if joined.isascii() else [text.encode() for text in texts])
+    offsets = np.zeros(n + 1, "<i8")
+    np.cumsum(np.fromiter(lengths, np.int64, n), out=offsets[1:])
+    parts = [("values", STRING, False, n, offsets.tobytes() + joined.encode())]
     return [*parts, ("mask", "|b1", False, n, missing.tobytes())] if missing.any() else parts
 
 

@@ -179,12 +179,28 @@ class RemoteLocation:
             answer = obstore.get(store, self.key, options={"range": (start, stop)})
             return bytes(answer.bytes()), _described(answer.meta, "")
 
-        found, now = self._call(ask)
-        if known is not None and (now.size, now.version) != (known.size, known.version):
-            raise StoreReplacedError(f"{self} was replaced while it was read; read it again when nothing writes it")
+        replaced = StoreReplacedError(f"{self} was replaced while it was read; read it again when nothing writes it")
+        try:
+            found, now = self._call(ask)
+        except StoreUnreachableError:  # a shorter object has no such range
+            there = None if known is None else self.head()
+            if there is None or _state(there) == _state(known):
+                raise
+            raise replaced from None
+        if known is not None and _state(now) != _state(known):
+            raise replaced
         if len(found) != stop - start:
             raise StoreUnreachableError(f"{self}: asked for bytes {start} to {stop - 1}, the server gave {len(found)} bytes")
         return found
+
+    def get_file(self, path: Path) -> None:
+        """Write what is in the object into a new local file, a part at a time."""
+        known = self.head()
+        if known is None:
+            raise StoreNotFoundError(f"there is no object {self}")
+        starts = range(0, known.size, PART_BYTES)
+        with open(path, "xb") as file:
+            file.writelines(self.get_range(start, min(start + PART_BYTES, known.size), known) for start in starts)
 
     def list(self) -> list[RemoteObject]:
         """Every object below the prefix, sorted by key (which is relative to it)."""
@@ -367,8 +383,8 @@ _MULTIPART: dict[str, Any] = {"chunk_size": PART_BYTES, "max_concurrency": PARTS
 def parse_remote(url: str, storage_options: Mapping[str, Any] | None = None) -> RemoteLocation:
     """The location of a URL, with everything checked that can be without asking the server.
 
-    `storage_options` are names and values, or such mappings by the beginnings of URLs:
-    ``{"s3://here": {"region": ...}, "gs://": {...}}``.
+    `storage_options` are names and values, or such mappings by the beginnings of URLs, whole parts of them:
+    ``{"s3://here": {"region": ...}, "gs://": {...}}`` says nothing of ``s3://here-too``.
 
     Raises
     ------
@@ -402,12 +418,22 @@ def parse_remote(url: str, storage_options: Mapping[str, Any] | None = None) -> 
 
 
 def _options_for(url: str, given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Those of the longest URL that this one begins with, where options are given by URL."""
+    """Those of the longest URL that this one lies below, where options are given by URL: credentials are for nobody else."""
     if not isinstance(given, Mapping) or not any("://" in str(name) for name in given):
         return given
-    fitting = [str(name) for name in given if url.startswith(str(name))]
-    found: Mapping[str, Any] = given[max(fitting, key=len)] if fitting else {}
+    plain = [str(name) for name in given if "://" not in str(name)]
+    if plain:
+        raise OptionError(f"storage_options are given by URL, and {plain[0]!r} is none; put it into the mapping of a URL")
+    parts = _parts(url)
+    fitting = [name for name in given if parts[: len(_parts(name))] == _parts(name)]
+    found: Mapping[str, Any] = given[max(fitting, key=lambda name: len(_parts(name)))] if fitting else {}
     return found
+
+
+def _parts(url: str) -> list[str]:
+    """The scheme of a URL, then what is between its slashes; a scheme alone is all of its URLs."""
+    scheme, _, rest = url.partition("://")
+    return [scheme.lower(), *rest.rstrip("/").split("/")] if rest.strip("/") else [scheme.lower()]
 
 
 def _checked_options(scheme: str, given: Mapping[str, Any]) -> tuple[tuple[str, str | bool | int | float], ...]:
@@ -454,6 +480,11 @@ def shown_url(url: str) -> str:
     """A URL for a message: without what may be a secret."""
     plain = re.split(r"[?#]", url, maxsplit=1)[0]
     return re.sub(r"://[^/@]*@", "://...@", plain)
+
+
+def _state(known: RemoteObject | None) -> tuple[int, str] | None:
+    """What two looks at an object must have in common."""
+    return None if known is None else (known.size, known.version)
 
 
 def _described(meta: Mapping[str, Any], key: str) -> RemoteObject:

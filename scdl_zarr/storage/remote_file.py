@@ -47,6 +47,11 @@ class RemoteFile(io.RawIOBase):
         self.failure: ScdlZarrError | None = None
         self.requests = 0
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the blocks that are kept."""
+        return sum(map(len, self._blocks.values()))
+
     def readable(self) -> bool:
         return True
 

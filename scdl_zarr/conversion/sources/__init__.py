@@ -91,6 +91,7 @@ class MatrixHeader:
     index_dtype: np.dtype[Any]
     chunk_bytes: int  # decoded bytes of the largest chunk of data or indices
     layout: Literal["csr", "csc", "dense", "selected"] = "csr"  # of all but the first, what rows store has to be counted
+    counted_bytes: int = 0  # which takes so much memory
 
 
 class MatrixReader(Protocol):

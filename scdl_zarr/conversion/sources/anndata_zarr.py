@@ -21,7 +21,7 @@ from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, RowArray, S
 from scdl_zarr.conversion.sources.csc import CscMatrix
 from scdl_zarr.conversion.sources.dense import DenseMatrix
 from scdl_zarr.conversion.sources.row_readers import LazyArray, StoreTable, WholeArray, row_array_of
-from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible
+from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible, require_rows
 from scdl_zarr.errors import CorruptStoreError, NotAStoreError, SourceError, StoreAccessError, StoreReplacedError
 from scdl_zarr.reading.arrays import MatrixArrays
 from scdl_zarr.reading.row_ranges import ElementRows
@@ -143,6 +143,8 @@ class AnnDataZarrSource:
             where = f"{self._where}: {matrix_name(key)}"
             if kind == "csr":
                 return ZarrSparseMatrix(self._location, layout)
+            if "obs" in self._nodes and (n_rows := self._length("obs")):  # before memory is taken to count them
+                require_rows(self._where, matrix_name(key), layout.n_obs, n_rows)
             if kind == "csc":
                 return CscMatrix(ZarrSparseMatrix(self._location, layout), where=where, identity=(self.spec, key))
             return DenseMatrix(ZarrRows(self._location, layout), key=key, where=where, identity=(self.spec, key))

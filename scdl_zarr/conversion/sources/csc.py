@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.column_kernels import count_ids, place_columns
 from scdl_zarr.conversion.sources import MatrixHeader
-from scdl_zarr.conversion.sources.counts import RowCounts, keep_counts, known_counts
+from scdl_zarr.conversion.sources.counts import RowCounts, row_counts
 from scdl_zarr.conversion.staging import HEIGHT, POINTERS, TurnSizes, column_ids_dtype, is_small, turning_bytes
 from scdl_zarr.errors import SourceError
 from scdl_zarr.resources import usable_cores
@@ -250,8 +250,6 @@ class CscMatrix:
         File and matrix, for messages.
     identity
         What is the same only for the same matrix with the same content.
-    counts
-        What another process counted.
     threads
         How many count, where that is to be done; as many as there are cores if not given.
     """
@@ -262,13 +260,10 @@ class CscMatrix:
         *,
         where: str,
         identity: Hashable,
-        counts: RowCounts | None = None,
         threads: int | None = None,
     ) -> None:
         self.columns, self.where, self.identity = reader, where, identity
-        self.counts = self._accepted(counts) or self._accepted(known_counts(identity))
-        if self.counts is None:
-            self.counts = keep_counts(identity, count_rows(reader, where, threads))
+        self.counts = row_counts(identity, where, self._fits, lambda: count_rows(reader, where, threads))
         stored = reader.header
         self.small = is_small(stored)
         self._turned: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
@@ -277,26 +272,22 @@ class CscMatrix:
             layout="csc",
             index_dtype=column_ids_dtype(stored.n_vars),
             chunk_bytes=stored.chunk_bytes + -(-self._held_bytes(stored) // 4),  # plans count four of these a task
+            counted_bytes=self.counts.nbytes,
         )
 
     def _held_bytes(self, stored: MatrixHeader) -> int:
         """What reading rows takes beside the chunks."""
-        assert self.counts is not None
         if not self.small:
-            return turning_bytes(stored, TurnSizes.of(stored.nnz), int(self.counts.counts.max(initial=0)))
+            return turning_bytes(stored, TurnSizes.of(stored.nnz), self.counts.longest)
         piece = min(COUNT_VALUES, stored.nnz) * (stored.dtype.itemsize + stored.index_dtype.itemsize + 8)
         rows = stored.nnz * (stored.dtype.itemsize + column_ids_dtype(stored.n_vars).itemsize)
         return rows + piece + 3 * 8 * (stored.n_obs + 1)
 
-    def _accepted(self, counts: RowCounts | None) -> RowCounts | None:
-        """Counts that may be of this matrix; whether they are shows when its columns are placed."""
-        header = self.columns.header
-        if counts is None or len(counts.counts) != header.n_obs or counts.total != header.nnz:
-            return None
-        return keep_counts(self.identity, counts)
+    def _fits(self, counts: RowCounts) -> bool:
+        """Whether counts may be of this matrix; whether they are shows when its columns are placed."""
+        return (len(counts.counts), counts.total) == (self.columns.header.n_obs, self.columns.header.nnz)
 
     def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        assert self.counts is not None
         return self.counts.pointers(start, stop)
 
     def stored(self, start: int, stop: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

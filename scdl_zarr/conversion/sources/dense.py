@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.kernels import count_stored, take_stored
 from scdl_zarr.conversion.sources import MatrixHeader
-from scdl_zarr.conversion.sources.counts import RowCounts, forget_counts, keep_counts, known_counts
+from scdl_zarr.conversion.sources.counts import RowCounts, forget_counts, row_counts
 from scdl_zarr.errors import SourceError
 
 __all__ = ["DenseMatrix", "DenseRows", "block_height"]
@@ -65,18 +65,16 @@ class DenseMatrix:
         File and matrix, for messages.
     identity
         What is the same only for the same matrix with the same content.
-    counts
-        What another process counted.
     """
 
-    def __init__(self, rows: DenseRows, *, key: str, where: str, identity: Hashable, counts: RowCounts | None = None) -> None:
+    def __init__(self, rows: DenseRows, *, key: str, where: str, identity: Hashable) -> None:
         if rows.dtype.kind not in "biuf" or rows.dtype.itemsize > 8:
             raise SourceError(f"{where} has values of dtype {rows.dtype}; integers, floats and booleans can be converted")
         self._rows, self._where, self._identity = rows, where, identity
         self._words = np.dtype(f"u{rows.dtype.itemsize}")
         sign = 1 << (8 * rows.dtype.itemsize - 1) if rows.dtype.kind == "f" else 0
         self._mask = self._words.type(np.iinfo(self._words).max - sign)
-        self._counts = self._accepted(counts) or self._accepted(known_counts(identity)) or self._count()
+        self._counts = row_counts(identity, where, self._fits, self._count)
         self._held: tuple[int, npt.NDArray[Any], npt.NDArray[np.int32]] | None = None
         self._room = self._counts.largest_block + rows.n_vars  # as `take_stored` wants it
         block_bytes = self._counts.height * rows.n_vars * rows.dtype.itemsize
@@ -90,6 +88,7 @@ class DenseMatrix:
             index_dtype=np.dtype(np.int32),
             chunk_bytes=-(-held // 4),  # plans count four of these a task
             layout="dense",
+            counted_bytes=self._counts.nbytes,
         )
 
     def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -134,21 +133,18 @@ class DenseMatrix:
                 f"{self._where} changed while it was being converted (row {start + bad}); run again when nothing writes it"
             )
 
-    def _accepted(self, counts: RowCounts | None) -> RowCounts | None:
-        """Counts from elsewhere, if they are of such a matrix in such blocks; whether they are its own shows in `_take`."""
-        if counts is None or len(counts.counts) != self._rows.n_obs or counts.height != block_height(self._rows):
-            return None
-        return keep_counts(self._identity, counts)
+    def _fits(self, counts: RowCounts) -> bool:
+        """Whether counts are of such a matrix in such blocks; whether they are its own shows in `_take`."""
+        return (len(counts.counts), counts.height) == (self._rows.n_obs, block_height(self._rows))
 
     def _count(self) -> RowCounts:
         rows, height = self._rows, block_height(self._rows)
         counts = np.zeros(rows.n_obs, np.uint16 if rows.n_vars < 1 << 16 else np.uint32)
-        starts = np.zeros(-(-rows.n_obs // height) + 1, np.int64)
-        ranges = [(start, min(start + height, rows.n_obs)) for start in range(0, rows.n_obs, height)]
-        found, blocks = np.empty(height, np.int64), rows.blocks(ranges)
-        for block, (start, stop) in enumerate(ranges):
+        blocks = rows.blocks((start, min(start + height, rows.n_obs)) for start in range(0, rows.n_obs, height))
+        found = np.empty(height, np.int64)
+        for start in range(0, rows.n_obs, height):
+            stop = min(start + height, rows.n_obs)
             own = found[: stop - start]
             count_stored(next(blocks).view(self._words), self._mask, own)  # no name holds a block while the next one is made
             counts[start:stop] = own
-            starts[block + 1] = starts[block] + own.sum()
-        return keep_counts(self._identity, RowCounts(height=height, counts=counts, starts=starts))
+        return RowCounts.of(counts, height)

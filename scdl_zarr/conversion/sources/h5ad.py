@@ -22,11 +22,12 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.hdf5_chunks import ElementReader, RowReader, filter_advice, unavailable_filters
 from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, RowArray, SourceSpec, TableReader
+from scdl_zarr.conversion.sources.counts import known_counts
 from scdl_zarr.conversion.sources.csc import CscMatrix
 from scdl_zarr.conversion.sources.dense import DenseMatrix
 from scdl_zarr.conversion.sources.h5ad_frames import H5adTable, dataset_rows, is_usual, read_frame
 from scdl_zarr.conversion.sources.row_readers import LazyArray, WholeArray, WholeTable
-from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible
+from scdl_zarr.conversion.sources.rules import genes_of_raw, matrix_name, missing_matrix, require_convertible, require_rows
 from scdl_zarr.errors import ScdlZarrError, SourceError, StoreAccessError, StoreNotFoundError, StoreReplacedError
 from scdl_zarr.storage.remote import RemoteLocation, RemoteObject
 from scdl_zarr.storage.remote_file import RemoteFile
@@ -80,6 +81,11 @@ class Hdf5Source:
         except OSError as error:
             raise SourceError(f"{path} cannot be opened, it is truncated or damaged: {error}") from error
         return self
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that it keeps for as long as it is open."""
+        return 0 if self._remote is None else self._remote.held_bytes
 
     def _open_remote(self, location: RemoteLocation) -> None:
         """Through HDF5's driver for file objects; every answer is checked to come from the object that was described."""
@@ -157,6 +163,8 @@ class H5adSource(Hdf5Source):
             raise missing_matrix(self.spec.path, key, self.matrices())
         require_convertible(self.spec.path, key, kind)
         shown, where = matrix_name(key), f"{self.spec.path}: {matrix_name(key)}"
+        if kind != "csr":
+            self._require_rows_of_obs(key, node, kind)
         if kind == "dense":
             with reading(self.spec.path, shown):
                 refuse_unreadable(where, node, self._file)
@@ -164,6 +172,14 @@ class H5adSource(Hdf5Source):
         with reading(self.spec.path, shown, f"is not a readable {kind.upper()} matrix"):
             matrix = self._sparse(key, where, _sparse_parts(node), by_columns=kind == "csc")
         return CscMatrix(matrix, where=where, identity=(self.spec, key)) if kind == "csc" else matrix
+
+    def _require_rows_of_obs(self, key: str, node: h5py.Group | h5py.Dataset, kind: str) -> None:
+        """Refuse a matrix that is to be counted and says that it has other rows than obs, before memory is taken for them."""
+        if known_counts((self.spec, key)) is None and self._node("obs") is not None:
+            shown = matrix_name(key)
+            with reading(self.spec.path, shown, f"is not a readable {kind.upper()} matrix"):
+                n_obs = int(node.shape[0]) if kind == "dense" else _sparse_parts(node).shape[0]
+            require_rows(self.spec.path, shown, n_obs, self.obs_table().n_rows)
 
     # ---- tables and the rest
 
@@ -410,6 +426,17 @@ def _group_frame(group: h5py.Group) -> Any:
     return frame
 
 
+def _texts(values: npt.NDArray[Any], what: str) -> npt.NDArray[np.object_]:
+    """Text as it is in the file: a byte that is replaced may make one cell of two."""
+    texts: npt.NDArray[np.object_] = np.empty(len(values), object)
+    for number, value in enumerate(values.tolist()):
+        try:
+            texts[number] = value.decode() if isinstance(value, bytes) else str(value)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"row {number} of {what} is {value!r}, which is not UTF-8 ({error.reason})") from None
+    return texts
+
+
 def _compound_frame(node: h5py.Dataset, uns: Mapping[str, Any] | None) -> pd.DataFrame:
     """A table that anndata 0.6 stored as one compound dataset, its categories in ``uns/<column>_categories``."""
     import pandas as pd
@@ -422,12 +449,12 @@ def _compound_frame(node: h5py.Dataset, uns: Mapping[str, Any] | None) -> pd.Dat
     for name in names:
         values = records[name]
         if values.dtype.kind in "SO":
-            values = np.array([_text(v) for v in values], dtype=object)
+            values = _texts(values, name)
         categories = None if uns is None else uns.get(f"{name}_categories")
         if categories is not None and values.dtype.kind in "iu":
             labels = np.atleast_1d(categories[()])
             if labels.dtype.kind in "SO":
-                labels = np.array([_text(v) for v in labels], dtype=object)
+                labels = _texts(labels, f"uns/{name}_categories")
             values = pd.Categorical.from_codes(values.astype(np.int64), categories=pd.Index(labels))
         columns[name] = values
     index = next((name for name in ("_index", "index") if name in columns), names[0])

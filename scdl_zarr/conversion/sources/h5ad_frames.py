@@ -125,9 +125,8 @@ def _column_rows(node: h5py.Group | h5py.Dataset) -> Callable[[int, int], Any]:
     if kind == "array":
         return dataset_rows(node)
     if kind == "string-array":
-        texts = node.asstr()
         piece = node.chunks[0] if node.chunks else 1
-        return KeptPiece(lambda start, stop: np.asarray(texts[start:stop], dtype=object), len(node), piece).rows
+        return KeptPiece(lambda start, stop: _texts(node, slice(start, stop)), len(node), piece).rows
     if kind == "categorical":
         dtype, codes = pd.CategoricalDtype(_column(node["categories"]), bool(node.attrs["ordered"])), dataset_rows(node["codes"])
         return lambda start, stop: pd.Categorical.from_codes(codes(start, stop), dtype=dtype)
@@ -156,6 +155,17 @@ def _is_known(node: h5py.Group | h5py.Dataset) -> bool:
     return parts is not None and all(isinstance(node[part], h5py.Dataset) and _is_known(node[part]) for part in parts)
 
 
+def _texts(node: h5py.Dataset, rows: slice) -> npt.NDArray[Any]:
+    """What ``node.asstr()[rows]`` gives, decoded in one go: no text in HDF5 has a zero character in it."""
+    asked = node.asstr()  # an error where it holds something else
+    found = node[rows]
+    if found.dtype != object or found.ndim != 1 or not len(found):
+        return np.asarray(asked[rows], dtype=object)
+    out = np.empty(len(found), dtype=object)
+    out[:] = b"\0".join(found.tolist()).decode(asked.encoding, asked.errors).split("\0")
+    return out
+
+
 def _column(node: h5py.Group | h5py.Dataset) -> Any:
     import pandas as pd
 
@@ -163,7 +173,7 @@ def _column(node: h5py.Group | h5py.Dataset) -> Any:
     if kind == "array":
         return _native(node[()])
     if kind == "string-array":
-        return node.asstr()[()]
+        return _texts(node, slice(None))
     if kind == "categorical":
         codes, categories = _column(node["codes"]), _column(node["categories"])
         return pd.Categorical.from_codes(codes, categories, ordered=bool(node.attrs["ordered"]))

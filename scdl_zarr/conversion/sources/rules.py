@@ -10,7 +10,7 @@ from scdl_zarr.errors import SourceError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["genes_of_raw", "matrix_name", "missing_matrix", "require_convertible"]
+__all__ = ["genes_of_raw", "matrix_name", "missing_matrix", "require_convertible", "require_rows"]
 
 
 def matrix_name(key: str) -> str:
@@ -31,6 +31,12 @@ def require_convertible(where: str, key: str, kind: str) -> None:
             f"{where}: {matrix_name(key)} is stored dense, this version converts sparse matrices between cells; "
             "write it with anndata as scipy.sparse.csr_matrix first"
         )
+
+
+def require_rows(where: str, shown: str, n_obs: int, n_rows: int) -> None:
+    """Refuse a matrix with other rows than obs."""
+    if n_obs != n_rows:
+        raise SourceError(f"{where}: {shown} has {n_obs} rows and obs has {n_rows}")
 
 
 def genes_of_raw(raw: pd.DataFrame, var: pd.DataFrame | None) -> tuple[pd.DataFrame, list[str]]:

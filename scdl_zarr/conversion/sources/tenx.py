@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, SourceSpec
-from scdl_zarr.conversion.sources.counts import RowCounts, forget_counts, keep_counts, known_counts
+from scdl_zarr.conversion.sources.counts import RowCounts, forget_counts, row_counts
 from scdl_zarr.conversion.sources.h5ad import H5adMatrix, Hdf5Source, SparseParts, reading, refuse_undecodable
 from scdl_zarr.conversion.sources.row_readers import WholeArray, WholeTable
 from scdl_zarr.conversion.sources.rules import missing_matrix
@@ -144,6 +144,7 @@ class TenxSource(Hdf5Source):
             parts = {name: self._dataset(name) for name in ("data", "indices", "indptr")}
             self._require_length("indptr", self._n_obs + 1, f"{self._n_obs} barcodes")
             self._require_length("indices", len(parts["data"]), f"{len(parts['data'])} values")
+            self._require_length("barcodes", self._n_obs, self._shown_shape)  # before as many rows are counted
             matrix = self._sparse(key, self._where, SparseParts(**parts, shape=(self._n_obs, self._n_features)))
         chosen = self._chosen()
         return matrix if chosen is None else SelectedMatrix(matrix, chosen, where=self._where, identity=(self.spec, key))
@@ -240,7 +241,7 @@ class TenxSource(Hdf5Source):
 
     def _values(self, name: str, length: int) -> npt.NDArray[Any]:
         dataset = self._dataset(name)
-        self._require_length(name, length, f"a matrix of {self._n_features} features × {self._n_obs} barcodes")
+        self._require_length(name, length, self._shown_shape)
         with reading(self.spec.path, str(dataset.name)):
             refuse_undecodable(self.spec.path, dataset)
             return np.asarray(dataset[()])
@@ -250,7 +251,7 @@ class TenxSource(Hdf5Source):
         dataset = self._dataset(name)
         if h5py.check_string_dtype(dataset.dtype) is None:
             return self._values(name, length).astype(str).astype(object)
-        self._require_length(name, length, f"a matrix of {self._n_features} features × {self._n_obs} barcodes")
+        self._require_length(name, length, self._shown_shape)
         with reading(self.spec.path, str(dataset.name)):
             refuse_undecodable(self.spec.path, dataset)
             return np.asarray(dataset.asstr("utf-8")[()], object)
@@ -260,6 +261,10 @@ class TenxSource(Hdf5Source):
         if not isinstance(node, h5py.Dataset):
             raise SourceError(f"{self._where} has no dataset {name}, which the matrix of a 10x Genomics file has")
         return node
+
+    @property
+    def _shown_shape(self) -> str:
+        return f"a matrix of {self._n_features} features × {self._n_obs} barcodes"
 
     def _require_length(self, name: str, length: int, what: str) -> None:
         dataset = self._dataset(name)
@@ -287,7 +292,7 @@ class SelectedMatrix:
     def __init__(self, matrix: H5adMatrix, chosen: npt.NDArray[np.bool_], *, where: str, identity: Hashable) -> None:
         self._matrix, self._where, self._identity = matrix, where, identity
         self._numbers = np.where(chosen, np.cumsum(chosen) - 1, -1).astype(np.int32)
-        self._counts = known_counts(identity) or self._count()
+        self._counts = row_counts(identity, where, lambda counts: len(counts.counts) == matrix.header.n_obs, self._count)
         self._reached: _Position | None = None
         whole = matrix.header
         piece = PIECE_VALUES * (whole.dtype.itemsize + whole.index_dtype.itemsize + 4 + 8)  # and new ids, and positions
@@ -300,6 +305,7 @@ class SelectedMatrix:
             index_dtype=np.dtype(np.int32),
             layout="selected",
             chunk_bytes=whole.chunk_bytes + -(-piece // 4),  # plans count four of these a task
+            counted_bytes=self._counts.nbytes,
         )
 
     def indptr(self, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -358,9 +364,8 @@ class SelectedMatrix:
     def _count(self) -> RowCounts:
         n_obs = self._matrix.header.n_obs
         counts = np.zeros(n_obs, np.uint32)
-        starts = np.zeros(-(-n_obs // COUNTED_ROWS) + 1, np.int64)
         last = 0
-        for block, row in enumerate(range(0, n_obs, COUNTED_ROWS)):
+        for row in range(0, n_obs, COUNTED_ROWS):
             pointers = self._matrix.indptr(row, min(row + COUNTED_ROWS, n_obs) + 1)
             self._check_pointers(pointers, row, last)
             last = int(pointers[-1])
@@ -370,12 +375,9 @@ class SelectedMatrix:
                     f"{self._where} has a row of {found.max()} values; rows of up to {np.iinfo(np.uint32).max} can be"
                 )
             counts[row : row + len(found)] = found
-            starts[block + 1] = starts[block] + found.sum()
         if last != self._matrix.header.nnz:
             raise SourceError(f"{self._where}/indptr ends at {last}, but there are {self._matrix.header.nnz} stored values")
-        counted = RowCounts(height=COUNTED_ROWS, counts=counts, starts=starts)
-        keep_counts(self._identity, counted)
-        return counted
+        return RowCounts.of(counts, COUNTED_ROWS)
 
     def _check_pointers(self, pointers: npt.NDArray[np.int64], row: int, last: int) -> None:
         if pointers[0] != last:
