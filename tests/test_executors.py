@@ -138,7 +138,8 @@ def test_ctrl_c_ends_the_processes_and_the_same_command_goes_on(source: Path, ex
 
 def test_a_second_ctrl_c_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """It strikes while the processes are ended after the first one; whoever hired them ends the others."""
-    ended, interrupts = [], iter([KeyboardInterrupt()])
+    ended: list[Any] = []
+    interrupts = iter([KeyboardInterrupt()])
 
     class Child:
         def end(self) -> None:
@@ -148,7 +149,7 @@ def test_a_second_ctrl_c_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatc
 
     processes = Processes(Crew(kind="processes", processes=2, threads=1))
     monkeypatch.setattr("scdl_zarr.conversion.executors._Child", Child)
-    children = {processes._take(), processes._take()}
+    children: set[Any] = {processes._take(), processes._take()}
     with pytest.raises(KeyboardInterrupt):
         processes.close()
     processes.close()
