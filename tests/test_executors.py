@@ -21,9 +21,12 @@ import pytest
 import scipy.sparse
 
 import scdl_zarr
+from scdl_zarr.cli import main
 from scdl_zarr.conversion.construction import Construction, run_task
 from scdl_zarr.conversion.execution import run_conversion
+from scdl_zarr.conversion.executors import Crew, Processes
 from scdl_zarr.conversion.plan import ConversionOptions
+from scdl_zarr.conversion.stopping import StoppedError
 from scdl_zarr.errors import InexactValueError, OptionError, StoreBusyError
 from tests.toys import contents, csr, write_h5ad
 
@@ -106,6 +109,53 @@ def test_processes_end_with_their_parent(source: Path, expected: dict[str, bytes
     assert len(gone) == 2 and not alive
     scdl_zarr.convert(source, target, workers=2, width="narrow", **SIZES)
     assert contents(target) == expected
+
+
+def test_ctrl_c_ends_the_processes_and_the_same_command_goes_on(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    target, said = tmp_path / "a.zarr", tmp_path / "said.txt"
+    sizes = ["--workers", "2", "--width", "narrow", "--chunk-values", "1024", "--shard-values", "8192"]
+    command = ["convert", str(source), str(target), *sizes]
+    with said.open("wb") as output:
+        converting = subprocess.Popen([sys.executable, "-m", "scdl_zarr", *command], stdout=output, stderr=output)
+    try:
+        until(lambda: len(list((target / ".scdl-build/done").glob("*.json"))) > 2, converting)
+        children = psutil.Process(converting.pid).children()
+        converting.send_signal(signal.SIGINT)
+        assert converting.wait(30) == 130, said.read_text()
+    finally:
+        converting.kill()
+        converting.wait()
+    assert len(children) == 2 and not psutil.wait_procs(children, timeout=10)[1]
+    assert "stopping; the shards under way are given up" in said.read_text()
+    assert said.read_text().endswith("scdl-zarr: stopped; run the same command again to go on\n")
+    assert "Traceback" not in said.read_text()
+    assert not list(target.rglob("zarr.json"))
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--quiet"])
+    assert ended.value.code == 0
+    assert contents(target) == expected
+
+
+def test_a_second_ctrl_c_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It strikes while the processes are ended after the first one; whoever hired them ends the others."""
+    ended: list[Any] = []
+    interrupts = iter([KeyboardInterrupt()])
+
+    class Child:
+        def end(self) -> None:
+            ended.append(self)
+            for interrupt in interrupts:
+                raise interrupt
+
+    processes = Processes(Crew(kind="processes", processes=2, threads=1))
+    monkeypatch.setattr("scdl_zarr.conversion.executors._Child", Child)
+    children: set[Any] = {processes._take(), processes._take()}
+    with pytest.raises(KeyboardInterrupt):
+        processes.close()
+    processes.close()
+    assert set(ended) == children
+    with pytest.raises(StoppedError):
+        processes._take()
 
 
 def test_a_conversion_needs_one_kind_of_workers(source: Path, tmp_path: Path) -> None:

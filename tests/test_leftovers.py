@@ -238,6 +238,7 @@ def losing(monkeypatch: pytest.MonkeyPatch, lose: Any) -> pytest.MonkeyPatch:
     ],
     ids=["removed", "cut", "no mark"],
 )
+@pytest.mark.usefixtures("careless_disk")
 def test_a_store_that_lost_a_shard_while_it_was_made_is_not_committed(source: Path, tmp_path: Path, lose: Any) -> None:
     target = tmp_path / "lost.zarr"
     with pytest.MonkeyPatch.context() as patch:
@@ -250,6 +251,7 @@ def test_a_store_that_lost_a_shard_while_it_was_made_is_not_committed(source: Pa
     assert data_of(target) == encoded_rows(24, 30, 5).data.tolist()
 
 
+@pytest.mark.usefixtures("careless_disk")
 def test_a_folder_that_was_taken_over_is_not_committed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losing(monkeypatch, lambda root: (root / BUILD_FOLDER / "state").write_text(f"{'0' * 32}\n{{}}"))
     with pytest.raises(errors.StoreBusyError, match="taken over by another conversion"):
@@ -257,6 +259,7 @@ def test_a_folder_that_was_taken_over_is_not_committed(source: Path, tmp_path: P
     assert not (tmp_path / "lost.zarr/zarr.json").exists()
 
 
+@pytest.mark.usefixtures("careless_disk")
 def test_an_append_that_lost_a_linked_shard_is_not_committed(source: Path, tmp_path: Path) -> None:
     target, more = tmp_path / "lost.zarr", write_h5ad(tmp_path / "more.h5ad", encoded_rows(24, 30, 5))
     converted(source, target)
@@ -403,6 +406,7 @@ def sampled(tmp_path: Path) -> Path:
     return write_h5ad(tmp_path / "long.h5ad", encoded_rows(600, 200, 100))
 
 
+@pytest.mark.usefixtures("careless_disk")
 def test_a_joined_store_of_what_a_source_was_before_is_not_reused(
     sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,6 +420,7 @@ def test_a_joined_store_of_what_a_source_was_before_is_not_reused(
     assert 77 in data.read_rows(slice(None)).data
 
 
+@pytest.mark.usefixtures("careless_disk")
 def test_a_source_that_was_edited_after_its_store_was_made_is_noticed(sampled: Path, tmp_path: Path) -> None:
     target = tmp_path / "s.zarr"
     options: dict[str, Any] = {"chunk_values": 1 << 12, "shard_values": 1 << 15}

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import scdl_zarr
 from scdl_zarr.cli import app
-from scdl_zarr.conversion.execution import run_conversion
+from scdl_zarr.conversion.execution import build_store, run_conversion
 from scdl_zarr.conversion.finding import find_sources
 from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.preview import plan_conversion
@@ -144,6 +144,29 @@ def test_what_turns_out_to_be_bad_when_it_is_read_is_skipped(files: list[Path], 
     assert contents(tmp_path / "s.zarr/X") == contents(tmp_path / "good.zarr/X")
     again = run_conversion(mixed, tmp_path / "s.zarr", ConversionOptions(skip_bad=True, **options))
     assert not again.written and again.skipped == summary.skipped
+
+
+@pytest.mark.usefixtures("careless_disk")
+def test_many_sources_that_only_reading_tells_to_be_bad_take_three_runs(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = []
+    for number in range(6):
+        bad.append(write_h5ad(tmp_path / f"ids{number}.h5ad", encoded_rows(200, 30, 20)))
+        with h5py.File(bad[-1], "r+") as file:
+            file["X/indices"][3000] = 30
+    runs = []
+
+    def counted(*arguments: Any) -> Any:
+        runs.append(1)
+        return build_store(*arguments)
+
+    monkeypatch.setattr("scdl_zarr.conversion.execution.build_store", counted)
+    options = ConversionOptions(skip_bad=True, progress=False, chunk_values=256, shard_values=1024)
+    summary = run_conversion([files[0], *bad, files[1]], tmp_path / "s.zarr", options)
+    assert summary.n_sources == 2 and len(summary.skipped) == 6
+    assert all("row 150 of X has gene id 30, but there are 30 genes" in reason for reason in summary.skipped)
+    assert len(runs) == 3
 
 
 def test_a_source_that_was_repaired_is_skipped_no_more(files: list[Path], bad: list[Path], tmp_path: Path) -> None:

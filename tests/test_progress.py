@@ -28,6 +28,7 @@ def test_a_log_that_cannot_be_opened_is_refused_first(tmp_path: Path, log: Any) 
 
 
 @pytest.mark.skipif(not NO_ROOM.exists(), reason="a device of Linux")
+@pytest.mark.usefixtures("careless_disk")
 def test_a_log_without_room_hides_no_error_and_stops_nothing(tmp_path: Path) -> None:
     def fails() -> None:
         with Progress(1, shown=False, log=NO_ROOM):
@@ -41,6 +42,7 @@ def test_a_log_without_room_hides_no_error_and_stops_nothing(tmp_path: Path) -> 
     assert len(told) == 1
 
 
+@pytest.mark.usefixtures("careless_disk")
 def test_two_conversions_of_one_process_hear_of_their_own_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = threading.Barrier(2, timeout=60)
     met: set[str] = set()

@@ -276,7 +276,7 @@ class _Extension(Construction):
     def __init__(self, base: _Base, rows: _SharedRows, place: Path, plan: Mapping[str, Any], *, resume: bool) -> None:
         super().__init__(place, plan, resume=resume, replaces=True)
         self._base, self._rows = base, rows
-        self._linked: set[str] = set()  # names of tasks whose files are the shorter store's
+        self._linked: set[tuple[str, str]] = set()  # tasks (name, dtype) whose files are the shorter store's
 
     def finished(self, task: Task) -> ShardResult | None:
         found = super().finished(task)
@@ -289,11 +289,11 @@ class _Extension(Construction):
         if found is not None:
             for key in task.files:
                 link_file(self._base.root / key, self.root / key)
-            self._linked.add(task.name)
+            self._linked.add((task.name, task.dtype))
         return found
 
     def is_there(self, task: Task) -> bool:
-        return self._is_linked(task) if task.name in self._linked else super().is_there(task)
+        return self._is_linked(task) if (task.name, task.dtype) in self._linked else super().is_there(task)
 
     def _is_linked(self, task: Task) -> bool:
         """Whether a task's files are as large as the shorter store's (links to them, or copies)."""

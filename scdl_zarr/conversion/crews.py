@@ -22,7 +22,7 @@ from scdl_zarr.storage.schema import (
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["hired", "projected_memory", "projected_passing", "projected_scratch", "projected_size"]
+__all__ = ["hired", "projected_memory", "projected_passing", "projected_scratch", "projected_size", "threads_that_fit"]
 
 TABLE_FACTOR = 6  # var: as read, joined, as objects, encoded
 
@@ -57,19 +57,24 @@ def hired(survey: Survey, options: ConversionOptions) -> Iterator[Executor]:
 
 def _crew(kind: str, processes: int, threads: int, survey: Survey, options: ConversionOptions) -> Crew:
     """As many threads in each process as its memory holds, and no more of either than there are shards."""
-    budget = parse_bytes(options.memory_budget)
     staged = (TurnSizes.of(s.header.nnz).runs for plan in survey.plans.values() for s in plan.sources if scratch_bytes(s.header))
     shards = max(sum(len(plan.cuts) for plan in survey.plans.values()), *staged, survey.cells.n_shards, 1)
-    threads = min(threads, shards)
-    while threads > 1 and projected_memory(survey, threads) > budget:
-        threads -= 1
+    threads = threads_that_fit(min(threads, shards), survey, options)
     needed = projected_memory(survey, threads)
-    if needed > budget:
+    if needed > parse_bytes(options.memory_budget):
         raise OptionError(
             f"memory_budget={options.memory_budget!r} (--memory-budget) is too small: "
             f"one worker needs about {needed / 1e6:,.0f} MB here"
         )
     return Crew(kind=kind, processes=min(processes, -(-shards // threads)), threads=threads)
+
+
+def threads_that_fit(threads: int, survey: Survey, options: ConversionOptions) -> int:
+    """So many tasks at a time, or as many as the memory budget holds; at least one."""
+    budget = parse_bytes(options.memory_budget)
+    while threads > 1 and projected_memory(survey, threads) > budget:
+        threads -= 1
+    return threads
 
 
 def projected_memory(survey: Survey, threads: int) -> int:

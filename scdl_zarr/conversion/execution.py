@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scdl_zarr.conversion.assembly import commit_store, encode_tables, recorded_plan
+from scdl_zarr.conversion.checking import find_bad
 from scdl_zarr.conversion.construction import (
     PLAN_VERSION,
     Construction,
@@ -159,6 +160,8 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
                 if not options.skip_bad or spec is None or spec in bad or may_pass(error):
                     raise
                 bad[spec] = error
+                if len(bad) == 2:  # there may be many: from here on one pass finds them, and not a run for each
+                    bad |= find_bad(prepare(sources, target, options, bad).survey, options)
     finally:
         forget_stores()
 

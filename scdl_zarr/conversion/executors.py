@@ -164,9 +164,8 @@ class Processes:
 
     def close(self) -> None:
         with self._lock:
-            self._closed, children = True, self._children
-            self._children, self._idle = [], []
-        for child in children:
+            self._closed = True  # no others are added
+        for child in self._children:  # again where a second Ctrl-C struck here the first time
             child.end()
 
 

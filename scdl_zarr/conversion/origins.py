@@ -30,23 +30,14 @@ ORIGIN_COLUMNS = ["name", "matrix", "n_obs", "nnz", "checksum", "size_bytes"]
 class _Place:
     """Where the rows of a source were first."""
 
-    first: int  # number of the first row of its origins among those of all
+    table: pd.DataFrame | None  # the origins that the store it is of records; None: it is an origin itself
     is_new: bool  # no source before it is of the same store, whose origins are there once
-    recorded: tuple[pd.DataFrame, Int64Array] | None  # what the store that it is of says; None: it is an origin itself
-    own: range  # its rows in that store
+    rows: Int64Array  # numbers among the rows of all origins
 
 
 def carried_origin_rows(survey: Survey) -> Int64Array | None:
     """For each row, which row of :func:`carried_origins` it is; None where no source says more than its own name."""
-    rows = [
-        place.first
-        + (
-            np.arange(len(place.own), dtype=np.int64)
-            if place.recorded is None
-            else place.recorded[1][place.own.start : place.own.stop]
-        )
-        for place in _places(survey)
-    ]
+    rows = [place.rows for place in _places(survey)]
     return np.concatenate(rows) if rows else None
 
 
@@ -55,7 +46,7 @@ def carried_origins(survey: Survey, sources: pd.DataFrame) -> pd.DataFrame | Non
     import pandas as pd
 
     frames = [
-        sources.iloc[[number]] if place.recorded is None else place.recorded[0]
+        sources.iloc[[number]] if place.table is None else place.table
         for number, place in enumerate(_places(survey))
         if place.is_new
     ]
@@ -64,6 +55,8 @@ def carried_origins(survey: Survey, sources: pd.DataFrame) -> pd.DataFrame | Non
 
 def _places(survey: Survey) -> list[_Place]:
     """A place for each source, or none at all where no store among them says where its rows were before."""
+    if not any(spec.kind == "store" and opened_store(spec).origins() for spec in survey.specs):
+        return []
     places: list[_Place] = []
     firsts: dict[tuple[str, int, str], int] = {}  # of the stores that were met
     total = 0
@@ -71,13 +64,14 @@ def _places(survey: Survey) -> list[_Place]:
         store = opened_store(spec) if spec.kind == "store" else None
         recorded = None if store is None else store.origins()
         if store is None or recorded is None:
-            n_obs = source.header.n_obs
-            places.append(_Place(first=total, is_new=True, recorded=None, own=range(n_obs)))
-            total += n_obs
+            stop = total + source.header.n_obs
+            places.append(_Place(table=None, is_new=True, rows=np.arange(total, stop, dtype=np.int64)))
+            total = stop
             continue
-        state = (spec.path, spec.mtime_ns, spec.version)
+        table, rows = recorded
+        state, own = (spec.path, spec.mtime_ns, spec.version), store.rows(spec.part)
         is_new = state not in firsts
         first = firsts.setdefault(state, total)
-        places.append(_Place(first=first, is_new=is_new, recorded=recorded, own=store.rows(spec.part)))
-        total += int(np.asarray(recorded[0]["n_obs"]).sum()) if is_new else 0
-    return places if firsts else []
+        places.append(_Place(table=table, is_new=is_new, rows=first + rows[own.start : own.stop]))
+        total += int(np.asarray(table["n_obs"]).sum()) if is_new else 0
+    return places

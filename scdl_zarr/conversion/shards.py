@@ -34,7 +34,7 @@ from scdl_zarr.errors import InexactValueError, SourceError
 from scdl_zarr.reading.exactness import inexact_positions
 from scdl_zarr.storage.schema import ArrayLayout
 
-__all__ = ["DtypeTooNarrowError", "ShardResult", "write_shard"]
+__all__ = ["DtypeTooNarrowError", "ShardResult", "check_part", "write_shard"]
 
 
 class DtypeTooNarrowError(Exception):
@@ -146,6 +146,16 @@ def _write_values(task: ShardTask) -> ShardResult:
         values=task.stop - task.start,
         bytes_in=bytes_in,
     )
+
+
+def check_part(part: Part) -> None:
+    """Read a part as the task that writes it does, and write nothing: what is wrong with it is the same error."""
+    buffers, dtype = _Buffers(), np.dtype(np.int64)
+    mapping = _Mapping("", part, dtype)
+    with _opened(part) as matrix:
+        for piece in _pieces(matrix, part):
+            _, ids = _elements(matrix, piece, buffers)
+            mapping.map(piece, ids, buffers.take("mapped", len(ids), dtype))
 
 
 @contextlib.contextmanager

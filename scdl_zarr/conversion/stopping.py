@@ -64,8 +64,8 @@ def refuse_if_stopped(root: str, task: Task | None = None) -> None:
     digest, dtypes = read_state(Path(root))
     if digest != task.plan or dtypes.get(task.name.rpartition("-")[0], task.dtype) != task.dtype:
         raise StoreBusyError(
-            f"{root} is no longer what this conversion builds ({task.name} found it): another conversion took the folder over, or "
-            "it was removed. Nothing more is written; run again when nobody else writes it"
+            f"{root} is no longer what this conversion builds ({task.name} found it): another conversion took the folder over, "
+            "or it was removed. Nothing more is written; run again when nobody else writes it"
         )
 
 

@@ -177,7 +177,7 @@ def _names(listed: str | None, name: str) -> bool:
 
 
 def forget_stores() -> None:
-    """Let go of the stores that were read, and of views of them: mapped files keep space on the disk when they are deleted."""
+    """Let go of the stores that were read, and of views of them: mapped files keep space on the disk even when deleted."""
     open_kept.cache_clear()
     forget_numbers()
 
