@@ -42,8 +42,6 @@ from scdl_zarr.storage.remote import RemoteLocation
 from tests.object_stores import SECRET, Bucket, file_server, s3_bucket
 from tests.toys import contents, encoded_rows, write_h5ad
 
-pytestmark = pytest.mark.usefixtures("careless_disk")
-
 SIZES: dict[str, Any] = {"chunk_values": 1 << 8, "shard_values": 1 << 11, "threads": 2, "progress": False}
 
 

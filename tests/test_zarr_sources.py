@@ -28,7 +28,6 @@ from tests.test_crash import child, contents
 from tests.toys import csr, encoded_rows, examples, write_h5ad
 
 pytestmark = [
-    pytest.mark.usefixtures("careless_disk"),
     # anndata 0.13 asks for pandas' infer_string option, which pandas 3 deprecates
     pytest.mark.filterwarnings("ignore:The 'future.infer_string' option is deprecated"),
 ]
