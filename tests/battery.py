@@ -151,7 +151,7 @@ VALUES = {
 
 
 @st.composite
-def matrices(draw: st.DrawFn, genes: tuple[int, ...] = (1, 2, 13, 300, 65_536, 65_537, 70_000)) -> Parts:
+def matrices(draw: st.DrawFn, genes: tuple[int, ...] = (1, 2, 5, 13, 60, 300, 2000, 65_536, 65_537)) -> Parts:
     """Values, ids, row pointers and the number of genes: empty rows, unsorted and repeated ids, zeros stored."""
     values = draw(VALUES[draw(st.sampled_from(sorted(VALUES)))])
     n_vars = draw(st.sampled_from(genes))

@@ -21,9 +21,37 @@ hypothesis.settings.register_profile("full", deadline=None, max_examples=600)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-@pytest.fixture(scope="module")
+# each of these keeps one process busy for long: what is short comes last, so that none waits for the others
+LONGEST_FIRST = (
+    "test_benchmarks.py",
+    "test_exactness.py",
+    "test_ragged.py",
+    "test_torch.py",
+    "test_bad_input.py",
+    "test_mapped.py",
+    "test_crash.py",
+    "test_append.py",
+    "test_interop.py",
+    "test_memory.py",
+    "test_executors.py",
+    "test_remote_conversion.py",
+    "test_zarr_sources.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order in which files are handed to processes that test side by side."""
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def careless_disk() -> Iterator[None]:
-    """Nothing is flushed to the disk, which takes most of the time of a small conversion: for tests of something else."""
+    """Nothing is flushed to the disk, which takes most of the time of a small conversion.
+
+    No test could tell: what was flushed matters when the machine dies.  That it is done is seen by tests that put a function of
+    their own in the place of ``os.fsync``, and processes of their own flush as ever.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _descriptor: None)
         yield

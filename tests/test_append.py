@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import itertools
+import os
+import shutil
+import signal
+import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from scdl_zarr.cli import main
 from scdl_zarr.conversion.construction import exclusive
 from scdl_zarr.dataset import SingleCellZarrDataset
 from tests.battery import assert_rows_equal
+from tests.processes import Forked
 from tests.stores_of_others import write_with_anndata
 from tests.toys import encoded_rows, write_h5ad
 
@@ -210,49 +215,38 @@ def test_what_another_replacement_left_is_in_nobodys_way(tmp_path: Path) -> None
     assert not left.exists()
 
 
-CHILD = """
-import itertools, os, signal, sys
-import scdl_zarr
+def append_dying(store: str, source: str, at: int, answers: Connection) -> None:
+    """In a process of its own: append, and be killed at that step to the disk, or answer how many there were."""
+    steps = itertools.count(1)
 
-store, source, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
-calls = itertools.count(1)
+    def dying(function: Any) -> Any:
+        def step(*arguments: Any) -> Any:
+            if next(steps) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
 
-def dying(function):
-    def call(*arguments):
-        if next(calls) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
-    return call
+        return step
 
-os.fsync, os.link, os.replace = dying(os.fsync), dying(os.link), dying(os.replace)
-scdl_zarr.open(store).append(source, threads=2, progress=False)
-print(next(calls) - 1, flush=True)
-"""
-
-
-def run_child(store: Path, source: Path, at: int) -> str:
-    command = [sys.executable, "-W", "ignore", "-c", CHILD, str(store), str(source), str(at)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if done.returncode == -9:
-        return "killed"
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    for name in ("fsync", "link", "replace"):
+        setattr(os, name, dying(getattr(os, name)))
+    warnings.simplefilter("ignore")
+    scdl_zarr.open(store).append(source, threads=2, progress=False)
+    answers.send(next(steps) - 1)
 
 
 def test_killed_at_any_moment_the_store_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
     (first, second), whole = parts(tmp_path)
     store_of(first, tmp_path / "base.zarr")
-    undisturbed = store_of(first, tmp_path / "undisturbed.zarr")
-    calls = int(run_child(tmp_path / "undisturbed.zarr", second, 0))
-    assert calls > 40
+    shutil.copytree(tmp_path / "base.zarr", tmp_path / "undisturbed.zarr")
+    steps = Forked(append_dying, str(tmp_path / "undisturbed.zarr"), str(second), 0).ending()
+    assert steps > 40
     expected = contents(tmp_path / "undisturbed.zarr")
     rng = np.random.default_rng(0)
     seen = set()
-    for at in sorted({calls, calls - 1, *rng.integers(1, calls, 4).tolist()}):
+    for at in sorted({steps, steps - 1, *rng.integers(1, steps, 4).tolist()}):
         store = tmp_path / f"killed_{at}" / "undisturbed.zarr"
-        store.parent.mkdir()
-        store_of(first, store)
-        assert run_child(store, second, at) == "killed"
+        shutil.copytree(tmp_path / "base.zarr", store)
+        assert Forked(append_dying, str(store), str(second), at).ending() == "killed"
         found = scdl_zarr.open(store)
         seen.add(len(found))
         assert len(found) in (30, 41)
@@ -261,7 +255,6 @@ def test_killed_at_any_moment_the_store_is_the_old_one_or_the_new_one(tmp_path: 
         assert contents(store) == expected
         assert [path.name for path in store.parent.iterdir()] == [store.name], at
     assert 30 in seen
-    del undisturbed
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

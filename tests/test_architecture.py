@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,7 @@ FLOORS = {
 PACKAGE_FACTS = {"__version__"}
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     """Every module of the package, by dotted name below it."""
     found = {}
@@ -145,6 +149,21 @@ def test_the_package_has_the_public_names() -> None:
     ]
     for name in scdl_zarr.__all__:
         assert getattr(scdl_zarr, name) is not None
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Among the dependencies, or in an extra for users: what only the tests have installed is no part of the package."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    extras = [names for extra, names in project["optional-dependencies"].items() if extra != "test"]
+    declared = {re.split(r"[^\w-]", name)[0].replace("-", "_") for name in sum(extras, project["dependencies"])}
+    imported = {
+        name.split(".")[0]
+        for tree in modules().values()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    assert imported - sys.stdlib_module_names - declared == {"scdl_zarr"}
 
 
 def test_libblosc2_has_one_home() -> None:

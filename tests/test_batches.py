@@ -27,8 +27,6 @@ from tests.stores_of_others import write_with_anndata
 from tests.test_architecture import loaded_after
 from tests.toys import encoded_rows
 
-pytestmark = pytest.mark.usefixtures("careless_disk")
-
 N_OBS, CHUNK = 50, 8  # seven chunks, the last one short
 SIZES: dict[str, Any] = {"chunk_values": 16, "shard_values": 64, "progress": False}
 MATRIX = encoded_rows(N_OBS, 12, 3)

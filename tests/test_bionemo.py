@@ -29,8 +29,6 @@ from scdl_zarr.bionemo import (
 from scdl_zarr.bionemo.feature_blocks import plain_values
 from tests.toys import csr, encoded_rows, write_h5ad
 
-pytestmark = pytest.mark.usefixtures("careless_disk")
-
 ROWS: list[tuple[list[Any], list[int]]] = [([3, 1, 2], [5, 0, 2]), ([1, 4], [2, 4]), ([], []), ([0, 7], [1, 4])]
 NEIGHBORS: list[tuple[list[Any], list[int]]] = [([0.5, 1.5], [3, 1]), ([], []), ([2.0], [0]), ([1.0], [2])]
 

@@ -23,7 +23,6 @@ from scdl_zarr.bionemo import (
 )
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.usefixtures("careless_disk")
 
 
 def model(batch: Any) -> Any:

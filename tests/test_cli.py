@@ -52,35 +52,33 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
     return call
 
 
-def test_convert_info_verify(real_h5ad: Path, tmp_path: Path) -> None:
+def test_convert_info_verify(real_h5ad: Path, tmp_path: Path, call: Call) -> None:
     target = tmp_path / "s.zarr"
-    shown = run("convert", real_h5ad, target, "--profile", "compact", "--layer", "nix", code=1)
-    assert "has no matrix layers/nix" in shown.stderr
+    assert "has no matrix layers/nix" in call("convert", real_h5ad, target, "--layer", "nix", code=1)[2]
     assert not target.exists()
     shown = run("convert", real_h5ad, target, "--profile", "compact")
     assert "559 cells × 32,786 genes" in shown.stdout
     assert "left out: nothing" in shown.stdout
     assert "100%" in shown.stderr
-    facts = json.loads(run("info", target, "--json").stdout)
+    facts = json.loads(call("info", target, "--json")[1])
     assert facts["n_obs"] == 559
     assert facts["nnz"] == 1_027_859
     assert facts["arrays"]["X/indices"]["codecs"] == ["delta", "bytes", "blosc(lz4 9, bitshuffle)", "crc32c"]
     assert 1.4 < facts["bytes_per_stored_value"] < 1.9
     assert facts["obs_columns"] == {"n_counts": "array (float32)", "n_genes": "array (int32)"}
     assert facts["stored_bytes"] == sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
-    text = run("info", target).stdout
+    text = call("info", target)[1]
     assert "559 cells × 32,786 genes" in text
     assert "profile compact" in text
-    assert "all right" in run("verify", target).stdout
-    again = run("convert", real_h5ad, target, "--profile", "compact")
-    assert "nothing was written" in again.stdout
-    assert "profile is 'compact' there and 'fast' here" in run("convert", real_h5ad, target, code=1).stderr
+    assert "all right" in call("verify", target)[1]
+    assert "nothing was written" in call("convert", real_h5ad, target, "--profile", "compact")[1]
+    assert "profile is 'compact' there and 'fast' here" in call("convert", real_h5ad, target, code=1)[2]
 
 
-def test_verify_finds_damage_and_says_so_with_its_exit_code(tmp_path: Path) -> None:
+def test_verify_finds_damage_and_says_so_with_its_exit_code(tmp_path: Path, call: Call) -> None:
     source = write_h5ad(tmp_path / "a.h5ad", csr([([1.0, 2.0], [0, 1])], 2))
     target = tmp_path / "s.zarr"
-    run("convert", source, target, "-q")
+    call("convert", source, target, "-q")
     shard = target / "X/data/c/0"
     raw = bytearray(shard.read_bytes())
     raw[20] ^= 1
@@ -88,12 +86,12 @@ def test_verify_finds_damage_and_says_so_with_its_exit_code(tmp_path: Path) -> N
     shown = run("verify", target, code=1)
     assert "X/data" in shown.stdout
     assert "crc32c" in shown.stdout
-    report = json.loads(run("verify", target, "--json", code=1).stdout)
+    report = json.loads(call("verify", target, "--json", code=1)[1])
     assert report["ok"] is False
     assert len(report["faults"]) == 1
     shard.write_bytes(bytes(raw[:20]) + bytes([raw[20] ^ 1]) + bytes(raw[21:]))
     (target / "obs/zarr.json").unlink()
-    assert "obs/zarr.json: is missing" in run("verify", target, code=1).stdout
+    assert "obs/zarr.json: is missing" in call("verify", target, code=1)[1]
 
 
 def test_the_matrix_may_be_chosen_for_each_source(tmp_path: Path, call: Call) -> None:
@@ -157,30 +155,28 @@ def test_columns_of_var_that_raw_hides_are_listed(tmp_path: Path, call: Call) ->
     assert "var/" not in call("convert", tmp_path / "fewer.h5ad", tmp_path / "x.zarr", "--matrix", "X")[1]
 
 
-def test_left_out_elements_are_named(tmp_path: Path) -> None:
+def test_left_out_elements_are_named(tmp_path: Path, call: Call) -> None:
     import numpy as np
 
     source = write_h5ad(tmp_path / "a.h5ad", csr([([1.0], [0])], 2), obsm={"X_pca": np.ones((1, 2))}, uns={"note": "hello"})
-    shown = run("convert", source, tmp_path / "s.zarr")
-    assert "left out: obsm/X_pca, uns/note" in shown.stdout
-    assert "left out by the conversion: obsm/X_pca, uns/note" in run("info", tmp_path / "s.zarr").stdout
-    kept = run("convert", source, tmp_path / "t.zarr", "--obsm", "X_pca")
-    assert "left out: uns/note" in kept.stdout
+    assert "left out: obsm/X_pca, uns/note" in call("convert", source, tmp_path / "s.zarr")[1]
+    assert "left out by the conversion: obsm/X_pca, uns/note" in call("info", tmp_path / "s.zarr")[1]
+    assert "left out: uns/note" in call("convert", source, tmp_path / "t.zarr", "--obsm", "X_pca")[1]
 
 
 @pytest.mark.parametrize("command", ["convert", "info", "verify", "demo"])
-def test_help_is_worth_reading(command: str) -> None:
-    shown = run(command, "--help").stdout
+def test_help_is_worth_reading(command: str, call: Call) -> None:
+    shown = call(command, "--help")[1]
     assert len(shown) > 200
     assert "--help" in shown
 
 
-def test_usage_errors(tmp_path: Path) -> None:
-    assert __version__ in run("--version").stdout
-    assert "at least one source" in run("convert", tmp_path / "only", code=2).stderr
+def test_usage_errors(tmp_path: Path, call: Call) -> None:
+    assert __version__ in call("--version")[1]
+    assert "at least one source" in call("convert", tmp_path / "only", code=2)[2]
     assert "no store at" in run("info", tmp_path / "nix", code=1).stderr
-    assert "No such command" in run("nix", code=2).stderr
-    assert "profile" in run("convert", "a", "b", "--profile", "nix", code=2).stderr
+    assert "No such command" in call("nix", code=2)[2]
+    assert "profile" in call("convert", "a", "b", "--profile", "nix", code=2)[2]
 
 
 def test_the_demo_does_without_matplotlib(

@@ -21,7 +21,7 @@ import scdl_zarr
 from scdl_zarr import SingleCellCollection, errors
 from tests.ragged import DrawnFile, drawn_files
 from tests.test_ragged import SIZES, assert_holds, assert_sources_come_back
-from tests.toys import encoded_rows, write_h5ad
+from tests.toys import encoded_rows, examples, write_h5ad
 
 
 def collected(folder: Path, n: int = 3) -> tuple[SingleCellCollection, sp.csr_matrix]:
@@ -35,7 +35,7 @@ def collected(folder: Path, n: int = 3) -> tuple[SingleCellCollection, sp.csr_ma
     return collection, sp.vstack(matrices).tocsr()
 
 
-@settings(max_examples=7)
+@settings(max_examples=examples(4))
 @given(files=drawn_files(), asked=st.lists(st.integers(0, 99), max_size=20))
 def test_its_rows_are_those_of_the_store_it_is_flattened_to(files: list[DrawnFile], asked: list[int]) -> None:
     with tempfile.TemporaryDirectory() as name:

@@ -1,7 +1,7 @@
 """Stopped at any moment, a conversion leaves a store that opens whole or one that does not open; run again, it finishes.
 
 A child process is killed (SIGKILL) at moments spread over a whole conversion, by the clock and at chosen ``fsync`` calls; errors
-are injected at every small file of the commit; two converters meet at one target.  What is compared is bytes: of every file, with
+are injected at the small files of the commit; two converters meet at one target.  What is compared is bytes: of every file, with
 those of a conversion that nobody disturbed.
 """
 
@@ -15,12 +15,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.sources.h5ad import H5adMatrix
 from scdl_zarr.conversion.stopping import interruptible_pool, refuse_if_stopped
 from scdl_zarr.storage.schema import BUILD_FOLDER
+from tests.processes import Forked
 from tests.toys import encoded_rows, write_h5ad
 
 pytestmark = [
@@ -44,27 +45,24 @@ pytestmark = [
 ]
 
 MOMENTS = int(os.environ.get("SCDL_ZARR_KILLS", "6"))  # `make kills` has many more
+EVERY = 3 if MOMENTS == 6 else 1  # of the commit's files
 SIZES: dict[str, Any] = {"shard_values": 1 << 15, "chunk_values": 1 << 10}  # the bundled file makes 32 shards of these
 OTHER_PROFILE: Literal["compact"] = "compact"
 
-CHILD = """
-import itertools, os, signal, sys
-import scdl_zarr
-from scdl_zarr.conversion import execution
 
-source, target, at, overwrite = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "overwrite"
-calls, sync = itertools.count(1), os.fsync
+def convert_dying(source: str, target: str, at: int, overwrite: bool, answers: Connection) -> None:
+    """In a process of its own: convert, and be killed at that call of ``fsync``, or answer how many there were."""
+    calls = itertools.count(1)
 
-def dying_sync(descriptor):
-    if next(calls) == at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    sync(descriptor)
+    def dying_sync(_descriptor: int) -> None:
+        if next(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-os.fsync = dying_sync
-print("ready", flush=True)
-scdl_zarr.convert(source, target, threads=2, overwrite=overwrite, progress=False, shard_values=1 << 15, chunk_values=1 << 10)
-print(next(calls) - 1, flush=True)
-"""
+    os.fsync = dying_sync
+    warnings.simplefilter("error")
+    answers.send("ready")
+    scdl_zarr.convert(source, target, threads=2, overwrite=overwrite, progress=False, **SIZES)
+    answers.send(next(calls) - 1)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -72,22 +70,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def child(source: Path, target: Path, *, dies_at_sync: int = 0, overwrite: bool = False) -> subprocess.Popen[bytes]:
+def child(source: Path, target: Path, *, dies_at_sync: int = 0, overwrite: bool = False) -> Forked:
     """A process that converts, started and about to begin."""
-    arguments = [str(source), str(target), str(dies_at_sync), "overwrite" if overwrite else "new"]
-    process = subprocess.Popen([sys.executable, "-W", "error", "-c", CHILD, *arguments], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
+    process = Forked(convert_dying, str(source), str(target), dies_at_sync, overwrite)
+    assert process.answers.recv() == "ready"
     return process
-
-
-def ending(process: subprocess.Popen[bytes]) -> str:
-    """Wait for a child: "killed", or what it printed last."""
-    out, _ = process.communicate(timeout=60)
-    if process.returncode == -9:
-        return "killed"
-    assert process.returncode == 0
-    return out.decode().strip()
 
 
 class Undisturbed:
@@ -97,7 +84,7 @@ class Undisturbed:
         self.path = folder / "undisturbed.zarr"
         process = child(source, self.path)
         began = time.perf_counter()
-        self.syncs = int(ending(process))
+        self.syncs = int(process.ending())
         self.seconds = time.perf_counter() - began
         self.contents = contents(self.path)
 
@@ -155,7 +142,7 @@ def test_killed_at_a_random_moment(real_h5ad: Path, undisturbed: Undisturbed, tm
     process = child(real_h5ad, target)
     time.sleep(undisturbed.seconds * (seed + np.random.default_rng(seed).random()) / MOMENTS)
     process.kill()
-    ending(process)
+    process.ending()
     go_on(real_h5ad, target, undisturbed)
 
 
@@ -165,7 +152,7 @@ def test_killed_at_a_random_fsync(real_h5ad: Path, undisturbed: Undisturbed, tmp
     target = tmp_path / "killed.zarr"
     share = (seed + np.random.default_rng(seed).random()) / MOMENTS
     at = 1 + int(undisturbed.syncs * share)
-    assert ending(child(real_h5ad, target, dies_at_sync=at)) == "killed"
+    assert child(real_h5ad, target, dies_at_sync=at).ending() == "killed"
     finished = go_on(real_h5ad, target, undisturbed)
     assert finished > 0 or share < 1 / 6
     assert finished < 65 or share > 1 / 3  # 32 shards of data, 32 of indices, 1 of indptr; after them come the tables
@@ -175,7 +162,7 @@ def test_killed_while_replacing_a_store(real_h5ad: Path, undisturbed: Undisturbe
     target = tmp_path / "killed.zarr"
     scdl_zarr.convert(real_h5ad, target, profile=OTHER_PROFILE, progress=False)
     old = contents(target)
-    assert ending(child(real_h5ad, target, dies_at_sync=undisturbed.syncs // 3, overwrite=True)) == "killed"
+    assert child(real_h5ad, target, dies_at_sync=undisturbed.syncs // 3, overwrite=True).ending() == "killed"
     assert contents(target) == old
     assert scdl_zarr.open(target).metadata["profile"] == OTHER_PROFILE
     scdl_zarr.convert(real_h5ad, target, overwrite=True, progress=False, **SIZES)
@@ -185,7 +172,7 @@ def test_killed_while_replacing_a_store(real_h5ad: Path, undisturbed: Undisturbe
 
 def test_another_plan_for_an_unfinished_target_is_refused(real_h5ad: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
     target = tmp_path / "killed.zarr"
-    assert ending(child(real_h5ad, target, dies_at_sync=undisturbed.syncs // 3)) == "killed"
+    assert child(real_h5ad, target, dies_at_sync=undisturbed.syncs // 3).ending() == "killed"
     before = contents(target)
     with pytest.raises(errors.StoreExistsError, match=r"options\.profile is 'fast' there and 'compact' here") as caught:
         scdl_zarr.convert(real_h5ad, target, profile=OTHER_PROFILE, progress=False, **SIZES)
@@ -202,7 +189,7 @@ def test_another_plan_for_an_unfinished_target_is_refused(real_h5ad: Path, undis
 def test_a_source_that_was_replaced_is_another_plan(real_h5ad: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
     source, target = tmp_path / real_h5ad.name, tmp_path / "killed.zarr"
     shutil.copy(real_h5ad, source)
-    assert ending(child(source, target, dies_at_sync=undisturbed.syncs // 3)) == "killed"
+    assert child(source, target, dies_at_sync=undisturbed.syncs // 3).ending() == "killed"
     os.utime(source, ns=(0, 1))
     with pytest.raises(errors.StoreExistsError, match=rf"source {real_h5ad.name} was written to since"):
         scdl_zarr.convert(source, target, progress=False, **SIZES)
@@ -279,7 +266,7 @@ def failing_at(at: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FailingRepl
         yield failing
 
 
-def test_an_error_at_every_file_of_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_at_a_file_of_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_h5ad(tmp_path / "toy.h5ad", encoded_rows(12, 30, 5))
     whole = scdl_zarr.convert(source, tmp_path / "whole.zarr", progress=False)
     expected = contents(Path(whole.path))
@@ -288,8 +275,8 @@ def test_an_error_at_every_file_of_the_commit(tmp_path: Path, monkeypatch: pytes
     names = [path.relative_to(tmp_path / "count.zarr").as_posix() for path in counting.paths]
     committed_at = 1 + names.index("zarr.json")
     assert 20 < committed_at < len(names)
-    opened = []
-    for at in range(1, len(names) + 1):
+    opened, tried = [], sorted({*range(1, len(names) + 1, EVERY), committed_at, committed_at + 1, len(names)})
+    for at in tried:
         target = tmp_path / "stopped.zarr"
         with failing_at(at, monkeypatch), pytest.raises(OSError, match="error"):
             scdl_zarr.convert(source, target, progress=False)
@@ -300,7 +287,7 @@ def test_an_error_at_every_file_of_the_commit(tmp_path: Path, monkeypatch: pytes
             scdl_zarr.convert(source, target, progress=False)
         assert contents(target) == expected
         shutil.rmtree(target)
-    assert opened == list(range(committed_at + 1, len(names) + 1))
+    assert opened == [at for at in tried if at > committed_at]
 
 
 def test_an_error_at_every_eighth_file_of_a_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,6 @@ from tests.stores_of_others import write_by_node, write_with_anndata
 from tests.toys import contents, encoded_rows, write_h5ad
 
 pytestmark = [
-    pytest.mark.usefixtures("careless_disk"),
     # anndata 0.13 asks for pandas' infer_string option, which pandas 3 deprecates
     pytest.mark.filterwarnings("ignore:The 'future.infer_string' option is deprecated"),
 ]

@@ -30,11 +30,10 @@ from scdl_zarr.conversion.hdf5_chunks import RowReader
 from scdl_zarr.conversion.sources import MatrixReader, counts, dense, describe_path, open_source
 from scdl_zarr.conversion.sources.dense import DenseMatrix, block_height
 from tests.stores_of_others import write_with_anndata
-from tests.test_crash import child, contents, ending
+from tests.test_crash import child, contents
 from tests.toys import encoded_rows, write_h5ad
 
 pytestmark = [
-    pytest.mark.usefixtures("careless_disk"),
     # anndata 0.13 asks for pandas' infer_string option, which pandas 3 deprecates
     pytest.mark.filterwarnings("ignore:The 'future.infer_string' option is deprecated"),
 ]
@@ -413,8 +412,7 @@ def test_a_matrix_that_changes_after_it_was_counted(tmp_path: Path) -> None:
 
 def test_a_killed_conversion_goes_on(tmp_path: Path) -> None:
     source = put(tmp_path / "a.h5ad", some_counts(900, 200), chunks=(64, 50), compression="gzip")
-    process = child(source, tmp_path / "whole.zarr")
-    syncs = int(ending(process))
-    assert ending(child(source, tmp_path / "killed.zarr", dies_at_sync=syncs // 2)) == "killed"
+    syncs = int(child(source, tmp_path / "whole.zarr").ending())
+    assert child(source, tmp_path / "killed.zarr", dies_at_sync=syncs // 2).ending() == "killed"
     scdl_zarr.convert(source, tmp_path / "killed.zarr", threads=2, progress=False, shard_values=1 << 15, chunk_values=1 << 10)
     assert contents(tmp_path / "killed.zarr") == contents(tmp_path / "whole.zarr")

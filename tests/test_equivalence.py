@@ -35,7 +35,6 @@ from tests.stores_of_others import dense_of, in_memory, write_by_node
 from tests.toys import csr, encoded_rows, write_h5ad
 
 Check = Callable[[SingleCellZarrDataset], None]
-pytestmark = pytest.mark.usefixtures("careless_disk")
 
 FORK_SECONDS = 60.0
 SPARE_BYTES = 16 << 20

@@ -26,7 +26,7 @@ from scdl_zarr.dataset import SingleCellZarrDataset
 from scdl_zarr.reading.general import CsrColumns
 from scdl_zarr.storage.schema import PROFILES
 from tests.battery import as_matrix, assert_reads_exactly, assert_rows_equal, matrices
-from tests.toys import csr, encoded_rows, write_h5ad
+from tests.toys import csr, encoded_rows, examples, write_h5ad
 
 
 def through(data: SingleCellZarrDataset, path: str) -> SingleCellZarrDataset:
@@ -156,7 +156,7 @@ def write_parts(
     return path
 
 
-@settings(max_examples=120)
+@settings(max_examples=examples(80))
 @given(
     parts=matrices(),
     profile=st.sampled_from(list(PROFILES)),
@@ -187,8 +187,8 @@ def test_anything_comes_back_exactly(
         assert report.ok, str(report)
 
 
-@settings(max_examples=40)
-@given(parts=matrices())
+@settings(max_examples=examples(30))
+@given(parts=matrices(genes=(1, 13, 300)))
 def test_the_dtype_is_exact_and_that_of_the_rules(parts: Any) -> None:
     values, ids, indptr, n_vars = parts
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,6 @@ from scdl_zarr.conversion import hdf5_chunks
 from tests.toys import encoded_rows, write_h5ad
 
 pytestmark = [
-    pytest.mark.usefixtures("careless_disk"),
     pytest.mark.filterwarnings("ignore:The 'future.infer_string' option is deprecated"),
 ]
 

@@ -27,7 +27,6 @@ from tests.stores_of_others import write_with_anndata
 from tests.toys import encoded_rows, write_h5ad
 
 pytestmark = [
-    pytest.mark.usefixtures("careless_disk"),
     pytest.mark.filterwarnings("ignore:The 'future.infer_string' option is deprecated"),
 ]
 

@@ -247,7 +247,7 @@ def forge_everything(folder: Path, examples: int) -> None:
     check()
 
 
-def test_forged_chunks_never_kill_and_never_lie(tmp_path: Path, careless_disk: None) -> None:
+def test_forged_chunks_never_kill_and_never_lie(tmp_path: Path) -> None:
     make(tmp_path)
     examples = 2000 if os.environ.get("HYPOTHESIS_PROFILE") == "full" else 200
     run_apart("tests.test_forged_chunks", str(tmp_path), str(examples), log=tmp_path / "log", seconds=280)

@@ -44,7 +44,6 @@ from tests.toys import encoded_rows, write_h5ad
 
 pytestmark = [
     pytest.mark.skipif(kernels.load() is None, reason="no libblosc2 is installed: the general path serves"),
-    pytest.mark.usefixtures("careless_disk"),
 ]
 
 N_OBS, N_VARS, PER_ROW = 60, 300, 20
@@ -57,7 +56,7 @@ ONE_SET = 3000  # bytes of cache: two chunks of data and two of indices
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, careless_disk: None) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of three shards of four chunks.  Do not change it."""
     folder = tmp_path_factory.mktemp("made")
     source = write_h5ad(folder / "a.h5ad", MATRIX)
@@ -322,7 +321,7 @@ def in_small_shards(store: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory, careless_disk: None) -> Path:
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many")
     source = write_h5ad(folder / "a.h5ad", encoded_rows(MANY, 50, 8))
     scdl_zarr.convert(source, folder / "many.zarr", chunk_values=8, shard_values=1 << 16, progress=False)
@@ -651,7 +650,7 @@ def test_memory_is_used_again_and_does_not_pile_up() -> None:
 
 
 @pytest.fixture(scope="module")
-def big(tmp_path_factory: pytest.TempPathFactory, careless_disk: None) -> tuple[Path, sp.csr_matrix]:
+def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, sp.csr_matrix]:
     return large(tmp_path_factory.mktemp("big"))
 
 

@@ -29,8 +29,6 @@ from tests.stores_of_others import write_with_anndata
 from tests.test_architecture import loaded_after
 from tests.toys import csr, encoded_rows, write_h5ad
 
-pytestmark = pytest.mark.usefixtures("careless_disk")
-
 DRAWING: tuple[Strategy, ...] = ("random", "weighted")
 STRATEGIES: tuple[Strategy, ...] = (*DRAWING, "first")
 SIZES: dict[str, Any] = {"chunk_values": 16, "shard_values": 64, "progress": False}

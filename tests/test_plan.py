@@ -197,6 +197,7 @@ print(1024 * int(status.split("VmHWM:")[1].split()[0]))
 """
 
 
+@pytest.mark.slow  # test_memory.py asks the same of smaller sources
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_measured_memory_stays_under_what_is_projected(tmp_path: Path) -> None:
     from benchmarks.atlas import make_atlas

@@ -20,6 +20,7 @@ from scdl_zarr.conversion.sources import describe_path, open_source
 from scdl_zarr.dataset import SingleCellZarrDataset
 from scdl_zarr.reading.local_genes import LocalGenes
 from tests.ragged import COLUMNS, DrawnFile, aligned_rows, drawn_files, expected_obs, vocabulary_of
+from tests.toys import examples
 
 SIZES: dict[str, Any] = {"chunk_values": 4, "shard_values": 12}
 
@@ -110,7 +111,7 @@ def nodes_of(store: Path) -> Any:
     return json.loads((store / "zarr.json").read_bytes())["consolidated_metadata"]
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(9))
 @given(files=drawn_files())
 def test_files_are_joined_and_come_back(files: list[DrawnFile]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +124,7 @@ def test_files_are_joined_and_come_back(files: list[DrawnFile]) -> None:
         assert report.ok, str(report)
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(8))
 @given(files=drawn_files(repeats=False))
 def test_the_aligned_view_is_anndatas_outer_join(files: list[DrawnFile]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +139,7 @@ def test_the_aligned_view_is_anndatas_outer_join(files: list[DrawnFile]) -> None
         assert data.obs_names.tolist() == theirs.obs_names.tolist()
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(6))
 @given(files=drawn_files(), cut=st.integers(0, 6), again=st.booleans())
 def test_stores_as_sources_give_what_their_files_give(files: list[DrawnFile], cut: int, again: bool) -> None:
     """A store made of stores is, byte for byte, the store made of their files."""
@@ -163,7 +164,7 @@ def test_stores_as_sources_give_what_their_files_give(files: list[DrawnFile], cu
         assert made.verify().ok
 
 
-@settings(max_examples=9)
+@settings(max_examples=examples(6))
 @given(files=drawn_files(least=2), cuts=st.lists(st.integers(1, 5), max_size=2))
 def test_appending_is_converting_everything_at_once(files: list[DrawnFile], cuts: list[int]) -> None:
     """Whatever is appended in whatever portions."""

@@ -23,8 +23,6 @@ from scdl_zarr.reading import kernels
 from tests.test_crash import contents
 from tests.toys import csr, encoded_rows, write_h5ad
 
-pytestmark = pytest.mark.usefixtures("careless_disk")
-
 SIZES: dict[str, Any] = {"chunk_values": 16, "shard_values": 64, "progress": False}
 
 

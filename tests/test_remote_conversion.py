@@ -54,8 +54,6 @@ from tests.object_stores import (
 )
 from tests.toys import contents, encoded_rows, write_h5ad
 
-pytestmark = pytest.mark.usefixtures("careless_disk")
-
 SIZES: dict[str, Any] = {"chunk_values": 1 << 8, "shard_values": 1 << 11, "threads": 2, "progress": False}
 
 

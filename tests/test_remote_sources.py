@@ -45,8 +45,6 @@ from tests.processes import run_in_forks
 from tests.stores_of_others import write_with_anndata
 from tests.toys import encoded_rows, write_h5ad
 
-pytestmark = pytest.mark.usefixtures("careless_disk")
-
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Bucket]:

@@ -19,8 +19,6 @@ from scdl_zarr.bionemo import SingleCellMemMapDataset
 from scdl_zarr.storage.schema import BUILD_FOLDER
 from tests.toys import csr
 
-pytestmark = pytest.mark.usefixtures("careless_disk")
-
 TESTS = Path(__file__).parent
 ELSEWHERE = {
     "1 a cast of what was reopened": ["scdl_facts/test_writing.py::test_casting_what_was_reopened"],

@@ -30,7 +30,6 @@ from scdl_zarr.conversion.survey import survey_sources
 from tests.toys import csr, encoded_rows, write_h5ad
 
 pytestmark = [
-    pytest.mark.usefixtures("careless_disk"),
     pytest.mark.filterwarnings("ignore:The 'future.infer_string' option is deprecated"),
 ]
 

@@ -33,7 +33,6 @@ from tests.stores_of_others import write_by_node
 from tests.toys import csr, write_h5ad
 
 pytestmark = [
-    pytest.mark.usefixtures("careless_disk"),
     # anndata 0.13 asks for pandas' infer_string option, which pandas 3 deprecates
     pytest.mark.filterwarnings("ignore:The 'future.infer_string' option is deprecated"),
     pytest.mark.filterwarnings("ignore:.*names are not unique"),
@@ -87,7 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(folder: Path, careless_disk: None) -> Path:
+def store(folder: Path) -> Path:
     """Four files, one of them without cells, with genes of their own."""
     files = [folder / f"s{k}.h5ad" for k in range(4)]
     for k, path in enumerate(files):

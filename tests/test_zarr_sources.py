@@ -24,11 +24,10 @@ from scdl_zarr import errors
 from scdl_zarr.conversion.sources import anndata_zarr, describe_path
 from scdl_zarr.reading.arrays import MatrixArrays
 from tests.stores_of_others import dense_of, write_by_node, write_with_anndata
-from tests.test_crash import child, contents, ending
-from tests.toys import csr, encoded_rows, write_h5ad
+from tests.test_crash import child, contents
+from tests.toys import csr, encoded_rows, examples, write_h5ad
 
 pytestmark = [
-    pytest.mark.usefixtures("careless_disk"),
     # anndata 0.13 asks for pandas' infer_string option, which pandas 3 deprecates
     pytest.mark.filterwarnings("ignore:The 'future.infer_string' option is deprecated"),
 ]
@@ -89,7 +88,7 @@ def matrices(draw: st.DrawFn) -> sp.csr_matrix:
     return csr([([v for v, _ in r], [g for _, g in r]) for r in rows], n_vars, dtype)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(16))
 @given(data=st.data(), matrix=matrices())
 def test_a_converted_store_is_scipys(
     data: st.DataObject, matrix: sp.csr_matrix, tmp_path_factory: pytest.TempPathFactory
@@ -188,8 +187,8 @@ def test_a_finished_store_is_met_again(tmp_path: Path) -> None:
 
 def test_a_killed_conversion_goes_on(tmp_path: Path) -> None:
     source = write_with_anndata(tmp_path / "a.zarr", ad.AnnData(encoded_rows(900, 300, 200)))
-    syncs = int(ending(child(source, tmp_path / "whole.zarr")))
-    assert ending(child(source, tmp_path / "killed.zarr", dies_at_sync=syncs // 2)) == "killed"
+    syncs = int(child(source, tmp_path / "whole.zarr").ending())
+    assert child(source, tmp_path / "killed.zarr", dies_at_sync=syncs // 2).ending() == "killed"
     scdl_zarr.convert(source, tmp_path / "killed.zarr", threads=2, progress=False, shard_values=1 << 15, chunk_values=1 << 10)
     assert contents(tmp_path / "killed.zarr") == contents(tmp_path / "whole.zarr")
 

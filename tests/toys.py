@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ def write_h5ad(
         var = pd.DataFrame(index=var_names if var_names is not None else [f"gene{k}" for k in range(n_vars)])
     ad.AnnData(matrix, obs=obs, var=var, **kwargs).write_h5ad(path)
     return path
+
+
+def examples(n: int) -> int:
+    """How many examples hypothesis draws where each takes long: `n` on every change, many more when that is asked for."""
+    return n * (10 if os.environ.get("HYPOTHESIS_PROFILE") == "full" else 1)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

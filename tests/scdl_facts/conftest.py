@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.scdl_facts import cells
-from tests.scdl_facts.which import OURS, SingleCellMemMapDataset
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_flushing() -> Iterator[None]:
-    """Nothing is flushed to the disk, which takes most of the time of a small conversion."""
-    with pytest.MonkeyPatch.context() as patch:
-        if OURS:
-            patch.setattr(os, "fsync", lambda _descriptor: None)
-        yield
+from tests.scdl_facts.which import SingleCellMemMapDataset
 
 
 @pytest.fixture(scope="session")
