@@ -58,7 +58,7 @@ def convert_dying(source: str, target: str, at: int, overwrite: bool, answers: C
         if next(calls) == at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    os.fsync = dying_sync
+    os.fsync = dying_sync  # type: ignore[assignment]
     warnings.simplefilter("error")
     answers.send("ready")
     scdl_zarr.convert(source, target, threads=2, overwrite=overwrite, progress=False, **SIZES)

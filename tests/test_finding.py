@@ -139,9 +139,9 @@ def test_cells_that_a_run_has_twice(here: Path, one: str, other: str) -> None:
     """Nobody named both: which is meant must be said, and skip_bad does not choose either."""
     paths = [tenx(here / "top" / name) for name in (one, other)]
     (here / "list.txt").write_text("top\n")
-    for sources, more in (("top", {}), ("top/**/*.[hH]5", {}), ("list.txt", {}), ("top", {"problems": Problems(skip=True)})):
+    for sources, problems in (("top", None), ("top/**/*.[hH]5", None), ("list.txt", None), ("top", Problems(skip=True))):
         with pytest.raises(errors.OptionError, match="the same cells, which would be converted twice") as caught:
-            find_sources(sources, **more)
+            find_sources(sources, problems=problems)
         assert all(str(path) in str(caught.value) for path in paths)
     assert len(found(paths)) == len(found(str(path) for path in paths)) == 2  # both were named
     assert len(found(f"top/**/{paths[1].name}")) == 1

@@ -214,7 +214,7 @@ class SavedRows:
                 file.seek(self.offset + low * self.dtype.itemsize)
                 content = file.read((high - low) * self.dtype.itemsize)
         except OSError as error:
-            raise self._lost(error.strerror) from error
+            raise self._lost(str(error.strerror)) from error
         size = PIECE_ROWS * self.dtype.itemsize
         found = [google_crc32c.value(content[at : at + size]) for at in range(0, len(content), size)]
         if found != self.sums[first:last].tolist():
