@@ -76,7 +76,7 @@ def main(folder: Path, cells: int) -> None:
             return Path(sys.executable)
         raise NoEnvironmentError(f"no {environment.name} today")
 
-    os.fsync = lambda _descriptor: None  # as the tests do  # type: ignore[assignment]
+    os.fsync = lambda _descriptor: None  # type: ignore[assignment]  # as the tests do
     grid = dataclasses.replace(Grid.toy(), seconds=0.02, limited_seconds=0.02)
     settings = Settings(grid=grid, folder=folder, source=source)
     write(run_all(settings, execute=in_process, make_environment=make_environment, say=lambda _: None), settings)
