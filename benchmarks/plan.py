@@ -123,7 +123,7 @@ def cases(grid: Grid) -> tuple[Case, ...]:
         *_many_files(),
         *_at_scale(grid),
         *_layouts(),
-        *_large_file(grid),
+        *_large_file(),
         *_row_calls(grid),
         *_lookups(grid),
         *_opening(),
@@ -506,7 +506,7 @@ def _layouts() -> list[Case]:
     ]
 
 
-def _large_file(grid: Grid) -> list[Case]:
+def _large_file() -> list[Case]:
     """Memory, and what a model of larger data needs to know."""
     crews: dict[str, dict[str, Any]] = {
         "2 threads": {"threads": 2},
@@ -515,7 +515,7 @@ def _large_file(grid: Grid) -> list[Case]:
     }
     return [
         Case(
-            name=f"convert {grid.large_cells:,} cells, {name}",
+            name=f"convert a large file, {name}",
             section="Conversion of a large file, once, warm source",
             module="benchmarks.ours.converting",
             parameters=_parameters(**crew, read="store", out="large.zarr"),
