@@ -22,6 +22,7 @@ __all__ = ["MappedFile", "can_probe"]
 _PROT_READ = 1
 _MAP_SHARED = 1
 _MADV_RANDOM = 1
+_MADV_DONTNEED = 4
 _MADV_POPULATE_READ = 22
 
 
@@ -79,6 +80,11 @@ class MappedFile:
         except OSError:
             return False  # unlinked or unreachable: the mapping keeps the bytes
         return status.st_ino == self.inode and status.st_size < self.size
+
+    def drop_pages(self) -> None:
+        """Give back the memory of pages that were read; whoever reads on gets them again."""
+        if _LIBC is not None and self.size:
+            _LIBC.madvise(self.address, self.size, _MADV_DONTNEED)
 
     def bytes(self, start: int, stop: int) -> bytes:
         """A copy of bytes [start, stop)."""

@@ -12,6 +12,7 @@ time they are used, so that nothing from the file becomes an address unseen.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import google_crc32c
 import numpy as np
@@ -69,6 +70,10 @@ class MappedShard:
         """Refuse a file that was truncated under the mapping (reading past its end would kill the process)."""
         if self._file.truncated(self.path):
             raise CorruptStoreError(f"{self.path} was truncated while it was open; reopen the store after restoring it")
+
+    def drop_pages(self) -> None:
+        """Give back the memory of what was read; see :meth:`MappedFile.drop_pages`."""
+        self._file.drop_pages()
 
     def index(self, layout: ArrayLayout) -> npt.NDArray[np.uint64]:
         """A copy of the index: shape (chunks_per_shard, 2), uint64, offset and length."""
@@ -129,6 +134,13 @@ class ShardTable:
             shard = self._mapped.get(number)
             if shard is not None:
                 shard.check_size()
+
+    def drop_pages(self, numbers: Iterable[int] | None = None) -> None:
+        """Give back the memory of what was read of these shards, or of all; they stay mapped."""
+        for number in list(self._mapped) if numbers is None else numbers:
+            shard = self._mapped.get(number)
+            if shard is not None:
+                shard.drop_pages()
 
     def trimmed(self, largest: int) -> ShardTable:
         """A table with the `largest` shards that were used last."""

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from scdl_zarr.conversion.kernels import map_rows, sort_rows
 from scdl_zarr.conversion.sources import MatrixHeader, MatrixReader, Provenance, RowArray, SourceSpec, TableReader
 from scdl_zarr.conversion.sources.order import forget_numbers
+from scdl_zarr.conversion.sources.passing import passing
 from scdl_zarr.conversion.sources.row_readers import LazyArray, StoreTable, WholeArray, row_array_of
 from scdl_zarr.errors import CorruptStoreError, ScdlZarrError, SourceError
 from scdl_zarr.reading.blocks import Blocks
@@ -93,7 +94,7 @@ class OpenedStore:
 
     def columns(self, path: str) -> Columns:
         if path not in self._columns:
-            self._columns[path] = open_columns(self.location, self.metadata.matrices[path], threads=1, check="first")
+            self._columns[path] = passing(open_columns(self.location, self.metadata.matrices[path], threads=1, check="first"))
         return self._columns[path]
 
     @functools.cached_property
