@@ -93,7 +93,7 @@ def test_integers_with_and_without_a_sign(
     for order in (slice(None), slice(None, None, -1)):
         joined = join_columns(parts[order])
         found = pd.concat([joined.iloc[len(parts[1]) :], joined.iloc[: len(parts[1])]]) if order.step else joined
-        texts = [None if value is pd.NA or value is None else value for value in found.astype(object)]
+        texts = [None if pd.isna(value) else value for value in found.astype(object)]
         assert texts == (wanted if dtype else [None if value is None else str(value) for value in wanted])
         assert str(joined.dtype).lower() == dtype if dtype else joined.dtype.kind == "O"
 

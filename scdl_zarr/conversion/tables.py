@@ -410,7 +410,7 @@ class TablePlan:
         held = [table.held_bytes for table in self.tables]
         held += [array.held_bytes for found in self.arrays.values() for array in found]
         held += [2 * CACHE_BYTES for spec in self.specs if spec.remote is not None]  # blocks, and a request on its way into them
-        whole = KEPT_BYTES * any(held) + max(held, default=0)
+        whole = min(KEPT_BYTES, sum(held)) + max(held, default=0)
         return chunk + CATEGORY_COPIES * len(self.document) + whole
 
     @property
