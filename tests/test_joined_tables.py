@@ -98,6 +98,12 @@ def test_integers_with_and_without_a_sign(
         assert str(joined.dtype).lower() == dtype if dtype else joined.dtype.kind == "O"
 
 
+def test_integers_of_one_kind_stay_unsigned() -> None:
+    for dtype in ("u8", "UInt64"):
+        joined = join_columns([pd.Series([1], dtype=dtype), pd.Series([2], dtype=dtype), pd.Series([3], dtype="u4")])
+        assert joined.dtype.kind == "u" and joined.tolist() == [1, 2, 3]
+
+
 def test_large_integers_of_one_file_in_blocks(tmp_path: Path) -> None:
     """What a block becomes depends on rows that it does not have: of both files, the last ones alone are odd."""
     tables = [frame("a", n=np.array([5, 6, -7])), frame("b", n=np.array([1, 2, 3, 2**64 - 1], "u8"))]

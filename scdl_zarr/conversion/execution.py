@@ -364,7 +364,9 @@ def _difference(
     """What a finished store was made of and with, and what was asked for now."""
     try:
         blocks = open_blocks(root)
-        origins = blocks.origins()
+        # rows in another order, or other genes, are of one source: what was asked for then are the files that it was made of
+        chosen = any(found.get("options", {}).get(name) is not None for name in ("rows", "genes", "order"))
+        origins = blocks.origins() if chosen else None
         table = blocks.sources() if origins is None else origins
     except (StoreAccessError, StoreUnreachableError):
         raise

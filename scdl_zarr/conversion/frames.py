@@ -90,7 +90,8 @@ def _with_one_sign(parts: list[pd.Series[Any]]) -> list[pd.Series[Any]]:
 
     Of uint64 and a signed dtype NumPy and pandas make float64, which is neither what a column of numbers was nor exact.
     """
-    if not any(part.dtype.kind == "u" and part.dtype.itemsize == 8 for part in parts):
+    signs = {part.dtype.kind for part in parts if part.dtype.kind == "i" or part.dtype.itemsize == 8}
+    if not {"i", "u"} <= signs:
         return parts
     known = [values for part in parts if len(values := part.dropna())]
     least = min((int(values.min()) for values in known), default=0)

@@ -106,7 +106,7 @@ def blamed(error: SourceError) -> SourceSpec | None:
 def may_pass(error: BaseException) -> bool:
     """Whether a source could not be read for a reason that lies in the machine or the network, and not in the source."""
     cause = error.__cause__
-    if isinstance(error, StoreUnreachableError) or isinstance(cause, StoreUnreachableError):
+    if isinstance(error, StoreUnreachableError) or isinstance(cause, (StoreUnreachableError, MemoryError)):
         return True
     passes = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE}
     return bool(getattr(error, "passes", False)) or (isinstance(cause, OSError) and cause.errno in passes)
