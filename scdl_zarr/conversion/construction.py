@@ -17,21 +17,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import hashlib
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, sync_folder
+from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, side_by_side, sync_folder
+from scdl_zarr.conversion.marks import evidence_of, mark_document, mark_key, parse_json, read_json, read_mark
 from scdl_zarr.conversion.plan import ShardTask, Task
-from scdl_zarr.conversion.row_runs import unpack_runs
+from scdl_zarr.conversion.plan_records import digest_of_plan, first_names, refuse_other_plan
 from scdl_zarr.conversion.shards import ShardResult, write_shard
 from scdl_zarr.conversion.staging import SCRATCH, TransposeTask, scratch_folder
 from scdl_zarr.conversion.stopping import STATE, read_state, state_document
@@ -60,19 +59,14 @@ __all__ = [
     "PLAN_VERSION",
     "check_room",
     "committed_plan",
-    "describe_options",
-    "describe_plans",
-    "describe_sources",
     "exclusive",
     "explained_errors",
     "finish_documents",
     "finish_interrupted",
-    "mark_document",
     "open_blocks",
-    "parse_mark",
+    "part_documents",
     "perform_task",
     "prepare_target",
-    "read_mark",
     "refuse_lost",
     "restore_interrupted",
     "run_task",
@@ -82,7 +76,6 @@ __all__ = [
 
 PLAN_VERSION = 2
 SYNC_THREADS = 8  # they wait, they do not work
-ABOUT_SOURCES = {"skipped", "sources", "n_sources", "digest", "sources_digest", "matrices", "width"}  # what a plan says of them
 # what a conversion makes at its target: nothing else there is ever removed
 OWN_NAMES = {"X", "layers", "obs", "var", "obsm", "obsp", "varm", "varp", "uns", "zarr.json"}
 
@@ -98,9 +91,9 @@ def run_task(task: Task) -> ShardResult:
         return found
     began = time.perf_counter()
     result = perform_task(task)
-    evidence = _evidence(root, task)
+    evidence = evidence_of(root, task)
     result = replace(result, bytes_out=sum(evidence["sizes"]), seconds=time.perf_counter() - began)
-    mark = _mark_path(root, task)
+    mark = root / mark_key(task)
     mark.parent.mkdir(parents=True, exist_ok=True)
     temporary = partial_path(mark)
     temporary.write_bytes(mark_document(result, evidence))
@@ -130,49 +123,10 @@ def _widen(task: WidenTask) -> ShardResult:
     try:
         with open(root / layout.shard_key(task.task.number), "rb") as file:
             if read_mark(root, task, any_dtype=True) == task.done:
-                return widen_shard(task, file, lambda: _mark_path(root, task).unlink(missing_ok=True))
+                return widen_shard(task, file, lambda: (root / mark_key(task)).unlink(missing_ok=True))
     except (CorruptStoreError, FileNotFoundError):
         pass
     return write_shard(task.task)
-
-
-def read_mark(root: Path, task: Task, *, any_dtype: bool = False) -> ShardResult | None:
-    """What the task reported when it was done, if what it wrote is still there, whole and in the dtype that is wanted now."""
-    record = _read_json(_mark_path(root, task))
-    if record is None:
-        return None
-    try:
-        evidence = _evidence(root, task)
-    except OSError:  # the mark outlived its shard
-        return None
-    return parse_mark(record, task, evidence, any_dtype=any_dtype)
-
-
-def mark_document(result: ShardResult, evidence: Mapping[str, Any]) -> bytes:
-    """A mark: what the task reported, and the evidence."""
-    return json.dumps({**asdict(result), **evidence}).encode()
-
-
-def parse_mark(record: dict[str, Any], task: Task, evidence: Mapping[str, Any], *, any_dtype: bool = False) -> ShardResult | None:
-    """What a mark says, if it counts for that task and fits the evidence."""
-    if (record.get("dtype") != task.dtype and not any_dtype) or {name: record.pop(name, None) for name in evidence} != evidence:
-        return None
-    try:
-        stats = ValueStats(**record.pop("stats"))
-        record["checksums"] = tuple((int(a), int(b)) for a, b in record["checksums"])
-        unpack_runs(record["unsorted"])
-        return ShardResult(**record, stats=stats)
-    except (TypeError, ValueError, KeyError):
-        return None
-
-
-def _evidence(root: Path, task: Task) -> dict[str, Any]:
-    """What a mark says beside the result, so that it counts for that plan and for whole files only."""
-    return {"plan": task.plan, "sizes": [(root / key).stat().st_size for key in task.files]}
-
-
-def _mark_path(root: Path, task: Task) -> Path:
-    return root / BUILD_FOLDER / "done" / f"{task.name}.json"
 
 
 class Construction:
@@ -182,7 +136,7 @@ class Construction:
         self.root = self.where = root  # where the folder is, and what it is called in messages
         self._replaces = replaces  # the folder is a scratch place of our own beside the store that it will replace
         self._plan = dict(plan)
-        self.plan_digest = hashlib.blake2b(json.dumps(self._plan, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self.plan_digest = digest_of_plan(self._plan)
         self._resume = resume
         self._build = root / BUILD_FOLDER
 
@@ -223,18 +177,12 @@ class Construction:
 
     def _go_on_or_start(self) -> None:
         path = self._build / "plan.json"
-        known = _read_json(path)
+        known = read_json(path)
         if known is not None:
             known.pop("dtypes", None)
         wanted = json.loads(json.dumps(self._plan))
-        if known is not None and known != wanted:
-            if not self._resume:
-                known = None
-            else:
-                raise StoreExistsError(
-                    f"{self.root} holds an unfinished conversion of another plan ({describe_plans(known, wanted)}). "
-                    "Run that conversion again to finish it, or start over with overwrite=True (--overwrite)"
-                )
+        if known is not None and self._resume:
+            refuse_other_plan(self.root, known, wanted)
         fresh = known is None or not self._resume
         # first of all: a task of what was built here before, which some process may still be at, must not land any more
         self._save_state({} if fresh else self.dtypes())
@@ -256,7 +204,7 @@ class Construction:
 
     def dtypes(self) -> dict[str, str]:
         """The value dtype that each matrix was last found to need."""
-        return dict((_read_json(self._build / "plan.json") or {}).get("dtypes", {}))
+        return dict((read_json(self._build / "plan.json") or {}).get("dtypes", {}))
 
     def _save_state(self, dtypes: Mapping[str, str]) -> None:
         with explained_errors(self.root):
@@ -306,7 +254,7 @@ class Construction:
         with explained_errors(self.root):
             remove_partial_files(self.root)  # of workers that were lost
             _replace_files({self.root / key: objects[key] for key in sorted(objects)})
-            _side_by_side(sync_folder, [self.root, *(path for path in self.root.rglob("*") if path.is_dir())])
+            side_by_side(sync_folder, [self.root, *(path for path in self.root.rglob("*") if path.is_dir())], SYNC_THREADS)
             _sync_entry(self.root)  # a crash of the machine must not take the whole folder along
             self._require_whole(tasks)
             replace_file(self.root / "zarr.json", root_document)
@@ -317,8 +265,7 @@ class Construction:
         """The last look before the commit: what was written may be hours old, and a missing file would read as zeros."""
         if read_state(self.root)[0] != self.plan_digest:
             raise StoreBusyError(f"{self.where} was taken over by another conversion; nothing is committed by this one")
-        with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="scdl-zarr-look") as pool:
-            refuse_lost(self.where, tasks, pool.map(self.is_there, tasks))
+        refuse_lost(self.where, tasks, side_by_side(self.is_there, tasks, SYNC_THREADS))
 
     def is_there(self, task: Task) -> bool:
         """Whether what a task wrote is there, whole, and noted.  Called from several threads."""
@@ -336,21 +283,23 @@ def refuse_lost(where: Path | RemoteLocation, tasks: Sequence[Task], there: Iter
     """Refuse to commit a store of which something is not `there` any more."""
     lost = [task.name for task, is_there in zip(tasks, there, strict=True) if not is_there]
     if lost:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise CorruptStoreError(
-            f"{where}: files of {', '.join(lost[:3])}{more} were removed or changed after they were written, so nothing is "
+            f"{where}: files of {first_names(lost)} were removed or changed after they were written, so nothing is "
             "committed; run the same conversion again: it makes these anew"
         )
 
 
+def part_documents(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
+    """The ``zarr.json`` of every group and array below the root, as keys of the store, sorted."""
+    own = {path: {key: value for key, value in node.items() if key != "consolidated_metadata"} for path, node in nodes.items()}
+    return {f"{path}/zarr.json": node_document(own[path]) for path in sorted(own) if path}
+
+
 def finish_documents(root: Path, nodes: Mapping[str, Mapping[str, Any]]) -> None:
     """The parts' own ``zarr.json``, after the commit; then the build folder goes.  Run again if it was interrupted."""
-    documents = {}
-    for path in sorted(nodes):
-        own = {key: value for key, value in nodes[path].items() if key != "consolidated_metadata"}
-        documents[root / path / "zarr.json"] = node_document(own)
+    documents = {root / key: content for key, content in part_documents(nodes).items()}
     _replace_files(documents)
-    _side_by_side(sync_folder, {path.parent for path in documents})
+    side_by_side(sync_folder, {path.parent for path in documents}, SYNC_THREADS)
     shutil.rmtree(root / BUILD_FOLDER, ignore_errors=True)
 
 
@@ -361,14 +310,7 @@ def _sync_entry(folder: Path) -> None:
 
 
 def _replace_files(contents: Mapping[Path, bytes]) -> None:
-    _side_by_side(lambda path: replace_file(path, contents[path]), contents)
-
-
-def _side_by_side(act: Callable[[Path], None], paths: Iterable[Path]) -> None:
-    """Do something that waits for the disk to each path, several at a time: the disk then waits for all of them at once."""
-    with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="scdl-zarr-sync") as pool:
-        for done in [pool.submit(act, path) for path in paths]:
-            done.result()
+    side_by_side(lambda path: replace_file(path, contents[path]), contents, SYNC_THREADS)
 
 
 def finish_interrupted(root: Path, nodes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -390,67 +332,9 @@ def skipped_in_plan(root: Path | RemoteLocation) -> dict[str, tuple[str, int]]:
     """Sources that an unfinished conversion goes without, with the reasons and their sizes."""
     from scdl_zarr.storage.location import locate
 
-    found = (_parse_json(locate(root).read(f"{BUILD_FOLDER}/plan.json")) or {}).get("skipped")
+    found = (parse_json(locate(root).read(f"{BUILD_FOLDER}/plan.json")) or {}).get("skipped")
     listed = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
     return {str(one.get("name")): (str(one.get("reason")), one.get("size", -1)) for one in listed}
-
-
-def describe_options(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first things but the sources in which two plans differ: ``options.profile is 'fast' there and 'compact' here``."""
-    there, here = _flat(found), _flat(wanted)
-    names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
-    return "; ".join(f"{name} is {_short(there.get(name))} there and {_short(here.get(name))} here" for name in names[:4])
-
-
-def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan without its sources, with the options by their full names."""
-    options = plan.get("options")
-    flat = {key: value for key, value in plan.items() if key not in ABOUT_SOURCES and key != "options"}
-    return flat | {f"options.{key}": value for key, value in (options.items() if isinstance(options, dict) else ())}
-
-
-def describe_sources(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> str:
-    """In what two lists of sources (name, size, and for unfinished conversions the time of change) differ; or nothing."""
-    there, here = ({str(source.get("name")): source for source in sources} for sources in (found, wanted))
-    parts = []
-    for names, where in (([n for n in there if n not in here], "there"), ([n for n in here if n not in there], "here")):
-        if names:
-            shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-            parts.append(f"{shown} {'is a source' if len(names) == 1 else 'are sources'} only {where}")
-    for name in [name for name in there if name in here and there[name] != here[name]][:3]:
-        a, b = there[name].get("size"), here[name].get("size")
-        parts.append(f"source {name} " + (f"has {a} bytes there and {b} here" if a != b else "was written to since"))
-    if not parts and list(there) != list(here):
-        parts.append(f"the sources come in another order, {_short(list(there))} there and {_short(list(here))} here")
-    return "; ".join(parts)
-
-
-def describe_plans(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """In what an unfinished conversion's plan differs from the one asked for."""
-    sources = found.get("sources")
-    known = [s for s in sources if isinstance(s, dict)] if isinstance(sources, list) else []
-    parts = [describe_sources(known, wanted["sources"]), describe_options(found, wanted)]
-    return "; ".join(part for part in parts if part) or "the content of the sources differs, under the same names and sizes"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return _parse_json(path.read_bytes())
-    except OSError:
-        return None
-
-
-def _parse_json(content: bytes | None) -> dict[str, Any] | None:
-    try:
-        found = json.loads(content or b"")
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 # ---- the target

@@ -20,8 +20,6 @@ from scdl_zarr.conversion.construction import (
     Construction,
     check_room,
     committed_plan,
-    describe_options,
-    describe_sources,
     exclusive,
     explained_errors,
     finish_interrupted,
@@ -35,6 +33,7 @@ from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.executors import Executor
 from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.plan import ConversionOptions
+from scdl_zarr.conversion.plan_records import describe_options, describe_sources, first_names
 from scdl_zarr.conversion.problems import Problems, blamed, may_pass
 from scdl_zarr.conversion.progress import Progress, require_log
 from scdl_zarr.conversion.remote_building import RemoteConstruction, finish_remotely
@@ -351,9 +350,8 @@ def _written_since(root: Path | RemoteLocation, specs: list[SourceSpec]) -> list
     later = [spec.name for spec in specs if spec.kind != "scdl" and spec.mtime_ns > made]
     if not later:
         return []
-    more = f" and {len(later) - 3} more" if len(later) > 3 else ""
     return [
-        f"{', '.join(later[:3])}{more} {'was' if len(later) == 1 else 'were'} written to after the store was made; of the values "
+        f"{first_names(later)} {'was' if len(later) == 1 else 'were'} written to after the store was made; of the values "
         "only samples were compared: overwrite=True (--overwrite) converts again"
     ]
 

@@ -6,9 +6,15 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
-__all__ = ["is_partial", "link_file", "partial_path", "replace_file", "sync_file", "sync_folder"]
+__all__ = ["is_partial", "link_file", "partial_path", "replace_file", "side_by_side", "sync_file", "sync_folder"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _PARTIAL = re.compile(r"\.\d+(-[0-9a-f]{8})?\.part$")
 
@@ -42,6 +48,12 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def side_by_side(act: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> list[Result]:
+    """The results of something that waits for a disk or the network, so many at a time: it then waits for all of them at once."""
+    with ThreadPoolExecutor(at_once, thread_name_prefix="scdl-zarr-wait") as pool:
+        return list(pool.map(act, items))
 
 
 def sync_file(path: Path) -> None:

@@ -32,12 +32,13 @@ class _Place:
 
     table: pd.DataFrame | None  # the origins that the store it is of records; None: it is an origin itself
     is_new: bool  # no source before it is of the same store, whose origins are there once
-    rows: Int64Array  # numbers among the rows of all origins
+    first: int  # row of all origins that its store's, or its own, begin at
+    rows: Int64Array | range  # from there
 
 
 def carried_origin_rows(survey: Survey) -> Int64Array | None:
     """For each row, which row of :func:`carried_origins` it is; None where no source says more than its own name."""
-    rows = [place.rows for place in _places(survey)]
+    rows = [place.first + np.asarray(place.rows, np.int64) for place in _places(survey)]
     return np.concatenate(rows) if rows else None
 
 
@@ -64,14 +65,13 @@ def _places(survey: Survey) -> list[_Place]:
         store = opened_store(spec) if spec.kind == "store" else None
         recorded = None if store is None else store.origins()
         if store is None or recorded is None:
-            stop = total + source.header.n_obs
-            places.append(_Place(table=None, is_new=True, rows=np.arange(total, stop, dtype=np.int64)))
-            total = stop
+            places.append(_Place(table=None, is_new=True, first=total, rows=range(source.header.n_obs)))
+            total += source.header.n_obs
             continue
         table, rows = recorded
         state, own = (spec.path, spec.mtime_ns, spec.version), store.rows(spec.part)
         is_new = state not in firsts
         first = firsts.setdefault(state, total)
-        places.append(_Place(table=table, is_new=is_new, rows=first + rows[own.start : own.stop]))
+        places.append(_Place(table=table, is_new=is_new, first=first, rows=rows[own.start : own.stop]))
         total += int(np.asarray(table["n_obs"]).sum()) if is_new else 0
     return places

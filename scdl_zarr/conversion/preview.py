@@ -10,6 +10,7 @@ from typing import Any
 from scdl_zarr.conversion.crews import hired, projected_memory, projected_scratch, projected_size
 from scdl_zarr.conversion.execution import prepare
 from scdl_zarr.conversion.plan import ConversionOptions
+from scdl_zarr.conversion.plan_records import first_names
 from scdl_zarr.conversion.rewrite import require_known
 from scdl_zarr.conversion.sources.store import forget_stores
 from scdl_zarr.conversion.survey import Survey
@@ -176,7 +177,7 @@ def _joined(survey: Survey) -> list[str]:
     columns = Counter(name for table in survey.cells.tables for name in table.columns)
     partial = sorted(name for name, n in columns.items() if n < len(survey.specs))
     if partial:
-        shown = ", ".join(partial[:5]) + (f" and {len(partial) - 5} more" if len(partial) > 5 else "")
+        shown = first_names(partial, 5)
         lines.append(f"{_count(len(columns), 'column')} of obs, with gaps where a source has none: {shown}")
     return lines
 
@@ -200,15 +201,11 @@ def _odd(survey: Survey) -> list[str]:
         usual, times = Counter(source[fact] for source in described).most_common(1)[0]
         others = [source["name"] for source in described if source[fact] != usual]
         if others and times > len(described) // 2:
-            found.append(f"{_names(others)}: {fact} is not {usual} as in the other sources")
+            found.append(f"{first_names(others)}: {fact} is not {usual} as in the other sources")
     empty = [source["name"] for source in described if not source["nnz"]]
     if empty:
-        found.append(f"{_names(empty)}: no stored values")
+        found.append(f"{first_names(empty)}: no stored values")
     return found
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _count(n: int, what: str) -> str:

@@ -15,29 +15,22 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from scdl_zarr.conversion import construction
-from scdl_zarr.conversion.construction import (
-    describe_plans,
-    explained_errors,
-    mark_document,
-    parse_mark,
-    perform_task,
-    refuse_lost,
-)
-from scdl_zarr.conversion.files import partial_path, replace_file
+from scdl_zarr.conversion.construction import explained_errors, part_documents, perform_task, refuse_lost
+from scdl_zarr.conversion.files import partial_path, replace_file, side_by_side
+from scdl_zarr.conversion.marks import DONE, mark_document, mark_key, parse_json, parse_mark
 from scdl_zarr.conversion.plan import ShardTask, Task, TaskAround
+from scdl_zarr.conversion.plan_records import digest_of_plan, refuse_other_plan
 from scdl_zarr.conversion.remote_lock import RemoteLock
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.staging import scratch_folder
@@ -46,7 +39,7 @@ from scdl_zarr.conversion.widen import WidenTask
 from scdl_zarr.errors import StoreExistsError, StoreNotFoundError
 from scdl_zarr.storage.location import StoreLocation, read_metadata
 from scdl_zarr.storage.remote import RemoteLocation
-from scdl_zarr.storage.schema import BUILD_FOLDER, node_document
+from scdl_zarr.storage.schema import BUILD_FOLDER
 
 __all__ = ["RemoteConstruction", "RemoteTask", "finish_remotely", "run_task"]
 
@@ -82,7 +75,7 @@ def _run_remotely(task: Task, place: RemoteLocation) -> ShardResult:
     refuse_if_stopped(task.root, task)  # the last moment: it must not land in what is built there now
     sizes = [_put_or_ask(place, root, key) for key in task.files]
     result = replace(result, bytes_out=sum(sizes), seconds=time.perf_counter() - began)
-    place.at(_mark_key(task)).put(mark_document(result, {"plan": task.plan, "sizes": sizes}))
+    place.at(mark_key(task)).put(mark_document(result, {"plan": task.plan, "sizes": sizes}))
     return result
 
 
@@ -145,15 +138,11 @@ def _put_or_ask(place: RemoteLocation, root: Path, key: str) -> int:
 
 
 def _read_mark(place: RemoteLocation, task: Task) -> ShardResult | None:
-    content = _read(place, _mark_key(task))
+    content = _read(place, mark_key(task))
     if content is None:
         return None
     sizes = [None if (entry := place.at(key).head()) is None else entry.size for key in task.files]
-    return parse_mark(_parse(content), task, {"plan": task.plan, "sizes": sizes})
-
-
-def _mark_key(task: Task) -> str:
-    return f"{BUILD_FOLDER}/done/{task.name}.json"
+    return parse_mark(parse_json(content) or {}, task, {"plan": task.plan, "sizes": sizes})
 
 
 def _read(place: RemoteLocation, key: str) -> bytes | None:
@@ -161,14 +150,6 @@ def _read(place: RemoteLocation, key: str) -> bytes | None:
         return place.at(key).get()
     except StoreNotFoundError:
         return None
-
-
-def _parse(content: bytes | None) -> dict[str, Any]:
-    try:
-        found = json.loads(content or b"")
-    except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {}
 
 
 # ---- where it is planned and committed
@@ -193,7 +174,7 @@ class RemoteConstruction:
     ) -> None:
         self.place = self.where = place
         self._plan = json.loads(json.dumps(plan))
-        self.plan_digest = hashlib.blake2b(json.dumps(plan, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self.plan_digest = digest_of_plan(plan)
         self._resume, self._take_over, self._scratch = resume, take_over, scratch
         self._lock = RemoteLock(place.at(LOCK), str(place))
         self._sizes: dict[str, int] | None = None  # of every object; not known again once tasks were handed out
@@ -220,16 +201,13 @@ class RemoteConstruction:
         if "zarr.json" in sizes:
             raise StoreExistsError(f"{self.place} exists: another conversion finished it meanwhile; run again to compare with it")
         content = _read(self.place, PLAN)
-        known = None if content is None else _parse(content)
+        known = None if content is None else parse_json(content) or {}
         others = sorted(key for key in sizes if not key.startswith(f"{BUILD_FOLDER}/"))
         if known is None and others:
             raise StoreExistsError(f"{self.place} holds other objects ({', '.join(others[:3])}); choose another target")
         dtypes = {} if known is None else dict(known.pop("dtypes", {}))
-        if known is not None and known != self._plan and self._resume:
-            raise StoreExistsError(
-                f"{self.place} holds an unfinished conversion of another plan ({describe_plans(known, self._plan)}). "
-                "Run that conversion again to finish it, or start over with overwrite=True (--overwrite)"
-            )
+        if known is not None and self._resume:
+            refuse_other_plan(self.place, known, self._plan)
         fresh = known is None or not self._resume
         self._save_state({} if fresh else dtypes)  # first: what some process may still be at must not land any more
         if fresh:
@@ -245,7 +223,7 @@ class RemoteConstruction:
 
     def dtypes(self) -> dict[str, str]:
         """The value dtype that each matrix was last found to need."""
-        return dict(_parse(_read(self.place, PLAN)).get("dtypes", {}))
+        return dict((parse_json(_read(self.place, PLAN)) or {}).get("dtypes", {}))
 
     def _save_state(self, dtypes: Mapping[str, str]) -> None:
         self.place.at(f"{BUILD_FOLDER}/{STATE}").put(state_document(self.plan_digest, dtypes))
@@ -261,7 +239,7 @@ class RemoteConstruction:
         saved = {path.relative_to(self.root).as_posix(): path for path in sorted(build.rglob("*")) if path.is_file()}
         saved = {key: path for key, path in saved.items() if path.name not in (STATE, PUBLISHED)}
         new = [key for key, path in saved.items() if self._listed().get(key) != path.stat().st_size]
-        _side_by_side(lambda key: self.place.at(key).put_file(saved[key]), new)
+        side_by_side(lambda key: self.place.at(key).put_file(saved[key]), new, AT_ONCE)
         listed = json.dumps(list(saved)).encode()
         self.place.at(f"{BUILD_FOLDER}/{PUBLISHED}").put(listed)
         replace_file(build / PUBLISHED, listed)
@@ -285,18 +263,18 @@ class RemoteConstruction:
         return self._marked(task, any_dtype=True)
 
     def _marked(self, task: Task, *, any_dtype: bool) -> ShardResult | None:
-        sizes, key = self._listed(), _mark_key(task)
+        sizes, key = self._listed(), mark_key(task)
         if key not in sizes:
             return None
         evidence = {"plan": task.plan, "sizes": [sizes.get(file) for file in task.files]}
-        return parse_mark(_parse(self._marks.get(key)), task, evidence, any_dtype=any_dtype)
+        return parse_mark(parse_json(self._marks.get(key)) or {}, task, evidence, any_dtype=any_dtype)
 
     def _listed(self) -> dict[str, int]:
         """Every object below the prefix; the marks among them are read along."""
         if self._sizes is None:
             self._sizes = {entry.key: entry.size for entry in self.place.list()}
-            marks = [key for key in self._sizes if key.startswith(f"{BUILD_FOLDER}/done/")]
-            contents = _side_by_side(lambda key: _read(self.place, key), marks)
+            marks = [key for key in self._sizes if key.startswith(DONE)]
+            contents = side_by_side(lambda key: _read(self.place, key), marks, AT_ONCE)
             self._marks = {key: content for key, content in zip(marks, contents, strict=True) if content is not None}
         return self._sizes
 
@@ -317,7 +295,7 @@ class RemoteConstruction:
             Another process took the lock, or what one of `tasks` put is not there any more: nothing is committed.
         """
         self._lock.require()
-        _side_by_side(lambda key: self.place.at(key).put(objects[key]), sorted(objects))
+        side_by_side(lambda key: self.place.at(key).put(objects[key]), sorted(objects), AT_ONCE)
         self._sizes = None  # looked at anew: what was put may be hours old
         refuse_lost(self.where, tasks, (self.finished(task) is not None for task in tasks))
         self._lock.require()
@@ -344,18 +322,7 @@ def finish_remotely(place: RemoteLocation) -> None:
 
 def _finish_documents(place: RemoteLocation, nodes: Mapping[str, Mapping[str, Any]]) -> None:
     """The parts' own ``zarr.json``, after the commit; then what was there for the building goes, but for the lock."""
-    documents = {
-        f"{path}/zarr.json": node_document({key: value for key, value in node.items() if key != "consolidated_metadata"})
-        for path, node in nodes.items()
-        if path
-    }
-    _side_by_side(lambda key: place.at(key).put(documents[key]), sorted(documents))
+    documents = part_documents(nodes)
+    side_by_side(lambda key: place.at(key).put(documents[key]), sorted(documents), AT_ONCE)
     build = place.at(BUILD_FOLDER)
     build.delete([entry.key for entry in build.list() if entry.key != "lock"])
-
-
-def _side_by_side(act: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """The results of something that waits for the network, several at a time."""
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="scdl-zarr-put") as pool:
-        results: Iterator[Any] = pool.map(act, items)
-        return list(results)

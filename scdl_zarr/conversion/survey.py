@@ -15,6 +15,7 @@ import numpy.typing as npt
 from scdl_zarr.conversion.columns import ArraySummary, TableSummary, summarize, summarize_array
 from scdl_zarr.conversion.id_maps import IdMap
 from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan, SourceMatrix, asked_dtype, border_elements, cut_shards
+from scdl_zarr.conversion.plan_records import first_names
 from scdl_zarr.conversion.problems import Problem, Problems
 from scdl_zarr.conversion.sources import (
     EmptyMatrix,
@@ -394,8 +395,7 @@ def name_left_out(found: list[set[str]], names: list[str]) -> list[str]:
     listed = []
     for item in sorted(set().union(*found)):
         of = [name for name, items in zip(names, found, strict=True) if item in items]
-        more = f" and {len(of) - SHOWN_SOURCES} more" if len(of) > SHOWN_SOURCES else ""
-        listed.append(item if len(of) == len(names) else f"{item} (of {', '.join(of[:SHOWN_SOURCES])}{more})")
+        listed.append(item if len(of) == len(names) else f"{item} (of {first_names(of, SHOWN_SOURCES)})")
     return listed
 
 

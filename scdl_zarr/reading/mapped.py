@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -242,7 +242,7 @@ class MappedColumns:
         finally:
             self._idle.append(bench)
 
-    def drop_pages(self, plans: Iterable[RowPlan]) -> None:
+    def drop_pages(self, plans: Sequence[RowPlan]) -> None:
         """Give back the memory of the mapped pages that were read for these plans, and of all row pointers."""
         maps = self._maps
         for part in (DATA, INDICES):

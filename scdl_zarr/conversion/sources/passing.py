@@ -6,6 +6,7 @@ store would look as large as the store, and be the first to be ended where a clu
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from typing import Any
 
@@ -45,9 +46,7 @@ class Passing:
         if self._values < KEPT_VALUES:
             return
         self._values, plans = 0, []
-        while self._read:
-            try:
+        with contextlib.suppress(IndexError):  # none is left
+            while True:
                 plans.append(self._read.popleft())
-            except IndexError:  # another thread was faster
-                break
         self._columns.drop_pages(plans)
