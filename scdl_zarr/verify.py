@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["Fault", "VerifyReport", "verify_store"]
 
 
+ROWS_AT_ONCE = 1 << 20  # of an array that has a number for each row
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
     """One thing that is wrong, and where."""
@@ -306,7 +309,8 @@ def _read_blocks(location: StoreLocation, metadata: StoreMetadata) -> None:
         blocks.var(block), blocks.gene_ids(block)
     for path in metadata.matrices:
         blocks.unsorted_rows(path)
-    blocks.origin_rows()
+    for start in range(0, metadata.n_obs, ROWS_AT_ONCE):
+        blocks.origin_rows(slice(start, min(start + ROWS_AT_ONCE, metadata.n_obs)))
     sources = blocks.sources()
     if int(sources["n_obs"].sum()) != metadata.n_obs or int(sources["nnz"].sum()) != metadata.matrices["X"].nnz:
         raise CorruptStoreError(f"{location}: the sources' rows and values do not add up to those of X")

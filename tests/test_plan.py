@@ -208,7 +208,7 @@ def test_measured_memory_stays_under_what_is_projected(tmp_path: Path) -> None:
         make_atlas(source, n)
         options = ConversionOptions(threads=2, shard_values=1 << 20)
         survey = survey_sources(find_sources(source), options)
-        projected.append(projected_memory(survey, 2))
+        projected.append(projected_memory(survey, 2, options))
         done = subprocess.run(
             [sys.executable, "-c", PEAK, str(source), str(tmp_path / f"{n}.zarr")], capture_output=True, text=True, check=True
         )

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from hypothesis import strategies as st
 import scdl_zarr
 from scdl_zarr import SingleCellZarrDataset
 from scdl_zarr.cli import main
-from scdl_zarr.conversion import rewrite
-from scdl_zarr.conversion.sources import SourceSpec, describe_path, view
+from scdl_zarr.conversion import columns, elements, rewrite
+from scdl_zarr.conversion.sources import SourceSpec, describe_path, view, view_rows
 from scdl_zarr.conversion.sources.order import RowOrder, View
 from scdl_zarr.conversion.sources.store import forget_stores
 from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError, SourceError, StoreExistsError
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.reading.queries import query_rows, sort_rows_by
+from scdl_zarr.reading.row_ranges import ElementRows
 from tests.stores_of_others import write_by_node
 from tests.toys import csr, write_h5ad
 
@@ -211,8 +213,12 @@ def test_any_rows_and_genes(
     with pytest.MonkeyPatch.context() as patch:  # so that pieces, blocks and batches end everywhere
         patch.setattr(view, "BLOCK_ROWS", 4)
         patch.setattr(view, "BATCH_VALUES", 9)
-        patch.setattr(view, "WINDOW_ROWS", 7)
-        patch.setattr(view, "CHUNK_ROWS", 5)
+        patch.setattr(view_rows, "WINDOW_ROWS", 7)
+        patch.setattr(view_rows, "CHUNK_ROWS", 5)
+        patch.setattr(view_rows, "ARRAY_WINDOW_BYTES", 40)
+        patch.setattr(columns, "BLOCK_ROWS", 6)
+        patch.setattr(elements, "CHUNK_ROWS", 4)
+        patch.setattr(elements, "SHARD_ROWS", 12)
         patch.setattr("scdl_zarr.conversion.shards.PIECE_VALUES", 11)
         written = data.write(target, rows=rows, genes=genes, order=order, seed=seed, progress=False)
     if order == "shuffle":
@@ -474,7 +480,7 @@ def test_killed_it_goes_on_and_gives_the_same_bytes(data: SingleCellZarrDataset,
     target = tmp_path / "killed.zarr"
     done = subprocess.run([sys.executable, "-c", CHILD, data.path, str(target)], timeout=60, check=False)
     assert done.returncode == -9
-    marks = list((target / ".scdl-build/done").iterdir())
+    marks = list((target / ".scdl-build/done").glob("*.json"))
     before = {path: path.stat().st_mtime_ns for path in target.glob("X/data/c/*") if not path.name.endswith(".part")}
     data.write(target, **selection)
     assert contents(target) == contents(tmp_path / "whole.zarr")
@@ -597,9 +603,47 @@ def test_a_shuffle_takes_no_memory_that_grows_with_the_rows() -> None:
     assert order.positions(rows).tolist() == list(range(10**9 - 5, 10**9))
 
 
+@pytest.mark.parametrize("texts", [["plain", "", "ends\0", "\0"], ["größer", "😀", "", "a" * 300, "\ud7ff"]])
+def test_gathered_texts_are_those_that_were_put_in(texts: list[str]) -> None:
+    for kind in (np.dtype(object), np.dtypes.StringDType()):
+        gathered = view_rows.GatheredTexts(len(texts) + 1)
+        gathered.put(np.arange(len(texts))[::-1], np.array(texts, kind))
+        gathered.put(np.array([len(texts)]), np.array(["last"], kind))
+        assert gathered[0:9].tolist() == [*texts[::-1], "last"]
+        assert gathered[1:2].tolist() == texts[-2:-1] and gathered[3:3].tolist() == []
+
+
+def test_what_a_shuffle_holds_is_found_out_in_one_pass(data: SingleCellZarrDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view_rows, "WINDOW_ROWS", 5)
+    monkeypatch.setattr(view_rows, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(columns, "BLOCK_ROWS", 4)
+    asked = []
+    parts = ElementRows.parts
+
+    def noted(self: ElementRows, start: int, stop: int) -> Any:
+        asked.append(stop - start)
+        return parts(self, start, stop)
+
+    monkeypatch.setattr(ElementRows, "parts", noted)
+    spec = describe_path(data.path)[0]
+    digests = set()
+    for seed in (1, 2, None):
+        permutation = None if seed is None else KeyedPermutation(n=N, seed=seed)
+        with view.ViewSource(
+            replace(spec, kind="view", view=View(order=RowOrder(start=0, stop=N, permutation=permutation)))
+        ) as s:
+            found = columns.summarize(s.obs_table(), "s")
+        digests.add(found.digest)
+        assert sum(asked) == N * (1 + len(data.obs.columns)) and found.n_rows == N
+        asked.clear()
+        assert found.held_bytes > 0
+    assert len(digests) == 3
+
+
 def test_row_pointers_take_8_bytes_a_block(data: SingleCellZarrDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, rows in (("BLOCK_ROWS", 4), ("WINDOW_ROWS", 5), ("CHUNK_ROWS", 3), ("WINDOW_BYTES", 50)):
-        monkeypatch.setattr(view, name, rows)
+    monkeypatch.setattr(view, "BLOCK_ROWS", 4)
+    for name, rows in (("WINDOW_ROWS", 5), ("CHUNK_ROWS", 3), ("ARRAY_WINDOW_BYTES", 50)):
+        monkeypatch.setattr(view_rows, name, rows)
     spec = describe_path(data.path)[0]
     order = RowOrder(start=0, stop=N, permutation=KeyedPermutation(n=N, seed=1))
     spec = SourceSpec(path=spec.path, name="v", size=spec.size, mtime_ns=spec.mtime_ns, kind="view", view=View(order=order))

@@ -9,7 +9,7 @@ import numpy as np
 
 from scdl_zarr.conversion.construction import Construction
 from scdl_zarr.conversion.elements import EncodedElements
-from scdl_zarr.conversion.origins import carried_origin_rows, carried_origins
+from scdl_zarr.conversion.origins import carried_origins
 from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan
 from scdl_zarr.conversion.remote_building import RemoteConstruction
 from scdl_zarr.conversion.row_runs import merge_runs, unpack_runs
@@ -25,16 +25,13 @@ DICT_GROUPS = ("layers", "obsm", "obsp", "varm", "varp", "uns", "uns/scdl", "uns
 
 
 def encode_tables(survey: Survey) -> EncodedElements:
-    """var, where rows were first, and of obs and obsm what is not written by tasks.
+    """var, and of what has a row for each cell all that is not written by tasks.
 
     A column that no AnnData store can hold is a SourceError.
     """
     elements = EncodedElements()
     survey.cells.add_to(elements)
     elements.add_frame("var", survey.vocabulary.frame())
-    rows = carried_origin_rows(survey)
-    if rows is not None:
-        elements.add_array("uns/scdl/origin_rows", rows)
     return elements
 
 
@@ -122,7 +119,7 @@ def _add_provenance(elements: EncodedElements, survey: Survey, results: dict[str
         for name, values in packer.directory.items()
     }
     add_skipped(elements, {one.name: (one.reason, one.size) for one in survey.skipped})
-    origins = carried_origins(survey, pd.DataFrame(sources))
+    origins = carried_origins(survey.specs, pd.DataFrame(sources))
     if origins is not None:
         elements.add_frame("uns/scdl/origins", origins)
     for name, columns in (("sources", sources), ("blocks", blocks), ("tables", tables), ("directory", directory)):

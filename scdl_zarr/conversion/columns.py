@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.frames import join_frames
 from scdl_zarr.conversion.packed_series import pack_series, unpack_series
-from scdl_zarr.conversion.sources import RowArray, TableReader
+from scdl_zarr.conversion.sources import RowArray, TableReader, in_any_order
 from scdl_zarr.errors import SourceError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def summarize(table: TableReader, where: str, *, shared_categories: bool = False
     SourceError
         A column holds what no table of a store can.
     """
+    table, order = in_any_order(table)
     walks = {}
     for name in (None, *table.columns):
         walk = _Walk(where, name, shared_categories)
@@ -80,7 +81,7 @@ def summarize(table: TableReader, where: str, *, shared_categories: bool = False
             walk.add(_column(table, name, start, stop))
         walks[name] = walk
     parts = [walk.digest() for walk in walks.values()]
-    described = repr((table.n_rows, table.index_name, table.columns, parts))
+    described = repr((table.n_rows, table.index_name, table.columns, parts)) + order
     return TableSummary(
         n_rows=table.n_rows,
         index_name=table.index_name,
@@ -391,7 +392,9 @@ class ArraySummary:
 
 def summarize_array(array: RowArray) -> ArraySummary:
     """Walk an array in blocks of rows."""
-    digest = hashlib.blake2b(repr((array.dtype.str, array.shape)).encode(), digest_size=16)
+    held_bytes = array.held_bytes
+    array, order = in_any_order(array)
+    digest = hashlib.blake2b((repr((array.dtype.str, array.shape)) + order).encode(), digest_size=16)
     exact = {name for name in FLOATS if array.dtype.kind in "iu"}
     for start, stop in blocks(array.shape[0]):
         values = np.ascontiguousarray(array.rows(start, stop))
@@ -402,7 +405,7 @@ def summarize_array(array: RowArray) -> ArraySummary:
         dtype=array.dtype,
         digest=digest.hexdigest(),
         exact_in=tuple(sorted(exact)),
-        held_bytes=array.held_bytes,
+        held_bytes=held_bytes,
     )
 
 

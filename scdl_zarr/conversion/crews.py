@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from scdl_zarr.conversion.executors import Cluster, Crew, Executor, Processes, Threads, connected, threads_of_workers
 from scdl_zarr.conversion.plan import ConversionOptions, projected_bytes
+from scdl_zarr.conversion.sources.passing import passing_bytes
 from scdl_zarr.conversion.staging import TurnSizes, scratch_bytes
 from scdl_zarr.conversion.survey import Survey
 from scdl_zarr.errors import (
@@ -45,7 +46,7 @@ def hired(survey: Survey, options: ConversionOptions) -> Iterator[Executor]:
         return
     if options.workers is None:
         crew = _crew("threads", 1, options.threads or usable_cores(), survey, options)
-        more = projected_memory(survey, crew.threads + 1) <= parse_bytes(options.memory_budget)
+        more = projected_memory(survey, crew.threads + 1, options) <= parse_bytes(options.memory_budget)
         yield Threads(replace(crew, waiting=int(more)))
         return
     processes = Processes(_crew("processes", options.workers, 1, survey, options))
@@ -60,7 +61,7 @@ def _crew(kind: str, processes: int, threads: int, survey: Survey, options: Conv
     staged = (TurnSizes.of(s.header.nnz).runs for plan in survey.plans.values() for s in plan.sources if scratch_bytes(s.header))
     shards = max(sum(len(plan.cuts) for plan in survey.plans.values()), *staged, survey.cells.n_shards, 1)
     threads = threads_that_fit(min(threads, shards), survey, options)
-    needed = projected_memory(survey, threads)
+    needed = projected_memory(survey, threads, options)
     if needed > parse_bytes(options.memory_budget):
         raise OptionError(
             f"memory_budget={options.memory_budget!r} (--memory-budget) is too small: "
@@ -72,16 +73,23 @@ def _crew(kind: str, processes: int, threads: int, survey: Survey, options: Conv
 def threads_that_fit(threads: int, survey: Survey, options: ConversionOptions) -> int:
     """So many tasks at a time, or as many as the memory budget holds; at least one."""
     budget = parse_bytes(options.memory_budget)
-    while threads > 1 and projected_memory(survey, threads) > budget:
+    while threads > 1 and projected_memory(survey, threads, options) > budget:
         threads -= 1
     return threads
 
 
-def projected_memory(survey: Survey, threads: int) -> int:
-    """Peak bytes of a process that does so many tasks at a time (of this one: it holds the tables, too)."""
+def projected_memory(survey: Survey, threads: int, options: ConversionOptions) -> int:
+    """Peak bytes of a process that does so many tasks at a time (of this one: it holds the tables, too).
+
+    Where rows or an order are chosen, that of a copy of what is surveyed: from it they are read in any order.
+    """
     plans, cells = list(survey.plans.values()), survey.cells
     tables = TABLE_FACTOR * frame_bytes(survey.vocabulary.frame()) + cells.plan_bytes
-    return projected_bytes(plans, threads, tables, survey.longest_row, cells.task_bytes)
+    per_table = cells.scattered_task_bytes if options.chooses else cells.task_bytes
+    stores = [source for plan in plans for source in plan.sources if options.chooses or source.spec.kind in ("store", "view")]
+    stored = sum(source.header.nnz * (source.header.dtype.itemsize + source.header.index_dtype.itemsize) for source in stores)
+    passing = min(passing_bytes(threads), stored)  # what is mapped of them
+    return passing + projected_bytes(plans, threads, tables, survey.longest_row, per_table)
 
 
 def frame_bytes(frame: pd.DataFrame) -> int:

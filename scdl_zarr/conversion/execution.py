@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,13 +259,12 @@ def write_store(
     plan: Mapping[str, Any],
     *,
     replaces: bool,
-    tables: Callable[[Survey], EncodedElements] | None = None,
 ) -> Written:
     """Write what was surveyed, in place of the store that is there if it `replaces` one."""
     record = recorded_plan(plan)
     resume = options.resume and not options.overwrite
     with hired(survey, options) as executor:
-        encoded = (tables or encode_tables)(survey)  # what cannot be stored is refused here, before anything is written
+        encoded = encode_tables(survey)  # what cannot be stored is refused here, before anything is written
         if isinstance(root, RemoteLocation):
             place = RemoteConstruction(
                 root, plan, resume=resume, take_over=options.overwrite, scratch=scratch_parent(options.scratch_dir)

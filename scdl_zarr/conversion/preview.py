@@ -140,7 +140,7 @@ def plan_conversion(sources: Any, target: str | os.PathLike[str], options: Conve
             crew=str(crew),
             size_bytes=projected_size(survey, options),
             scratch_bytes=projected_scratch(survey),
-            memory_bytes=projected_memory(survey, crew.threads + crew.waiting),
+            memory_bytes=projected_memory(survey, crew.threads + crew.waiting, options),
             joined=(*_joined(survey), *_chosen(survey, options)),
             odd=(*_odd(survey), *survey.hints, *(f"skipped: {problem}" for problem in survey.skipped)),
             left_out=tuple(survey.left_out),

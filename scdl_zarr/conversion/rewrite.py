@@ -5,6 +5,7 @@
     rows, genes, order ──► view (sources/order.py, sources/view.py) ──► the ordinary conversion: plan, tasks, marks, commit
           │
           └──► target/.scdl-build/view-.../rows.npy     row numbers, where they are no run and no permutation
+                                           ascending.npy  the same sorted, where they are not
                                            places.npy   where each row of the store went, where an obsp asks for it
                                            counts-*.npy how many values each row keeps, where some are dropped
 
@@ -29,14 +30,13 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from scdl_zarr.conversion.assembly import encode_tables, recorded_plan
 from scdl_zarr.conversion.construction import Construction, committed_plan, explained_errors
 from scdl_zarr.conversion.crews import hired, projected_passing, projected_scratch, projected_size
-from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.execution import (
     ConversionSummary,
     build_store,
@@ -49,7 +49,6 @@ from scdl_zarr.conversion.execution import (
 )
 from scdl_zarr.conversion.files import partial_path, sync_folder
 from scdl_zarr.conversion.gene_lists import described_genes, listed_genes
-from scdl_zarr.conversion.origins import ORIGIN_COLUMNS
 from scdl_zarr.conversion.plan import ConversionOptions, asked_dtype
 from scdl_zarr.conversion.scratch import lasting_folder, scratch_parent
 from scdl_zarr.conversion.sources import SourceSpec, open_source
@@ -79,9 +78,6 @@ from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, locate, read_met
 from scdl_zarr.storage.metadata import StoreMetadata
 from scdl_zarr.storage.remote import RemoteLocation, is_remote
 from scdl_zarr.storage.schema import BUILD_FOLDER, PROFILES
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 __all__ = ["ORDERS", "Selection", "convert_view", "require_known", "select", "write_view"]
 
@@ -122,7 +118,7 @@ def write_view(
                 return same_store(root, plan, survey)
             needed = projected_size(survey, chosen) if isinstance(root, Path) else projected_passing(survey, chosen)
             require_writable(root, taken, chosen, needed)
-            written = write_store(root, survey, view.options, plan, replaces=taken == "store", tables=view.tables)
+            written = write_store(root, survey, view.options, plan, replaces=taken == "store")
         return summarize(root, survey, time.perf_counter() - began, written)
     finally:
         forget_stores()
@@ -166,7 +162,7 @@ def convert_view(
         survey = view.survey()
         survey.skipped = whole.skipped
         survey.hints = whole.hints
-        written = write_store(root, survey, view.options, plan, replaces=taken == "store", tables=view.tables)
+        written = write_store(root, survey, view.options, plan, replaces=taken == "store")
     shutil.rmtree(scratch, ignore_errors=True)  # where it does not lie with what is gone
     summary = summarize(root, survey, time.perf_counter() - began, written)
     return dataclasses.replace(summary, n_sources=len(whole.specs), matrices=tuple(dict.fromkeys(whole.matrix_names)))
@@ -286,8 +282,12 @@ class Selection:
     @property
     def rising(self) -> bool:
         """Whether rows are in the order of the store, each once."""
-        numbers = self.numbers
-        return self.order != "shuffle" and (numbers is None or bool((numbers[1:] > numbers[:-1]).all()))
+        return self.order != "shuffle" and self.rising_numbers
+
+    @property
+    def rising_numbers(self) -> bool:
+        """Whether they are before they are permuted."""
+        return self.numbers is None or bool((self.numbers[1:] > self.numbers[:-1]).all())
 
     @property
     def keeps_sources(self) -> bool:
@@ -511,6 +511,8 @@ class _View:
         numbers = self.selection.numbers
         assert numbers is not None
         files = {"file": self._save("rows", numbers)}
+        if len(numbers) and not self.selection.rising_numbers:
+            files["ascending_file"] = self._save("ascending", np.sort(numbers))
         if self.options.obsp:
             places = np.full(self.selection.n_obs, -1, np.int64)
             places[numbers] = np.arange(len(numbers))
@@ -579,23 +581,3 @@ class _View:
                 dtype = self.base.metadata.matrices[path].data_dtype
                 survey.kept_dtypes[path] = dtype
                 survey.plans[path] = plan.with_dtype(dtype)
-
-    def tables(self, survey: Survey) -> EncodedElements:
-        """The tables of the store, and where each row came from, where the sources do not say it."""
-        elements = encode_tables(survey)
-        known = self.base.blocks.origins()
-        if known is None and self.selection.keeps_sources:
-            return elements
-        origins: pd.DataFrame = self.base.blocks.sources()[ORIGIN_COLUMNS] if known is None else known
-        elements.add_frame("uns/scdl/origins", origins)
-        elements.add_array("uns/scdl/origin_rows", self._origin_rows())
-        return elements
-
-    def _origin_rows(self) -> Int64Array:
-        n_obs = self.selection.n_obs
-        numbers = np.arange(n_obs, dtype=np.int64) if self.selection.numbers is None else self.selection.numbers
-        permutation = self.selection.permutation
-        if permutation is not None:
-            numbers = numbers[permutation.rows(0, permutation.n)]
-        origins = self.base.blocks.origin_rows(numbers)
-        return numbers if origins is None else origins

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from scdl_zarr.conversion.columns import ArraySummary, TableSummary, summarize, summarize_array
 from scdl_zarr.conversion.id_maps import IdMap
+from scdl_zarr.conversion.origins import planned_origins
 from scdl_zarr.conversion.plan import ConversionOptions, MatrixPlan, SourceMatrix, asked_dtype, border_elements, cut_shards
 from scdl_zarr.conversion.plan_records import first_names
 from scdl_zarr.conversion.problems import Problem, Problems
@@ -207,6 +208,7 @@ class _Findings:
             layout = _layout(path, [source.header for source in placed], sizes[path], n_vars, options, width, dtype)
             cuts = cut_shards(placed, self.borders[path], sizes[path], options.shard)
             plans[path] = MatrixPlan(layout=layout, sources=placed, cuts=cuts)
+        lengths = [source.header.n_obs for source in self.matrices["X"]]
         row_maps = [
             IdMap(length=source.header.n_obs, rising=True, first=source.row_start)
             for source in (self.matrices["X"] if options.obsp else ())
@@ -218,7 +220,7 @@ class _Findings:
             plans=plans,
             vocabulary=self.vocabulary,
             tables=self.tables,
-            cells=TablePlan(specs=self.specs, tables=self.obs, arrays=self.obsm),
+            cells=TablePlan(specs=self.specs, tables=self.obs, arrays=self.obsm, origins=planned_origins(self.specs, lengths)),
             left_out=name_left_out(self.left_out, [spec.name for spec in self.specs]),
             hints=_hints(self.vocabulary, self.tables, self.specs),
             width=width,

@@ -1,4 +1,5 @@
-"""obs and obsm of a store: planned from what is known of the sources' tables, written by tasks, a chunk of rows at a time.
+"""What has a row for each cell beside the matrices: obs, obsm and where each row was first.  Planned from what is known of the
+sources' tables, written by tasks, a chunk of rows at a time.
 
 ::
 
@@ -33,6 +34,7 @@ from scdl_zarr.conversion.files import replace_file
 from scdl_zarr.conversion.problems import blaming
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.sources import RowArray, Source, SourceSpec, TableReader, open_source
+from scdl_zarr.conversion.sources.view_rows import array_window_bytes, column_window_bytes
 from scdl_zarr.conversion.stopping import refuse_if_stopped
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.errors import StoreAccessError
@@ -42,8 +44,9 @@ from scdl_zarr.storage.schema import BUILD_FOLDER
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TABLES_FOLDER", "TablePart", "TablePlan", "TableTask", "write_table_shard"]
+__all__ = ["RowOrigins", "TABLES_FOLDER", "TablePart", "TablePlan", "TableTask", "write_table_shard"]
 
+ORIGIN_ROWS = "uns/scdl/origin_rows"
 TABLES_FOLDER = "tables"  # in the build folder
 KEPT_OPEN = 32  # sources of a task
 KEPT_BYTES = 1 << 26  # of tables that had to be read whole, and of blocks of remote files
@@ -91,6 +94,15 @@ class TableTask:
         return self.stop - self.start == elements.SHARD_ROWS
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowOrigins:
+    """Where the rows of each source were first: among the rows of all origins, from row ``first`` on, those that the source has
+    recorded, or else its own, one after the other."""
+
+    firsts: tuple[int, ...]
+    recorded: tuple[bool, ...]
+
+
 def write_table_shard(task: TableTask) -> ShardResult:
     """Write the task's rows of all columns.
 
@@ -111,6 +123,8 @@ def write_table_shard(task: TableTask) -> ShardResult:
         for name, (_, dtype) in joined.arrays.items():
             path = f"obsm/{name}"
             nbytes += _write_arrays(task, functools.partial(_array_rows, path, dtype, sources))
+        if joined.origins is not None:
+            nbytes += _write_arrays(task, functools.partial(_origin_rows, joined.origins, sources))
     return ShardResult(name=task.name, dtype=task.dtype, stats=ValueStats(), bytes_in=nbytes)
 
 
@@ -125,6 +139,12 @@ def _column_arrays(
 
 def _array_rows(path: str, dtype: np.dtype[Any], sources: _OpenedSources, part: TablePart) -> Mapping[str, npt.NDArray[Any]]:
     return {path: sources.array(part, path).astype(dtype, copy=False)}
+
+
+def _origin_rows(origins: RowOrigins, sources: _OpenedSources, part: TablePart) -> Mapping[str, npt.NDArray[Any]]:
+    known = origins.recorded[part.source]
+    rows = sources.origin_rows(part) if known else np.arange(part.row_start, part.row_stop, dtype=np.int64)
+    return {ORIGIN_ROWS: rows + origins.firsts[part.source]}
 
 
 def _write_arrays(task: TableTask, read: Any) -> int:
@@ -198,6 +218,10 @@ class _OpenedSources:
         with blaming(part.spec):
             return self._take(part.source).array(path).rows(part.row_start, part.row_stop)
 
+    def origin_rows(self, part: TablePart) -> npt.NDArray[np.int64]:
+        with blaming(part.spec):
+            return self._take(part.source).origin_rows(part.row_start, part.row_stop)
+
     def _take(self, source: int) -> _OpenedSource:
         opened = self._opened.pop(source, None) or _OpenedSource(self._specs[source])
         self._opened[source] = opened
@@ -226,6 +250,10 @@ class _OpenedSource:
             self._arrays[path] = self._source.row_array(path)
         return self._arrays[path]
 
+    def origin_rows(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        found: npt.NDArray[np.int64] = getattr(self._source, "origin_rows")(start, stop)  # noqa: B009 (only stores have some)
+        return found
+
     @property
     def held_bytes(self) -> int:
         table = self.__dict__.get("table")
@@ -244,14 +272,16 @@ class _Joined:
         columns: dict[str | None, ColumnJoin],  # the index under None
         paths: dict[str | None, str | None],  # None: an index that is stored as one of the columns
         arrays: dict[str, tuple[tuple[int, ...], np.dtype[Any]]],  # of obsm: shape of a row, and dtype
+        origins: RowOrigins | None,
     ) -> None:
-        self.columns, self.paths, self.arrays = columns, paths, arrays
+        self.columns, self.paths, self.arrays, self.origins = columns, paths, arrays, origins
 
     def document(self) -> str:
         return json.dumps(
             {
                 "columns": [[name, self.paths[name], join.parts, join.of_source] for name, join in self.columns.items()],
                 "arrays": [[name, list(shape), dtype.str] for name, (shape, dtype) in self.arrays.items()],
+                "origins": None if self.origins is None else [self.origins.firsts, self.origins.recorded],
             }
         )
 
@@ -261,7 +291,10 @@ class _Joined:
         columns, paths = {}, {}
         for name, path, parts, of_source in found["columns"]:
             columns[name], paths[name] = ColumnJoin(parts, of_source, is_index=name is None), path
-        return cls(columns, paths, {name: (tuple(shape), np.dtype(dtype)) for name, shape, dtype in found["arrays"]})
+        arrays = {name: (tuple(shape), np.dtype(dtype)) for name, shape, dtype in found["arrays"]}
+        firsts, recorded = found["origins"] or ((), ())
+        origins = RowOrigins(firsts=tuple(firsts), recorded=tuple(recorded)) if found["origins"] else None
+        return cls(columns, paths, arrays, origins)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +304,7 @@ class TablePlan:
     specs: list[SourceSpec]
     tables: list[TableSummary]
     arrays: dict[str, list[ArraySummary]]
+    origins: RowOrigins | None = None
 
     @property
     def n_rows(self) -> int:
@@ -309,7 +343,7 @@ class TablePlan:
         for name, found in self.arrays.items():
             dtype = np.result_type(*(array.dtype for array in found)).newbyteorder("=")
             arrays[name] = found[0].shape[1:], dtype
-        return _Joined(columns, paths, arrays)
+        return _Joined(columns, paths, arrays, self.origins)
 
     def _frame_group(self, columns: dict[str | None, ColumnJoin]) -> tuple[dict[str, Any], str | None]:
         group, index = frame_group("obs", self.names, self.index_name, same=True)
@@ -343,6 +377,8 @@ class TablePlan:
                 encoded.add_column(path, join.joined.array, n_rows=self.n_rows)
         for name, (shape, dtype) in joined.arrays.items():
             encoded.add_array(f"obsm/{name}", np.empty((0, *shape), dtype), n_rows=self.n_rows)
+        if self.origins is not None:
+            encoded.add_array(ORIGIN_ROWS, np.empty(0, np.int64), n_rows=self.n_rows)
 
     def save(self, root: Path) -> None:
         """Write what the tasks will read."""
@@ -376,7 +412,8 @@ class TablePlan:
             if path is not None:
                 paths.update(dict.fromkeys(encode_column(path, join.joined.array).arrays, 1))
         sized = {name: shape for name, (shape, _) in joined.arrays.items() if all(shape)}
-        return paths | {f"obsm/{name}": 1 + len(shape) for name, shape in sized.items()}
+        paths |= {f"obsm/{name}": 1 + len(shape) for name, shape in sized.items()}
+        return paths if self.origins is None else paths | {ORIGIN_ROWS: 1}
 
     @property
     def categories(self) -> dict[str, pd.Index]:
@@ -410,8 +447,17 @@ class TablePlan:
         held = [table.held_bytes for table in self.tables]
         held += [array.held_bytes for found in self.arrays.values() for array in found]
         held += [2 * CACHE_BYTES for spec in self.specs if spec.remote is not None]  # blocks, and a request on its way into them
-        whole = min(KEPT_BYTES, sum(held)) + max(held, default=0)
+        most = max(held, default=0)
+        whole = most + min(KEPT_BYTES, sum(held) - most)
         return chunk + CATEGORY_COPIES * len(self.document) + whole
+
+    @property
+    def scattered_task_bytes(self) -> int:
+        """What a task holds at most of the same rows in any order: a window of a column comes to it."""
+        blocks = [(table.block_bytes, min(table.n_rows, elements.CHUNK_ROWS)) for table in self.tables]
+        column = max((nbytes // max(n_rows, 1) for nbytes, n_rows in blocks), default=0)
+        arrays = max((array_window_bytes(shape, dtype, self.n_rows) for shape, dtype in self._joined.arrays.values()), default=0)
+        return self.task_bytes + max(column_window_bytes(column, self.n_rows), arrays)
 
     @property
     def plan_bytes(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -242,16 +242,10 @@ class MappedColumns:
         finally:
             self._idle.append(bench)
 
-    def drop_pages(self, plans: Sequence[RowPlan]) -> None:
-        """Give back the memory of the mapped pages that were read for these plans, and of all row pointers."""
-        maps = self._maps
-        for part in (DATA, INDICES):
-            shard = _arrays(self._layout)[part].shard
-            numbers: set[int] = set()
-            for plan in plans:
-                numbers.update(touched_pieces(plan.starts, plan.lengths, shard).tolist())
-            maps.tables[part].drop_pages(numbers)
-        maps.tables[INDPTR].drop_pages()
+    def drop_pages(self) -> None:
+        """Give back the memory of the mapped pages that were read; who reads on gets them again."""
+        for table in self._maps.tables:
+            table.drop_pages()
 
     def counters(self) -> dict[str, int]:
         """Chunks decoded and chunks found in the cache, by the threads that are idle now."""

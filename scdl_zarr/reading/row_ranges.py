@@ -1,12 +1,14 @@
 """Elements of a store read by ranges of rows, for whoever walks a table that memory does not hold.
 
 A column is opened once (:class:`ElementRows`): what belongs to all of its rows, such as the categories, is decoded then and
-shared by every range.  Where an array is stored in pieces longer than the ranges, the last piece stays decoded, because the next
-range starts in it (:class:`KeptPiece`).
+shared by every range.  Rows come as values, or as the parts that are stored (codes; values and a mask), which take less memory
+for whoever collects rows from many places.  Where an array is stored in pieces longer than the ranges, the last piece stays
+decoded, because the next range starts in it (:class:`KeptPiece`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["ElementRows", "KeptPiece", "RANGE_ROWS"]
 
 RANGE_ROWS = 1 << 16  # what is asked for at a time: pieces up to this length are not worth keeping
+_Read = Callable[[int, int], npt.NDArray[Any]]
+
 NULLABLE = ("nullable-integer", "nullable-boolean", "nullable-string-array")
 
 
@@ -92,7 +96,7 @@ class ElementRows:
             refuse_pickles(location, {array.path: array.metadata.to_dict() for array in arrays})
             for array in arrays if whole else ():
                 require_objects(location, array)
-            self._rows = self._reader(element, nodes)
+            self._parts, self._values = self._open(element, nodes)
         location.require_same()
 
     @property
@@ -104,32 +108,44 @@ class ElementRows:
         """Rows [start, stop), as NumPy or pandas values in the dtype that the whole element has."""
         try:
             with self._explained():
-                return self._rows(start, stop)
+                return self._values(*(part(start, stop) for part in self._parts))
         finally:
             self._location.require_same()
 
-    def _reader(self, element: Any, nodes: Mapping[str, Mapping[str, Any]]) -> Callable[[int, int], Any]:
+    def parts(self, start: int, stop: int) -> tuple[npt.NDArray[Any], ...]:
+        """Rows [start, stop) of the arrays that the element is stored in (where it was read whole: row numbers)."""
+        try:
+            with self._explained():
+                return tuple(np.asarray(part(start, stop)) for part in self._parts)
+        finally:
+            self._location.require_same()
+
+    def values(self, parts: tuple[npt.NDArray[Any], ...]) -> Any:
+        """What :meth:`rows` gives for rows with these parts, which may be any rows in any order."""
+        with self._explained():
+            return self._values(*parts)
+
+    def _open(self, element: Any, nodes: Mapping[str, Mapping[str, Any]]) -> tuple[list[_Read], Callable[..., Any]]:
+        """What reads each part, and what makes values of them."""
         import pandas as pd
 
         kind = element.attrs.get("encoding-type", "array")
         if "categories" in element.attrs and hasattr(element, "chunks"):
             labels, ordered = decode_old_categories(self._location, nodes, element, self._path)
-            dtype, codes = pd.CategoricalDtype(labels, ordered=ordered), _pieces(element)
-            return lambda start, stop: pd.Categorical.from_codes(codes(start, stop), dtype=dtype)
+            return [_pieces(element)], functools.partial(
+                pd.Categorical.from_codes, dtype=pd.CategoricalDtype(labels, ordered=ordered)
+            )
         if kind == "array" and hasattr(element, "chunks"):
-            return _pieces(element)
+            return [_pieces(element)], np.asarray
         if kind == "string-array":
-            texts = _pieces(element)
-            return lambda start, stop: text_values(texts(start, stop))
+            return [_pieces(element)], text_values
         if kind == "categorical":
             dtype = pd.CategoricalDtype(decode_element(element["categories"]), ordered=bool(element.attrs.get("ordered", False)))
-            codes = _pieces(element["codes"])
-            return lambda start, stop: pd.Categorical.from_codes(codes(start, stop), dtype=dtype)
+            return [_pieces(element["codes"])], functools.partial(pd.Categorical.from_codes, dtype=dtype)
         if kind in NULLABLE:
-            values, mask = _pieces(element["values"]), _pieces(element["mask"])
-            return lambda start, stop: nullable_values(kind, values(start, stop), mask(start, stop))
+            return [_pieces(element["values"]), _pieces(element["mask"])], functools.partial(nullable_values, kind)
         whole = self._kept = decode_element(element)
-        return lambda start, stop: whole[start:stop]
+        return [np.arange], lambda rows: whole[rows]
 
     def _explained(self) -> _Explained:
         return _Explained(f"{self._location}: {self._path} cannot be read")
@@ -149,6 +165,6 @@ class _Explained:
             raise CorruptStoreError(f"{self._what}: {error}") from error
 
 
-def _pieces(array: Any) -> Callable[[int, int], npt.NDArray[Any]]:
+def _pieces(array: Any) -> _Read:
     read = KeptPiece(lambda start, stop: np.asarray(array[start:stop]), array.shape[0], array.chunks[0])
     return read.rows

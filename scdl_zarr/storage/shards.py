@@ -12,7 +12,6 @@ time they are used, so that nothing from the file becomes an address unseen.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 
 import google_crc32c
 import numpy as np
@@ -135,12 +134,10 @@ class ShardTable:
             if shard is not None:
                 shard.check_size()
 
-    def drop_pages(self, numbers: Iterable[int] | None = None) -> None:
-        """Give back the memory of what was read of these shards, or of all; they stay mapped."""
-        for number in list(self._mapped) if numbers is None else numbers:
-            shard = self._mapped.get(number)
-            if shard is not None:
-                shard.drop_pages()
+    def drop_pages(self) -> None:
+        """Give back the memory of what was read; all shards stay mapped."""
+        for shard in list(self._mapped.values()):
+            shard.drop_pages()
 
     def trimmed(self, largest: int) -> ShardTable:
         """A table with the `largest` shards that were used last."""

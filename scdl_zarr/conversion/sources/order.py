@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +36,8 @@ class RowOrder:
         A run of rows of the store; with `file`, of entries of it.
     file
         An ``.npy`` file of int64 row numbers.
+    ascending_file
+        The same numbers sorted, where those of `file` are not; the run is then of all of them.
     places
         An ``.npy`` file of int64: for each row of the store, at which entry of `file` it is, or -1.  Only what must know where
         rows went (an obsp) needs it.
@@ -46,11 +48,13 @@ class RowOrder:
     start: int
     stop: int
     file: str | None = None
+    ascending_file: str | None = None
     places: str | None = None
     permutation: KeyedPermutation | None = None
 
     def __post_init__(self) -> None:
         assert 0 <= self.start <= self.stop and (self.permutation is None or self.permutation.n == self.stop - self.start)
+        assert self.ascending_file is None or self.start == 0
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -66,6 +70,20 @@ class RowOrder:
             return _checked(entries, n_obs, "the view")
         numbers = open_numbers(self.file)
         return _checked(numbers[_checked(entries, len(numbers), self.file)], n_obs, self.file)
+
+    @property
+    def scatters(self) -> bool:
+        """Whether rows that follow one another may lie anywhere in the store."""
+        return self.permutation is not None or self.ascending_file is not None
+
+    @property
+    def told(self) -> str:
+        """What tells the order from that of :meth:`ascending`, but for the numbers in a file."""
+        return repr((self.start, self.stop, self.permutation)) if self.scatters else ""
+
+    def ascending(self) -> RowOrder:
+        """The same rows in the order of the store."""
+        return replace(self, file=self.ascending_file or self.file, ascending_file=None, places=None, permutation=None)
 
     def positions(self, rows: npt.NDArray[np.integer]) -> Int64Array:
         """Where rows of the store are in the view; -1 for those that are not."""

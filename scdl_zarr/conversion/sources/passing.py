@@ -6,47 +6,88 @@ store would look as large as the store, and be the first to be ended where a clu
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
+import functools
+import os
+import weakref
 from typing import Any
 
 import numpy.typing as npt
 
 from scdl_zarr.reading.csr import Columns
-from scdl_zarr.reading.plan import Int64Array, RowPlan
+from scdl_zarr.reading.plan import Int64Array, RowPlan, plan_rows
 
-__all__ = ["Passing", "passing"]
+__all__ = ["passing", "passing_bytes"]
 
-KEPT_VALUES = 1 << 18  # read before pages are given back: random rows touch up to 100 bytes of pages a value
+PAGES_BYTES = 1 << 25  # of mapped files in memory, beside what was there before
+AROUND_BYTES = 1 << 16  # a page that is read comes with those around it, where the system has them in memory
+BATCH_ROWS = 1 << 6  # between two looks at how much there is
 
 
 def passing(columns: Columns) -> Columns:
     """The same columns; mapped ones give back the pages that were read."""
-    return Passing(columns) if hasattr(columns, "drop_pages") else columns
+    return _Passing(columns) if hasattr(columns, "drop_pages") else columns
 
 
-class Passing:
-    """Mapped columns for several threads: what any of them has read is given back by whoever is first past the limit."""
+def passing_bytes(threads: int) -> int:
+    """What the pages take at most in a process in which so many threads read."""
+    return PAGES_BYTES + threads * 2 * AROUND_BYTES * BATCH_ROWS
+
+
+class _Passing:
+    """Mapped columns for several threads."""
 
     row = pair = None
 
     def __init__(self, columns: Any) -> None:
         self._columns = columns
-        self._read: deque[RowPlan] = deque()  # append and popleft are atomic
-        self._values = 0
+        self._pages = _pages()
+        self._pages.watch(columns)
 
     def bounds(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         found: tuple[Int64Array, Int64Array] = self._columns.bounds(rows)
         return found
 
     def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any]) -> None:
-        self._columns.gather(plan, data, indices)
-        self._read.append(plan)
-        self._values += plan.total
-        if self._values < KEPT_VALUES:
-            return
-        self._values, plans = 0, []
-        with contextlib.suppress(IndexError):  # none is left
-            while True:
-                plans.append(self._read.popleft())
-        self._columns.drop_pages(plans)
+        for first in range(0, len(plan.starts), BATCH_ROWS):
+            part = plan_rows(plan.starts[first : first + BATCH_ROWS], plan.lengths[first : first + BATCH_ROWS])
+            low = int(plan.indptr[first])
+            self._columns.gather(part, data[low : low + part.total], indices[low : low + part.total])
+            self._pages.note(len(part.starts))
+
+
+class _Pages:
+    """The mapped pages of a process: whoever notices that there are too many gives back those of all columns that pass."""
+
+    def __init__(self) -> None:
+        self._columns: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._before = self._resident() or 0
+        self._rows = 0
+
+    def watch(self, columns: Any) -> None:
+        self._columns.add(columns)
+
+    def note(self, rows: int) -> None:
+        """So many rows were read."""
+        self._rows += rows
+        resident = self._resident()
+        found = 2 * AROUND_BYTES * self._rows if resident is None else resident - self._before
+        if found > PAGES_BYTES:
+            self._rows = 0
+            for columns in list(self._columns):
+                columns.drop_pages()
+            now = self._resident() or 0  # with what other threads have read by now, or libraries that came
+            self._before = max(min(self._before, now), now - PAGES_BYTES // 2)
+
+    @staticmethod
+    def _resident() -> int | None:
+        """Bytes of files that are mapped and in memory; None where the system does not say."""
+        try:
+            with open("/proc/self/statm", "rb", buffering=0) as file:
+                return int(file.read(256).split()[2]) * os.sysconf("SC_PAGESIZE")
+        except (OSError, ValueError, IndexError):
+            return None
+
+
+@functools.cache
+def _pages() -> _Pages:
+    return _Pages()

@@ -132,12 +132,11 @@ class OpenedStore:
         stop = int(lengths[: part + 1].sum())
         return range(stop - int(lengths[part]), stop)
 
-    def origins(self) -> tuple[pd.DataFrame, Int64Array] | None:
-        """What ``blocks.origins()`` and ``blocks.origin_rows()`` say."""
+    def origins(self) -> pd.DataFrame | None:
+        """What ``blocks.origins()`` says."""
         if "origins" not in self.kept:
-            table, rows = self.blocks.origins(), self.blocks.origin_rows()
-            self.kept["origins"] = None if table is None or rows is None else (table, rows)
-        found: tuple[pd.DataFrame, Int64Array] | None = self.kept["origins"]
+            self.kept["origins"] = self.blocks.origins()
+        found: pd.DataFrame | None = self.kept["origins"]
         return found
 
 
@@ -260,6 +259,12 @@ class StoreSource:
             return values
 
         return LazyArray(rows, (len(self._rows), *width), dtype)
+
+    def origin_rows(self, start: int, stop: int) -> Int64Array:
+        """Which rows of the origins that the store records the rows [start, stop) were."""
+        found = self._store.blocks.origin_rows(slice(self._rows.start + start, self._rows.start + stop))
+        assert found is not None, "asked for where there are some"
+        return found
 
     def provenance(self) -> Provenance:
         row = self._store.sources.iloc[self.spec.part]

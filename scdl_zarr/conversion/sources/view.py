@@ -24,8 +24,9 @@ import numpy.typing as npt
 from scdl_zarr.conversion.kernels import drop_unmapped, map_rows, sort_rows
 from scdl_zarr.conversion.sources import MatrixHeader, Provenance, RowArray, SourceSpec
 from scdl_zarr.conversion.sources.order import RowOrder, View, open_numbers
-from scdl_zarr.conversion.sources.row_readers import LazyArray, WholeArray, row_array_of
+from scdl_zarr.conversion.sources.row_readers import WholeArray, row_array_of
 from scdl_zarr.conversion.sources.store import OpenedStore, StoreSource
+from scdl_zarr.conversion.sources.view_rows import ViewArray, ViewTable
 from scdl_zarr.errors import CorruptStoreError, FeatureNameError, SourceError
 from scdl_zarr.reading.plan import Int64Array, plan_rows
 from scdl_zarr.reading.row_arrays import LazyArrays
@@ -34,16 +35,11 @@ from scdl_zarr.storage.schema import MatrixLayout
 if TYPE_CHECKING:
     import pandas as pd
 
-    from scdl_zarr.reading.row_ranges import ElementRows
-    from scdl_zarr.reading.tables import LazyTable
 
-__all__ = ["ViewMatrix", "ViewSource", "ViewTable", "gene_numbers"]
+__all__ = ["ViewMatrix", "ViewSource", "gene_numbers"]
 
 BLOCK_ROWS = 1 << 16
 BATCH_VALUES = 1 << 19  # read at once where some of them are dropped
-WINDOW_ROWS = 1 << 20  # of a column of obs
-WINDOW_BYTES = 1 << 26  # of an array of obsm
-CHUNK_ROWS = 1 << 16  # of tables that we write
 KEPT_BLOCKS = 2  # of row pointers: a piece of a task may lie in two
 
 
@@ -161,11 +157,24 @@ class ViewSource(StoreSource):
         found = row_array_of(self._store.metadata.nodes.get(path))
         if found is None:
             return WholeArray(self.spec.path, path, self.element(path))
-        (_, *width), dtype = found
-        arrays, order, n_stored, name = self._arrays(path), self._view.order, self._n_stored, path.partition("/")[2]
-        height = max(WINDOW_BYTES // max(int(np.prod(width)) * dtype.itemsize, 1), 1)
-        windows = _Windows(lambda start, stop: arrays.read(name, order.rows(start, stop, n_stored)), len(order), height)
-        return LazyArray(windows.rows, (len(order), *width), dtype)
+        read = functools.partial(self._arrays(path).read, path.partition("/")[2])
+        return ViewArray(read, self._view.order, *found)
+
+    def origin_rows(self, start: int, stop: int) -> Int64Array:
+        """Which rows of the origins the rows [start, stop) were: of those that the store records, or of all its rows."""
+        if self._store.origins() is None:
+            return self._view.order.rows(start, stop, self._n_stored)
+        found: Int64Array = self._recorded_origins.rows(start, stop)
+        return found
+
+    @functools.cached_property
+    def _recorded_origins(self) -> ViewArray:
+        def read(rows: Int64Array) -> Int64Array:
+            found = self._store.blocks.origin_rows(rows)
+            assert found is not None
+            return found
+
+        return ViewArray(read, self._view.order, (self._n_stored,), np.dtype(np.int64))
 
     def _arrays(self, path: str) -> LazyArrays:
         group = path.partition("/")[0]
@@ -191,85 +200,6 @@ def _take_genes(var: pd.DataFrame, numbers: Int64Array, names: tuple[str, ...]) 
         return var.iloc[numbers].set_axis(index)
     plain = {str(name): nullable(var[name].reset_index(drop=True)).array.take(numbers, allow_fill=True) for name in var.columns}
     return pd.DataFrame(plain, index=index)
-
-
-# ---- tables
-
-
-class _Windows:
-    """Rows of a view by ranges.  Rows that follow one another in it lie anywhere in the store, and whatever holds one is decoded
-    whole, so many are taken at once and kept for the ranges that follow."""
-
-    def __init__(self, read: Callable[[int, int], Any], n_rows: int, height: int) -> None:
-        self._read, self._n_rows, self._height = read, n_rows, height
-        self._held: tuple[int, Any] | None = None
-
-    def rows(self, start: int, stop: int) -> Any:
-        """Rows [start, stop), which the caller may not change."""
-        import pandas as pd
-
-        if start == stop:
-            return self._window(min(start, max(self._n_rows - 1, 0)) // self._height)[:0]
-        parts = []
-        for number in range(start // self._height, -(-stop // self._height)):
-            first = number * self._height
-            parts.append(self._window(number)[max(start - first, 0) : stop - first])
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else pd.concat(parts, ignore_index=True)
-
-    def _window(self, number: int) -> Any:
-        if self._held is None or self._held[0] != number:
-            self._held = None  # one at a time
-            first = number * self._height
-            self._held = number, self._read(first, min(first + self._height, self._n_rows))
-        return self._held[1]
-
-
-class ViewTable:
-    """The cells' table of a view, a window of one column at a time.  See ``sources.TableReader``."""
-
-    def __init__(self, table: LazyTable, order: RowOrder) -> None:
-        self._table, self._order = table, order
-        self.columns, self.index_name, self.n_rows = table.columns, table.index_name, len(order)
-        self.held_bytes = 0
-        self._opened: tuple[str | None, _Windows] | None = None
-
-    def column(self, name: str, start: int, stop: int) -> pd.Series[Any]:
-        found: pd.Series[Any] = self._windows(name).rows(start, stop).reset_index(drop=True)
-        return found
-
-    def names(self, start: int, stop: int) -> pd.Index:
-        import pandas as pd
-
-        return pd.Index(self._windows(None).rows(start, stop).array, name=self.index_name)
-
-    def _windows(self, name: str | None) -> _Windows:
-        if self._opened is None or self._opened[0] != name:
-            self._opened = None
-            opened = self._table.open_column(name)
-            self._opened = name, _Windows(functools.partial(self._gathered, opened), self.n_rows, WINDOW_ROWS)
-        return self._opened[1]
-
-    def _gathered(self, opened: ElementRows, start: int, stop: int) -> pd.Series[Any]:
-        """The values at positions [start, stop): each chunk of the store that has one is read once."""
-        import pandas as pd
-
-        if start == stop:  # a row where there is one: of none at all, pandas would infer another dtype
-            return pd.Series(opened.rows(0, min(1, len(self._table))))[:0]
-        rows = self._order.rows(start, stop, len(self._table))
-        order = np.argsort(rows, kind="stable")
-        _, firsts = np.unique(rows[order] // CHUNK_ROWS, return_index=True)
-        parts = []
-        for places in np.split(order, firsts[1:]):
-            low, high = int(rows[places[0]]), int(rows[places[-1]]) + 1
-            parts.append(pd.Series(opened.rows(low, high)).iloc[rows[places] - low])
-        found = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0].reset_index(drop=True)
-        back = np.empty(len(order), np.int64)
-        back[order] = np.arange(len(order))
-        window = found.iloc[back].reset_index(drop=True)
-        self.held_bytes = max(self.held_bytes, int(window.memory_usage(deep=True)))
-        return window
 
 
 # ---- matrices
