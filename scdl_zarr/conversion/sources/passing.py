@@ -18,7 +18,7 @@ from scdl_zarr.reading.plan import Int64Array, RowPlan, plan_rows
 
 __all__ = ["passing", "passing_bytes"]
 
-PAGES_BYTES = 1 << 25  # of mapped files in memory, beside what was there before
+PAGES_BYTES = 3 << 24  # of mapped files in memory, beside what was there before
 AROUND_BYTES = 1 << 16  # a page that is read comes with those around it, where the system has them in memory
 BATCH_ROWS = 1 << 6  # between two looks at how much there is
 
