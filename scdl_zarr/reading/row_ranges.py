@@ -87,8 +87,9 @@ class ElementRows:
     """
 
     def __init__(self, location: StoreLocation, path: str, nodes: Mapping[str, Mapping[str, Any]], *, whole: bool = True) -> None:
-        self._location, self._path = location, path
+        self.location, self.path, self.node = location, path, nodes.get(path, {})
         self._kept: Any = None
+        self.is_text = False  # texts and nothing else, such as a mask
         with self._explained():
             with FIRST_USE:
                 element = open_part(location, path, nodes)[path]
@@ -110,7 +111,7 @@ class ElementRows:
             with self._explained():
                 return self._values(*(part(start, stop) for part in self._parts))
         finally:
-            self._location.require_same()
+            self.location.require_same()
 
     def parts(self, start: int, stop: int) -> tuple[npt.NDArray[Any], ...]:
         """Rows [start, stop) of the arrays that the element is stored in (where it was read whole: row numbers)."""
@@ -118,7 +119,7 @@ class ElementRows:
             with self._explained():
                 return tuple(np.asarray(part(start, stop)) for part in self._parts)
         finally:
-            self._location.require_same()
+            self.location.require_same()
 
     def values(self, parts: tuple[npt.NDArray[Any], ...]) -> Any:
         """What :meth:`rows` gives for rows with these parts, which may be any rows in any order."""
@@ -131,13 +132,14 @@ class ElementRows:
 
         kind = element.attrs.get("encoding-type", "array")
         if "categories" in element.attrs and hasattr(element, "chunks"):
-            labels, ordered = decode_old_categories(self._location, nodes, element, self._path)
+            labels, ordered = decode_old_categories(self.location, nodes, element, self.path)
             return [_pieces(element)], functools.partial(
                 pd.Categorical.from_codes, dtype=pd.CategoricalDtype(labels, ordered=ordered)
             )
         if kind == "array" and hasattr(element, "chunks"):
             return [_pieces(element)], np.asarray
         if kind == "string-array":
+            self.is_text = True
             return [_pieces(element)], text_values
         if kind == "categorical":
             dtype = pd.CategoricalDtype(decode_element(element["categories"]), ordered=bool(element.attrs.get("ordered", False)))
@@ -148,7 +150,7 @@ class ElementRows:
         return [np.arange], lambda rows: whole[rows]
 
     def _explained(self) -> _Explained:
-        return _Explained(f"{self._location}: {self._path} cannot be read")
+        return _Explained(f"{self.location}: {self.path} cannot be read")
 
 
 class _Explained:

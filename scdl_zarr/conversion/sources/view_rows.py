@@ -18,12 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.sources.order import RowOrder
+from scdl_zarr.errors import CorruptStoreError
 from scdl_zarr.reading.plan import Int64Array
 from scdl_zarr.reading.tables import LazyTable
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from scdl_zarr.conversion.sources.text_chunks import TextChunks
     from scdl_zarr.reading.row_ranges import ElementRows
 
 __all__ = ["GatheredTexts", "ViewArray", "ViewTable", "array_window_bytes", "column_window_bytes"]
@@ -72,16 +74,32 @@ class GatheredTexts:
         joined = "".join(listed)
         encoded = joined.encode()
         parts = listed if len(encoded) == len(joined) else [text.encode() for text in listed]
-        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
-        stops = np.cumsum(lengths) + len(self._pool)
-        self._starts[places], self._lengths[places] = stops - lengths, lengths
+        self._note(places, np.fromiter(map(len, parts), np.int64, len(parts)))
         self._pool += encoded
+
+    def take(
+        self, places: Int64Array, content: npt.NDArray[np.uint8], starts: Int64Array, lengths: npt.NDArray[np.int32]
+    ) -> None:
+        """Texts that lie in `content`, encoded, for these places."""
+        from scdl_zarr.conversion.sources.text_chunks import copy_texts
+
+        first, total = len(self._pool), self._note(places, lengths)
+        self._pool += bytes(total)
+        copy_texts(content, starts, lengths, np.frombuffer(self._pool, np.uint8)[first:])
+
+    def _note(self, places: Int64Array, lengths: npt.NDArray[np.integer]) -> int:
+        stops = np.cumsum(lengths, dtype=np.int64)
+        self._starts[places], self._lengths[places] = len(self._pool) + stops - lengths, lengths
+        return int(stops[-1]) if len(stops) else 0
 
     def __getitem__(self, rows: slice) -> npt.NDArray[np.object_]:
         starts, lengths = self._starts[rows], self._lengths[rows]
         found = np.empty(len(starts), object)
         pool = self._pool
-        found[:] = [pool[a:b].decode() for a, b in zip(starts.tolist(), (starts + lengths).tolist(), strict=True)]
+        try:
+            found[:] = [pool[a:b].decode() for a, b in zip(starts.tolist(), (starts + lengths).tolist(), strict=True)]
+        except UnicodeDecodeError as error:
+            raise CorruptStoreError(f"a text of the store is no UTF-8: {error}") from error
         return found
 
 
@@ -103,6 +121,16 @@ class _Window:
                 own.put(places, part)
             else:
                 own[places] = part
+
+    def put_texts(self, chunks: TextChunks, rows: Int64Array) -> None:
+        """All of them, of a column that is texts and nothing else."""
+        gathered = GatheredTexts(self._n)
+        for places in by_chunk(rows, chunks.chunk_rows):
+            number = int(rows[places[0]]) // chunks.chunk_rows
+            content, starts, lengths = chunks.read(number)
+            wanted = rows[places] - number * chunks.chunk_rows
+            gathered.take(places, content, starts[wanted], lengths[wanted])
+        self._parts = [gathered]
 
     def rows(self, start: int, stop: int) -> tuple[npt.NDArray[Any], ...]:
         return tuple(part[start:stop] for part in self._parts)
@@ -168,11 +196,16 @@ class ViewTable:
         start = number * self._height
         rows = self._order.rows(start, min(start + self._height, self.n_rows), len(self._table))
         window = _Window(len(rows))
-        for places in by_chunk(rows, CHUNK_ROWS):
-            wanted = rows[places]
-            low = int(wanted.min())
-            parts = opened.parts(low, int(wanted.max()) + 1)
-            window.put(places, tuple(part[wanted - low] for part in parts))
+        chunks = _text_chunks(opened)
+        if chunks is not None:
+            window.put_texts(chunks, rows)
+            opened.location.require_same()
+        else:
+            for places in by_chunk(rows, CHUNK_ROWS):
+                wanted = rows[places]
+                low = int(wanted.min())
+                parts = opened.parts(low, int(wanted.max()) + 1)
+                window.put(places, tuple(part[wanted - low] for part in parts))
         self._note(opened, window, len(rows))
         return window
 
@@ -222,6 +255,13 @@ class ViewArray:
             rows = self._order.rows(start, min(start + self._height, len(self._order)), self._stored[0])
             self._window = number, self._read(rows).astype(self.dtype, copy=False)
         return self._window[1]
+
+
+def _text_chunks(opened: ElementRows) -> TextChunks | None:
+    """The chunks of a column that is texts and nothing else, where they are encoded as ours."""
+    from scdl_zarr.conversion.sources.text_chunks import TextChunks
+
+    return TextChunks.of(opened.location, opened.path, opened.node) if opened.is_text else None
 
 
 def by_chunk(rows: Int64Array, height: int) -> Iterator[Int64Array]:
