@@ -59,12 +59,12 @@ class _Pages:
     """The mapped pages of a process: whoever notices that there are too many gives back those of all columns that pass."""
 
     def __init__(self) -> None:
-        self._columns: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._columns: tuple[weakref.ref[Any], ...] = ()  # another tuple each time: some thread may be going through it
         self._before = self._resident() or 0
         self._rows = 0
 
     def watch(self, columns: Any) -> None:
-        self._columns.add(columns)
+        self._columns = (*(known for known in self._columns if known() is not None), weakref.ref(columns))
 
     def note(self, rows: int) -> None:
         """So many rows were read."""
@@ -73,8 +73,10 @@ class _Pages:
         found = 2 * AROUND_BYTES * self._rows if resident is None else resident - self._before
         if found > PAGES_BYTES:
             self._rows = 0
-            for columns in list(self._columns):
-                columns.drop_pages()
+            for known in self._columns:
+                columns = known()
+                if columns is not None:
+                    columns.drop_pages()
             now = self._resident() or 0  # with what other threads have read by now, or libraries that came
             self._before = max(min(self._before, now), now - PAGES_BYTES // 2)
 
