@@ -698,7 +698,8 @@ class SingleCellZarrDataset:
 
         The same call gives the same bytes.  Killed at any moment, it goes on when it is called again.  A shuffle takes no memory
         that grows with the rows; row numbers take 8 bytes each, a sort 24.  Values come from random reads of this store; obs is
-        read once for each 1,048,576 rows that are written.  With fewer genes, and of an obsp with fewer rows, values are read once more to count them.
+        read once for each 1,048,576 rows that are written.  With fewer genes, and of an obsp with fewer rows, values are read
+        once more to count them.
 
         Examples
         --------
