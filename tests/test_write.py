@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import anndata as ad
 import numpy as np
@@ -26,7 +27,7 @@ from scdl_zarr.conversion import rewrite
 from scdl_zarr.conversion.sources import SourceSpec, describe_path, view
 from scdl_zarr.conversion.sources.order import RowOrder, View
 from scdl_zarr.conversion.sources.store import forget_stores
-from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError, SourceError, StoreExistsError
+from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError, SourceError, StoreBusyError, StoreExistsError
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.reading.queries import query_rows, sort_rows_by
 from tests.stores_of_others import write_by_node
@@ -564,6 +565,88 @@ def test_stopped_in_either_stage_a_conversion_goes_on(files: list[Path], tmp_pat
     monkeypatch.setattr(rewrite, "build_store", None)  # the joined store is whole
     convert(target)
     assert contents(target) == contents(tmp_path / "whole.zarr")
+
+
+@pytest.mark.usefixtures("careless_disk")
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_joined_belongs_to_who_holds_the_target(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool, overwrite: bool
+) -> None:
+    target, options = tmp_path / "t.zarr", {"overwrite": overwrite, "threads": 1, "progress": False, **SIZES}
+    if elsewhere:
+        options["scratch_dir"] = tmp_path / "scratch"
+    if overwrite:
+        scdl_zarr.convert(files[0], target, progress=False)
+    scdl_zarr.convert(files[1:], tmp_path / "whole.zarr", order="shuffle", progress=False, **SIZES)
+    tried: list[str] = []
+
+    def meanwhile(*arguments: Any, _select: Any = rewrite.select, **named: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(rewrite, "_join", None)
+            for other in ({"order": "shuffle", "seed": 1}, {"order": "shuffle", "layers": "half"}, {"rows": "count < 4"}, {}):
+                with pytest.raises(StoreBusyError):
+                    scdl_zarr.convert(files[1:], target, **{**options, **other})
+                tried.append(str(other))
+        return _select(*arguments, **named)
+
+    monkeypatch.setattr(rewrite, "select", meanwhile)
+    scdl_zarr.convert(files[1:], target, order="shuffle", **options)
+    assert len(tried) == 4
+    assert contents(target) == contents(tmp_path / "whole.zarr")
+    assert not elsewhere or list((tmp_path / "scratch").iterdir()) == []
+
+
+@pytest.mark.usefixtures("careless_disk")
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_another_plan_is_refused_before_anything_is_joined(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    scratch, target = tmp_path / "scratch", tmp_path / "t.zarr"
+    options: dict[str, Any] = {"threads": 1, "progress": False, "scratch_dir": scratch if elsewhere else None, **SIZES}
+    scdl_zarr.convert(files[1:], tmp_path / "whole.zarr", order="shuffle", progress=False, **SIZES)
+
+    def joined() -> dict[str, bytes]:
+        folder = scratch if elsewhere else target / ".scdl-build/joined"
+        return {name: content for name, content in contents(folder).items() if not name.endswith("lock")}
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stopped
+
+    for last in ("recorded_plan", "select"):  # before and after it is joined
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(rewrite, last, stop)
+            scdl_zarr.convert(files[1:], target, order="shuffle", **options)
+        before = joined()
+        assert bool(before) == (last == "select")
+        with pytest.raises(StoreExistsError, match=r"options\.seed is '0' there and '1' here"):
+            scdl_zarr.convert(files[1:], target, order="shuffle", seed=1, **options)
+        with pytest.raises(StoreExistsError, match=r"options\.layers is"):
+            scdl_zarr.convert(files[1:], target, order="shuffle", layers="half", **options)
+        with pytest.raises(StoreExistsError, match=r"options\.order is 'shuffle' there and None here"):
+            scdl_zarr.convert(files[1:], target, **options)
+        assert joined() == before
+    monkeypatch.setattr(rewrite, "build_store", None)  # the joined store is whole
+    scdl_zarr.convert(files[1:], target, order="shuffle", **options)
+    assert contents(target) == contents(tmp_path / "whole.zarr")
+    assert not elsewhere or list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_can_never_finish_leaves_nothing_that_was_joined(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    options: dict[str, Any] = {"rows": "count < 'x'", "progress": False, "scratch_dir": tmp_path / "scratch", **SIZES}
+    if begun:
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(rewrite, "_join", mock.Mock(side_effect=Stopped))
+            scdl_zarr.convert(files[1:], tmp_path / "t.zarr", **options)
+        with pytest.raises(OptionError, match="memory_budget"):  # which another one has not, so this goes on
+            scdl_zarr.convert(files[1:], tmp_path / "t.zarr", **options, memory_budget="1MB")
+        assert (tmp_path / "t.zarr/.scdl-build/plan.json").exists()
+    with pytest.raises(OptionError):
+        scdl_zarr.convert(files[1:], tmp_path / "t.zarr", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["scratch"] and list((tmp_path / "scratch").iterdir()) == []
 
 
 def test_the_command_line(data: SingleCellZarrDataset, files: list[Path], tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ __all__ = [
     "explained_errors",
     "finish_documents",
     "finish_interrupted",
+    "locked",
     "open_blocks",
     "part_documents",
     "perform_task",
@@ -272,8 +273,9 @@ class Construction:
         return read_mark(self.root, task) is not None
 
     def discard(self) -> None:
-        """Remove everything that was written, and the folder unless somebody else's files are in it."""
-        self._clear()
+        """Remove everything that was written, and the folder unless somebody else's files are in it; again, nothing more."""
+        if self.root.exists():
+            self._clear()
         shutil.rmtree(self._build, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.root.rmdir()
@@ -353,7 +355,7 @@ def prepare_target(target: Path) -> None:
         raise StoreAccessError(f"{target} cannot be written: {parent} is on read-only media")
 
 
-def check_room(folder: Path, needed: int, target: RemoteLocation | None = None) -> None:
+def check_room(folder: Path, needed: int, target: Path | RemoteLocation | None = None) -> None:
     """Refuse a conversion that the disk has clearly no room for (real counts need about `needed` bytes; a quarter is slack).
 
     `target` is what passes through the folder, where that is not the target itself.
@@ -401,7 +403,7 @@ def explained_errors(root: Path | RemoteLocation) -> Iterator[None]:
         raise
 
 
-def _take_lock(file: Any, root: Path) -> None:
+def _take_lock(file: Any, root: Path | RemoteLocation) -> None:
     """An advisory lock that the system drops when its holder dies."""
     try:
         import fcntl
@@ -438,11 +440,17 @@ def exclusive(target: Path) -> Iterator[None]:
         raise OptionError(
             f"{target} is where a file system is mounted, and cannot be replaced by a rename; choose a folder in it"
         )
-    path = target.with_name(f".{target.name}.scdl-lock")
-    with explained_errors(target), open(path, "a+b") as file:
-        _take_lock(file, target)
+    with locked(target.with_name(f".{target.name}.scdl-lock"), target):
+        yield
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: Path | RemoteLocation) -> Iterator[None]:
+    """Hold a lock file, which goes at the end; a second one is refused in the name of `what` is written."""
+    with explained_errors(what), open(path, "a+b") as file:
+        _take_lock(file, what)
         if not _is_open(file, path):
-            raise StoreBusyError(f"{target} was being replaced by another process a moment ago; run again")
+            raise StoreBusyError(f"{what} was being written by another process a moment ago; run again")
         try:
             yield
         finally:

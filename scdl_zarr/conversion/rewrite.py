@@ -9,7 +9,8 @@
                                            counts-*.npy how many values each row keeps, where some are dropped
 
 What lies in ``.scdl-build`` there lies in a local folder where the target is in an object store (``scratch.py``): the same call
-finds it again, and what is finished at the target as any conversion does.
+finds it again, and what is finished at the target as any conversion does.  What lies there is made, read and removed by whoever
+holds its lock, a file beside it; what lies in ``.scdl-build``, by whoever holds the lock of the target.
 
 A shuffle is a keyed permutation, of which nothing is in memory; shards are gathered with the random reads of the store.  Rows in
 the order of the store keep its sources as they are, each with fewer rows and its own genes.  In any other order, or with other
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scdl_zarr.conversion.assembly import encode_tables, recorded_plan
-from scdl_zarr.conversion.construction import Construction, committed_plan, explained_errors
+from scdl_zarr.conversion.construction import Construction, committed_plan, explained_errors, locked
 from scdl_zarr.conversion.crews import hired, projected_passing, projected_scratch, projected_size
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.execution import (
@@ -45,12 +46,15 @@ from scdl_zarr.conversion.execution import (
     require_writable,
     same_store,
     summarize,
+    under_construction,
     write_store,
 )
 from scdl_zarr.conversion.files import partial_path, sync_folder
 from scdl_zarr.conversion.gene_lists import described_genes, listed_genes
 from scdl_zarr.conversion.origins import ORIGIN_COLUMNS
 from scdl_zarr.conversion.plan import ConversionOptions, asked_dtype
+from scdl_zarr.conversion.problems import may_pass
+from scdl_zarr.conversion.remote_building import RemoteConstruction
 from scdl_zarr.conversion.scratch import lasting_folder, scratch_parent
 from scdl_zarr.conversion.sources import SourceSpec, open_source
 from scdl_zarr.conversion.sources.order import RowOrder, View
@@ -89,6 +93,8 @@ JOINED = "joined sources"  # the name of the source of a store whose rows are no
 JOINED_FOLDER = "joined"
 LONGEST_NAME = 40  # taken of an object's name for a folder's
 ORDERS = ("source", "shuffle")  # anything else is a column of obs
+NEVER = (SourceError, InexactValueError, RowIndexError, FeatureNameError)  # what ends a conversion whoever runs it
+REFUSED = (*NEVER, OptionError)  # the memory or the cluster that is asked for may be others the next time
 COUNTED_ROWS = 1 << 14  # by one thread at a time
 
 
@@ -122,7 +128,8 @@ def write_view(
                 return same_store(root, plan, survey)
             needed = projected_size(survey, chosen) if isinstance(root, Path) else projected_passing(survey, chosen)
             require_writable(root, taken, chosen, needed)
-            written = write_store(root, survey, view.options, plan, replaces=taken == "store", tables=view.tables)
+            place = under_construction(root, plan, view.options, replaces=taken == "store")
+            written = write_store(place, survey, view.options, plan, tables=view.tables)
         return summarize(root, survey, time.perf_counter() - began, written)
     finally:
         forget_stores()
@@ -137,6 +144,7 @@ def convert_view(
 
         sources ──► target/.scdl-build/joined/... (all rows and genes, in the order of the sources) ──► view of it ──► target
 
+    The target is begun before anything is joined: who comes with another plan meanwhile, or after a kill, is refused at once.
     Killed at any moment, it goes on: a joined store that is whole is not made again.
     """
     began = time.perf_counter()
@@ -155,19 +163,24 @@ def convert_view(
     local = 2 * size + columns if isinstance(root, Path) else size + max(columns, projected_passing(whole, options))
     require_writable(root, taken, options, local)
     scratch = _joined_folder(work, root, options.scratch_dir, plan)
-    with _nothing_left(work), explained_errors(root):
-        _join(scratch, whole, dataclasses.replace(plain, profile="fast", chunk_values=None, shard_values=None))
-        base = _Base(StoreLocation(path=scratch))
-        selection = select(
-            base.location, base.metadata, rows=options.rows, genes=options.genes, order=options.order, seed=options.seed
-        )
-        keeps_dtypes = options.rows is None and options.genes is None
-        view = _View(base, selection, plain, work, name=JOINED, keeps_dtypes=keeps_dtypes)
-        survey = view.survey()
-        survey.skipped = whole.skipped
-        survey.hints = whole.hints
-        written = write_store(root, survey, view.options, plan, replaces=taken == "store", tables=view.tables)
-    shutil.rmtree(scratch, ignore_errors=True)  # where it does not lie with what is gone
+    outside = work if not isinstance(root, Path) else scratch if options.scratch_dir is not None else None
+    begun = taken == "build" or work.exists()
+    with explained_errors(root), _held(outside, root):
+        place = under_construction(root, plan, options, replaces=taken == "store")
+        with place as construction, _leaving_nothing(construction, outside, NEVER if begun else REFUSED):
+            _join(scratch, whole, dataclasses.replace(plain, profile="fast", chunk_values=None, shard_values=None))
+            with _leaving_nothing(construction, outside, REFUSED):
+                base = _Base(StoreLocation(path=scratch))
+                selection = select(
+                    base.location, base.metadata, rows=options.rows, genes=options.genes, order=options.order, seed=options.seed
+                )
+                keeps_dtypes = options.rows is None and options.genes is None
+                view = _View(base, selection, plain, work, name=JOINED, keeps_dtypes=keeps_dtypes)
+                survey = view.survey()
+            survey.skipped = whole.skipped
+            survey.hints = whole.hints
+            written = write_store(contextlib.nullcontext(construction), survey, view.options, plan, tables=view.tables)
+        _remove(outside)
     summary = summarize(root, survey, time.perf_counter() - began, written)
     return dataclasses.replace(summary, n_sources=len(whole.specs), matrices=tuple(dict.fromkeys(whole.matrix_names)))
 
@@ -202,8 +215,38 @@ def _joined_folder(work: Path, root: Path | RemoteLocation, scratch_dir: Any, pl
     return scratch_parent(scratch_dir) / f"{work.parent.name}.scdl-joined-{digest}"
 
 
+@contextlib.contextmanager
+def _held(folder: Path | None, root: Path | RemoteLocation) -> Iterator[None]:
+    """Hold a folder that lies outside of the target, if there is one.  Held before the target is, which may be taken over."""
+    if folder is None:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(f".{folder.name}.scdl-lock"), root):
+        yield
+
+
+def _remove(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _leaving_nothing(
+    construction: Construction | RemoteConstruction, outside: Path | None, errors: tuple[type[ScdlZarrError], ...]
+) -> Iterator[None]:
+    """What is refused with one of these errors leaves nothing behind, at the target or outside of it."""
+    try:
+        yield
+    except errors as error:
+        if not may_pass(error):
+            construction.discard()
+            _remove(outside)
+        raise
+
+
 def _join(scratch: Path, survey: Survey, options: ConversionOptions) -> None:
-    """Make the joined store, unless it is there."""
+    """Make the joined store, unless it is there.  The caller holds its folder."""
     plan = plan_record(survey, options)
     record = recorded_plan(plan)
     if (scratch / ROOT_KEY).is_file():
