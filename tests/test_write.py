@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,10 +25,21 @@ import scdl_zarr
 from scdl_zarr import SingleCellZarrDataset
 from scdl_zarr.cli import main
 from scdl_zarr.conversion import rewrite
+from scdl_zarr.conversion.crews import projected_size
+from scdl_zarr.conversion.execution import prepare
+from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.sources import SourceSpec, describe_path, view
 from scdl_zarr.conversion.sources.order import RowOrder, View
 from scdl_zarr.conversion.sources.store import forget_stores
-from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError, SourceError, StoreBusyError, StoreExistsError
+from scdl_zarr.errors import (
+    FeatureNameError,
+    OptionError,
+    RowIndexError,
+    SourceError,
+    StoreBusyError,
+    StoreExistsError,
+    StoreFullError,
+)
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.reading.queries import query_rows, sort_rows_by
 from tests.stores_of_others import write_by_node
@@ -647,6 +659,66 @@ def test_what_can_never_finish_leaves_nothing_that_was_joined(
     with pytest.raises(OptionError):
         scdl_zarr.convert(files[1:], tmp_path / "t.zarr", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["scratch"] and list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_each_place_is_asked_for_the_room_of_what_lies_there(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, target = tmp_path / "scratch", tmp_path / "t.zarr"
+    scratch.mkdir()
+    chosen = ConversionOptions(order="shuffle", scratch_dir=scratch, progress=False)
+    store = projected_size(prepare(files[1:], target, chosen).survey, chosen)
+    free: dict[str, int] = {}
+
+    def usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=free["scratch" if Path(folder) == scratch else "target"])
+
+    def convert() -> None:
+        scdl_zarr.convert(files[1:], target, order="shuffle", scratch_dir=scratch, progress=False)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    free |= {"scratch": store, "target": 2 * store}
+    with pytest.raises(StoreFullError, match=rf"{scratch}.*scratch_dir="):  # one file system has to hold both
+        convert()
+    monkeypatch.setattr(rewrite, "on_same_disk", lambda *_: False)
+    free |= {"scratch": store // 2}
+    with pytest.raises(StoreFullError, match=rf"lie in {scratch}, .*scratch_dir="):
+        convert()
+    free |= {"scratch": store, "target": store // 2}
+    with pytest.raises(StoreFullError, match=rf"{target} needs about"):
+        convert()
+    assert list(tmp_path.iterdir()) == [scratch] and not list(scratch.iterdir())
+    free |= {"target": store}
+    convert()
+
+
+@pytest.mark.usefixtures("careless_disk")
+def test_stores_that_were_joined_of_what_sources_were_before_are_removed(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, source = tmp_path / "scratch", tmp_path / "source.h5ad"
+    shutil.copy(files[1], source)
+    options: dict[str, Any] = {"order": "shuffle", "progress": False, "scratch_dir": scratch, **SIZES}
+
+    def stopped(target: Path, **more: Any) -> set[str]:
+        """Stopped when all is joined: the names of what is new in the folder."""
+        before = set(os.listdir(scratch)) if scratch.exists() else set()
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(rewrite, "select", mock.Mock(side_effect=Stopped))
+            scdl_zarr.convert(source, target, **options, **more)
+        return {name for name in os.listdir(scratch) if not name.endswith("lock")} - before
+
+    first, other = stopped(tmp_path / "t.zarr"), stopped(tmp_path / "elsewhere/t.zarr")
+    os.utime(source, (0, 0))
+    second = stopped(tmp_path / "t.zarr", resume=False)
+    os.utime(source, (1, 1))
+    assert len(first) == len(other) == len(second) == len(first | other | second) - 2 == 1
+    with rewrite._held(scratch / next(iter(second)), tmp_path):
+        scdl_zarr.convert(source, tmp_path / "t.zarr", **options, resume=False)
+        assert {name for name in os.listdir(scratch) if not name.startswith(".")} == second | other
+    shutil.rmtree(tmp_path / "t.zarr")
+    scdl_zarr.convert(source, tmp_path / "t.zarr", **options)
+    assert set(os.listdir(scratch)) == other, "of a conversion that may go on"
 
 
 def test_the_command_line(data: SingleCellZarrDataset, files: list[Path], tmp_path: Path) -> None:

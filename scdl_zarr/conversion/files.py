@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["is_partial", "link_file", "partial_path", "replace_file", "side_by_side", "sync_file", "sync_folder"]
+__all__ = ["is_partial", "link_file", "on_same_disk", "partial_path", "replace_file", "side_by_side", "sync_file", "sync_folder"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -85,3 +85,8 @@ def link_file(path: Path, target: Path) -> None:
     except OSError:
         shutil.copy2(path, target)
         sync_file(target)
+
+
+def on_same_disk(*paths: Path) -> bool:
+    """Whether what is made at these paths, which need not be there, takes the room of one file system."""
+    return len({next(path.stat().st_dev for path in (path, *path.parents) if path.exists()) for path in paths}) == 1
