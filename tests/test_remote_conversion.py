@@ -21,7 +21,7 @@ import pytest
 import scipy.sparse
 
 import scdl_zarr
-from scdl_zarr.conversion import remote_lock
+from scdl_zarr.conversion import fetched, remote_lock
 from scdl_zarr.conversion.assembly import commit_store, encode_tables
 from scdl_zarr.conversion.execution import run_conversion
 from scdl_zarr.conversion.plan import ConversionOptions
@@ -284,6 +284,32 @@ def test_a_task_that_nobody_waits_for_does_not_land(memory: Bucket, sources: lis
     with pytest.raises(StoreBusyError):
         run_task(task)
     assert where.list() == []
+    assert not Path(task.root).exists(), "what was fetched for it goes with it"
+
+
+def test_workers_elsewhere_keep_nothing_of_a_conversion_that_is_over(
+    memory: Bucket, sources: list[Path], expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    made: list[Path] = []
+
+    def share(root: Path, _share: Any = fetched._share) -> Any:
+        made.append(root)
+        return _share(root)
+
+    monkeypatch.setattr(fetched, "OWN", "nothing")  # the folder of the parent is not there
+    monkeypatch.setattr(fetched, "_share", share)
+    one: dict[str, Any] = {"processes": False, "n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+    with (
+        distributed.LocalCluster(**one, local_directory=str(tmp_path / "dask")) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        convert(sources, memory, "elsewhere.zarr", client=client, threads=None, scratch_dir=tmp_path)
+        as_uploaded(expected, objects(memory.at("elsewhere.zarr")))
+        end = time.monotonic() + 20
+        while fetched._used:
+            assert time.monotonic() < end
+    assert len(made) == 1 and not list(tmp_path.glob("*scdl-*"))
 
 
 def test_the_network_may_fail_while_a_source_is_read(sources: list[Path], tmp_path: Path) -> None:

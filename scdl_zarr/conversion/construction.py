@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, side_by_side, sync_folder
+from scdl_zarr.conversion.files import is_open, is_partial, partial_path, replace_file, side_by_side, sync_folder
 from scdl_zarr.conversion.marks import evidence_of, mark_document, mark_key, parse_json, read_json, read_mark
 from scdl_zarr.conversion.plan import ShardTask, Task
 from scdl_zarr.conversion.plan_records import digest_of_plan, first_names, refuse_other_plan
@@ -167,7 +167,7 @@ class Construction:
         """Between the first look at the target and the lock, somebody else may have put something there."""
         if (self.root / "zarr.json").exists() and not self._replaces:
             raise StoreExistsError(f"{self.root} exists: another conversion finished it meanwhile; run again to compare with it")
-        if not _is_open(self._lock, self._build / "lock"):
+        if not is_open(self._lock, self._build / "lock"):
             raise StoreBusyError(f"{self.root} was being written by another process a moment ago; run again")
         others = [path.name for path in self.root.iterdir() if path != self._build]
         if others and not self._replaces and not (self._build / "plan.json").exists():
@@ -423,16 +423,6 @@ def _take_lock(file: Any, root: Path | RemoteLocation) -> None:
     file.flush()
 
 
-def _is_open(file: Any, path: Path) -> bool:
-    """Whether `path` is still the file that is open (and not removed, or made anew)."""
-    try:
-        status = path.stat()
-    except OSError:
-        return False
-    own = os.fstat(file.fileno())
-    return (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
-
-
 @contextlib.contextmanager
 def exclusive(target: Path) -> Iterator[None]:
     """Hold the right to replace the store at `target`; a second one is refused.  The lock lies beside it: folders are swapped."""
@@ -449,7 +439,7 @@ def locked(path: Path, what: Path | RemoteLocation) -> Iterator[None]:
     """Hold a lock file, which goes at the end; a second one is refused in the name of `what` is written."""
     with explained_errors(what), open(path, "a+b") as file:
         _take_lock(file, what)
-        if not _is_open(file, path):
+        if not is_open(file, path):
             raise StoreBusyError(f"{what} was being written by another process a moment ago; run again")
         try:
             yield

@@ -329,6 +329,9 @@ def build_store(
             if not may_pass(error):
                 construction.discard()
             raise
+        finally:
+            if isinstance(construction, RemoteConstruction):
+                executor.leave(str(construction.root))
 
 
 def same_store(root: Path | RemoteLocation, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from scdl_zarr.conversion.fetched import leave_folder
 from scdl_zarr.conversion.places import Places
 from scdl_zarr.conversion.plan import Task
 from scdl_zarr.conversion.remote_building import run_task
@@ -66,6 +67,9 @@ class Executor(Protocol):
         others are not begun.  Ctrl-C gives up those that have begun.
         """
 
+    def leave(self, root: str) -> None:
+        """Nothing more is done in that folder: let whoever is on another machine know."""
+
 
 @dataclass(slots=True)
 class Threads:
@@ -81,6 +85,9 @@ class Threads:
                 return run_task(task)
 
         return _run_in_pool(tasks, self.crew.threads + self.crew.waiting, run_here, report, say)
+
+    def leave(self, root: str) -> None:
+        pass
 
 
 def _run_in_pool(
@@ -161,6 +168,9 @@ class Processes:
     def _give(self, child: _Child) -> None:
         with self._lock:
             self._idle.append(child)
+
+    def leave(self, root: str) -> None:
+        pass
 
     def close(self) -> None:
         with self._lock:
@@ -292,6 +302,15 @@ class Cluster:
         if failed is not None:
             raise failed
         return [results[at] for at in range(len(tasks))]
+
+    def leave(self, root: str) -> None:
+        import distributed
+
+        with contextlib.suppress(Exception):  # of a cluster that is lost: its workers find out themselves
+            for address in self.client.nthreads():
+                key = f"leave-{secrets.token_hex(4)}"
+                left = self.client.submit(leave_folder, root, workers=[address], key=key, pure=False)
+                distributed.fire_and_forget(left)  # type: ignore[no-untyped-call]
 
     def _submit(self, task: Task) -> Any:
         # what the dashboard shows; no result is taken for that of another task
