@@ -167,7 +167,7 @@ def test_killed_at_any_request_it_goes_on(
                 convert(key=key, **one)
         convert(key=key, **one)
         as_uploaded(expected, objects(memory.at(key)))
-    for at in [1, 2, 3, 5, *range(9, puts - 8, 13)]:
+    for at in [1, 2, 3, 5, *range(9, puts - 12, 13)]:
         key = f"killed/{at}.zarr"
         with monkeypatch.context() as patch:
             dying(patch, at)
@@ -421,6 +421,58 @@ def test_a_lost_answer_does_not_lose_the_lock(memory: Bucket, monkeypatch: pytes
     RemoteLock(place, "x").acquire(take_over=True)
     with pytest.raises(StoreBusyError, match="taken over"):
         lock.require()
+
+
+@pytest.mark.parametrize("step", ["swap", "delete"])
+def test_a_lock_that_is_taken_over_while_it_is_given_back_stays(
+    memory: Bucket, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    place = memory.at(f"locks/given back {step}")
+    first, second = RemoteLock(place, "x"), RemoteLock(place, "x")
+    took: list[bool] = []
+    real: Callable[..., Any] = getattr(RemoteLocation, step)
+    first.acquire()
+
+    def after_another(self: RemoteLocation, *arguments: Any) -> Any:
+        monkeypatch.setattr(RemoteLocation, step, real)
+        with contextlib.suppress(StoreBusyError):
+            second.acquire(take_over=True)
+            took.append(True)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(RemoteLocation, step, after_another)
+    first.release()
+    if not took:
+        second.acquire()
+    second.require()
+    assert place.exists() and bool(took) == (step == "swap")
+    second.release()
+    assert not place.exists()
+
+
+def test_a_lock_that_was_not_deleted_counts_for_a_minute(memory: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = memory.at("locks/not deleted")
+    lock = RemoteLock(place, "x")
+    lock.acquire()
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteLocation, "delete", lambda *_: (_ for _ in ()).throw(StoreUnreachableError("no answer")))
+        lock.release()
+    place.put(json.dumps({**json.loads(place.get()), "machine": "another one"}).encode())
+    for take_over in (False, True):
+        with pytest.raises(StoreBusyError, match="is being given back"):
+            RemoteLock(place, "x").acquire(take_over=take_over)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + remote_lock.GIVING_SECONDS + 1)
+    RemoteLock(place, "x").acquire()
+
+
+def test_a_lock_is_given_back_where_nothing_is_swapped(memory: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = memory.at("locks/no swaps")
+    monkeypatch.setattr(RemoteLocation, "swap", lambda *_: (_ for _ in ()).throw(StoreUnreachableError("not supported")))
+    lock = RemoteLock(place, "x")
+    lock.acquire()
+    lock.release()
+    assert not place.exists()
 
 
 def test_a_lock_that_this_process_left_behind_is_stale(memory: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
