@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import anndata as ad
+import h5py
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -659,6 +660,32 @@ def test_what_can_never_finish_leaves_nothing_that_was_joined(
     with pytest.raises(OptionError):
         scdl_zarr.convert(files[1:], tmp_path / "t.zarr", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["scratch"] and list((tmp_path / "scratch").iterdir()) == []
+
+
+@pytest.mark.usefixtures("careless_disk")
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_source_that_turns_out_to_be_bad_while_it_is_joined(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool, elsewhere: bool
+) -> None:
+    scratch, target, bad = tmp_path / "scratch", tmp_path / "t.zarr", tmp_path / "bad.h5ad"
+    shutil.copy(files[0], bad)
+    with h5py.File(bad, "r+") as file:
+        file["X/indices"][-1] = 1000  # which only reading every value tells
+    options: dict[str, Any] = {"order": "shuffle", "progress": False, "threads": 1, **SIZES}
+    scdl_zarr.convert([files[1], files[3]], tmp_path / "good.zarr", **options)
+    options["scratch_dir"] = scratch if elsewhere else None
+    if begun:
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(rewrite, "build_store", mock.Mock(side_effect=Stopped))
+            scdl_zarr.convert([files[1], bad, files[3]], target, **options)
+    with pytest.raises(SourceError, match=r"bad\.h5ad.*gene id 1000"):
+        scdl_zarr.convert([files[1], bad, files[3]], target, **options)
+    assert not target.exists() and (not elsewhere or list(scratch.iterdir()) == [])
+    made = scdl_zarr.convert([files[1], bad, files[3]], target, skip_bad=True, **options)
+    assert list(made.blocks.skipped()) == ["bad.h5ad"]
+    assert entries(made) == entries(scdl_zarr.open(tmp_path / "good.zarr"))
+    assert not elsewhere or list(scratch.iterdir()) == []
 
 
 def test_each_place_is_asked_for_the_room_of_what_lies_there(

@@ -444,7 +444,8 @@ def locked(path: Path, what: Path | RemoteLocation) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # Windows keeps what is open
+                path.unlink(missing_ok=True)
 
 
 def swap_folders(new: Path, target: Path) -> None:
