@@ -662,6 +662,34 @@ def test_what_can_never_finish_leaves_nothing_that_was_joined(
     assert [path.name for path in tmp_path.iterdir()] == ["scratch"] and list((tmp_path / "scratch").iterdir()) == []
 
 
+JOINING_CHILD = """
+import os, signal, sys
+from pathlib import Path
+import scdl_zarr
+*sources, target, scratch, dies_after = sys.argv[1:]
+def dying_sync(descriptor):
+    if any(Path(scratch).parent.glob(dies_after)):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = dying_sync
+sizes = dict(shard_values=32, chunk_values=8)
+scdl_zarr.convert(sources, target, order="shuffle", scratch_dir=scratch, threads=1, progress=False, **sizes)
+"""
+
+
+@pytest.mark.parametrize("dies_after", ["scratch/*joined*/.scdl-build/done/*", "t.zarr/.scdl-build/done/*", "t.zarr/zarr.json"])
+def test_killed_while_something_lies_in_another_folder_it_goes_on(files: list[Path], tmp_path: Path, dies_after: str) -> None:
+    scratch, target = tmp_path / "scratch", tmp_path / "t.zarr"
+    arguments = [*map(str, files[1:]), str(target), str(scratch), dies_after]
+    done = subprocess.run([sys.executable, "-c", JOINING_CHILD, *arguments], timeout=60, check=False)
+    assert done.returncode == -9
+    assert (target / ".scdl-build/plan.json").exists() and len(list(scratch.iterdir())) == 2, "what is joined, and its lock"
+    options: dict[str, Any] = {"order": "shuffle", "progress": False, **SIZES}
+    scdl_zarr.convert(files[1:], target, scratch_dir=scratch, **options)
+    assert list(scratch.iterdir()) == []
+    scdl_zarr.convert(files[1:], tmp_path / "whole.zarr", **options)
+    assert contents(target) == contents(tmp_path / "whole.zarr")
+
+
 @pytest.mark.usefixtures("careless_disk")
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("begun", [False, True])

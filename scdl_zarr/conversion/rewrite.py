@@ -166,16 +166,16 @@ def convert_view(
     plain = dataclasses.replace(options, rows=None, genes=None, order="source")
     require_known(whole, options)
     work = _work_folder(root, taken, options, plan["digest"])
+    scratch = _joined_folder(work, root, options.scratch_dir, plan)
+    outside = work if not isinstance(root, Path) else scratch if options.scratch_dir is not None else None
     if taken == "store" and not options.overwrite:
         with explained_errors(root):
             found = _as_stored(same_store(root, plan, whole), root)
-        if not isinstance(root, Path):
-            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
+            if outside is not None:
+                _remove_siblings(outside, root)  # of a run that was killed at its very end
         return found
     joining = dataclasses.replace(plain, profile="fast", chunk_values=None, shard_values=None)
     _require_room(root, taken, whole, options, joining)
-    scratch = _joined_folder(work, root, options.scratch_dir, plan)
-    outside = work if not isinstance(root, Path) else scratch if options.scratch_dir is not None else None
     begun = taken == "build" or work.exists()
     with explained_errors(root), _held(outside, root):
         place = under_construction(root, plan, options, replaces=taken == "store")
@@ -254,7 +254,7 @@ def _siblings(root: Path | RemoteLocation) -> str:
 
 
 def _remove_siblings(folder: Path, root: Path | RemoteLocation) -> None:
-    """Remove what earlier conversions into the same target left beside a folder: their sources were others, or it was removed.
+    """Remove what conversions into the same target left in the place of a folder, and beside it where their sources were others.
 
     What a running one holds stays.
     """
