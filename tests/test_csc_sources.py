@@ -31,7 +31,7 @@ from scdl_zarr.conversion.sources import MatrixReader, counts, csc, describe_pat
 from scdl_zarr.conversion.sources.counts import RowCounts, load_counts, save_counts
 from scdl_zarr.conversion.sources.csc import CscMatrix
 from scdl_zarr.conversion.staging import Staging, TurnSizes, staging_bytes, turning_bytes
-from scdl_zarr.conversion.transpose import Buckets, TransposedMatrix, is_staged, stage_run
+from scdl_zarr.conversion.transpose import Buckets, TransposedMatrix, is_staged, opened_columns, stage_run
 from tests.stores_of_others import write_by_node, write_with_anndata
 from tests.toys import contents, encoded_rows, write_h5ad
 
@@ -266,8 +266,8 @@ def test_counts_in_a_file_save_counting(tmp_path: Path) -> None:
     counts.KNOWN.forget((describe_path(path)[0], "X"))
     with mock.patch.object(csc, "count_rows") as counting:
         staging = stage_with_known(path, tmp_path)
-        with open_source(staging.spec) as source:
-            same(TransposedMatrix(csc_matrix(source.matrix("X")), staging), matrix, 0, 4)
+        with opened_columns(staging) as found:
+            same(TransposedMatrix(found, staging), matrix, 0, 4)
     assert not counting.called
 
 

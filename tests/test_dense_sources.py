@@ -26,6 +26,7 @@ from hypothesis.extra import numpy as hnp
 
 import scdl_zarr
 from scdl_zarr import errors
+from scdl_zarr.conversion import construction, running
 from scdl_zarr.conversion.hdf5_chunks import RowReader
 from scdl_zarr.conversion.sources import MatrixReader, counts, dense, describe_path, open_source
 from scdl_zarr.conversion.sources.dense import DenseMatrix, block_height
@@ -278,6 +279,68 @@ def test_counts_that_are_too_many_to_keep_are_read_from_files(tmp_path: Path) ->
         again = scdl_zarr.convert(sources, tmp_path / "t.zarr", **SIZES)  # the files are gone with their conversion
     assert len(counted) == 4
     assert (again.read_rows(np.arange(160)).to_dense() == np.vstack(rows)).all()
+
+
+def test_counts_of_another_conversion_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends, and its files go, while this one is at work with the same sources."""
+    sources = [put(tmp_path / f"{k}.h5ad", some_counts(90, 20)) for k in range(2)]
+    expected = contents(Path(scdl_zarr.convert(sources, tmp_path / "x.zarr", **SIZES).path))
+    at_work, may_end = threading.Event(), threading.Event()
+
+    def run(task: Any, _run: Any = construction.run_task) -> Any:
+        result = _run(task)
+        if task.root.endswith("first.zarr") and task.name.startswith("X-values"):
+            at_work.set()
+            assert may_end.wait(60)
+        return result
+
+    def save(path: Path, found: counts.RowCounts, _save: Any = counts.save_counts) -> None:
+        if "second.zarr" in str(path) and not may_end.is_set():
+            may_end.set()
+            first.join()
+        _save(path, found)
+
+    monkeypatch.setattr(counts, "KEPT_COUNTS_BYTES", 1)
+    monkeypatch.setattr(counts, "KNOWN", type(counts.KNOWN)())
+    monkeypatch.setattr("scdl_zarr.conversion.executors.run_task", run)
+    monkeypatch.setattr(running, "save_counts", save)
+    first = threading.Thread(target=scdl_zarr.convert, args=(sources, tmp_path / "first.zarr"), kwargs={**SIZES, "threads": 1})
+    first.start()
+    assert at_work.wait(60)
+    second = scdl_zarr.convert(sources, tmp_path / "second.zarr", **SIZES)
+    assert contents(Path(second.path)) == contents(tmp_path / "first.zarr") == expected
+
+
+def test_a_thread_goes_by_the_counts_it_adopted(tmp_path: Path) -> None:
+    (spec,) = describe_path(put(tmp_path / "a.h5ad", some_counts(40, 6)))
+    with open_source(spec) as source:
+        made = source.matrix("X")
+        assert isinstance(made, DenseMatrix)
+        for name in "ab":
+            counts.save_counts(tmp_path / name, made._counts)
+
+    def path() -> str:
+        count = DenseMatrix._count
+        with (
+            open_source(spec) as source,
+            mock.patch.object(DenseMatrix, "_count", autospec=True, side_effect=count) as counting,
+        ):
+            matrix = source.matrix("X")
+            assert isinstance(matrix, DenseMatrix)
+            kept = matrix._counts.counts
+            return "counted" if counting.called else kept.path.name if isinstance(kept, counts.SavedRows) else "in memory"
+
+    def adopting(name: str) -> str:
+        with counts.adopted_counts(str(tmp_path / name), (spec, "X")):
+            return path()
+
+    assert adopting("a") == "in memory"
+    counts.forget_counts((spec, "X"))
+    assert adopting("a") == "a" and adopting("b") == "b"
+    with counts.adopted_counts(str(tmp_path / "a"), (spec, "X")), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(adopting, "b").result() == "b" and path() == "a"
+    (tmp_path / "b").unlink()
+    assert adopting("b") == "counted"
 
 
 @pytest.mark.parametrize("chunks", [None, (1, 64), (100, 10), (4000, 1), (4000, 64), (3, 7)])

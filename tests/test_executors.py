@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ import scipy.sparse
 
 import scdl_zarr
 from scdl_zarr.cli import main
+from scdl_zarr.conversion import executors
 from scdl_zarr.conversion.construction import Construction, run_task
 from scdl_zarr.conversion.execution import run_conversion
-from scdl_zarr.conversion.executors import Crew, Processes
+from scdl_zarr.conversion.executors import Cluster, Crew, Processes, Threads
 from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.stopping import StoppedError
 from scdl_zarr.errors import InexactValueError, OptionError, StoreBusyError
@@ -134,6 +136,65 @@ def test_ctrl_c_ends_the_processes_and_the_same_command_goes_on(source: Path, ex
         main([*command, "--quiet"])
     assert ended.value.code == 0
     assert contents(target) == expected
+
+
+class Failing:
+    """Does nothing for tasks, and fails at the first one when others wait."""
+
+    def __init__(self) -> None:
+        self.began: list[str] = []
+
+    def __call__(self, task: Any) -> Any:
+        self.began.append(task.name)
+        if len(self.began) == 1:
+            time.sleep(0.2)
+            raise ValueError(task.name)
+        time.sleep(0.3)
+        return task
+
+
+def tasks_named(names: str) -> list[Any]:
+    return [SimpleNamespace(name=name, dtype="uint8", root="", plan="") for name in names]
+
+
+@pytest.mark.parametrize(("threads", "waiting"), [(1, 1), (2, 1), (2, 0)])
+def test_no_task_begins_after_one_failed(monkeypatch: pytest.MonkeyPatch, threads: int, waiting: int) -> None:
+    failing = Failing()
+    monkeypatch.setattr("scdl_zarr.conversion.executors.run_task", failing)
+    crew = Threads(Crew(kind="threads", processes=1, threads=threads, waiting=waiting))
+    with pytest.raises(ValueError, match=r"^a$"):
+        crew.run(tasks_named("abcdef"), lambda _: None, lambda _: None)
+    assert failing.began == ["a", "b"][:threads]
+
+
+def test_no_task_begins_in_a_cluster_after_one_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    failing = Failing()
+    monkeypatch.setattr("scdl_zarr.conversion.executors.run_task", failing)
+    one: dict[str, Any] = {"processes": False, "n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+    with (
+        distributed.LocalCluster(**one, local_directory=str(tmp_path)) as local,
+        distributed.Client(local, set_as_default=False) as client,
+    ):
+        crew = Cluster(Crew(kind="cluster", processes=1, threads=1), client)
+        with pytest.raises(ValueError, match=r"^a$"):
+            crew.run(tasks_named("abcdef"), lambda _: None, lambda _: None)
+        assert failing.began == ["a"]
+        # its worker was lost, and another one did what had failed
+        failing.began.clear()
+        runs: list[str] = []
+
+        def not_begun(self: Cluster, task: Any, run: str, _submit: Any = Cluster._submit) -> Any:
+            runs.append(run)
+            if task.name == "c" and len(set(runs)) == 1:
+                client.run(executors.end_run, run)
+            return _submit(self, task, run)
+
+        failing.began.append("")
+        monkeypatch.setattr(Cluster, "_submit", not_begun)
+        found = crew.run(tasks_named("abcdef"), lambda _: None, lambda _: None)
+        assert [task.name for task in found] == list("abcdef") and len(set(runs)) == 2
+        assert len(failing.began) == 7
 
 
 def test_a_second_ctrl_c_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -416,7 +416,9 @@ def test_a_joined_store_of_what_a_source_was_before_is_not_reused(
         with pytest.raises(KilledError):
             scdl_zarr.convert(sampled, tmp_path / "s.zarr", **options)
     edited(sampled, 5000, 77.0)
-    data = scdl_zarr.convert(sampled, tmp_path / "s.zarr", **options)
+    with pytest.raises(errors.StoreExistsError, match=r"source long\.h5ad was written to since"):
+        scdl_zarr.convert(sampled, tmp_path / "s.zarr", **options)
+    data = scdl_zarr.convert(sampled, tmp_path / "s.zarr", resume=False, **options)
     assert 77 in data.read_rows(slice(None)).data
 
 

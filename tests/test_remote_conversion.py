@@ -21,7 +21,7 @@ import pytest
 import scipy.sparse
 
 import scdl_zarr
-from scdl_zarr.conversion import remote_lock
+from scdl_zarr.conversion import fetched, remote_lock
 from scdl_zarr.conversion.assembly import commit_store, encode_tables
 from scdl_zarr.conversion.execution import run_conversion
 from scdl_zarr.conversion.plan import ConversionOptions
@@ -167,7 +167,7 @@ def test_killed_at_any_request_it_goes_on(
                 convert(key=key, **one)
         convert(key=key, **one)
         as_uploaded(expected, objects(memory.at(key)))
-    for at in [1, 2, 3, 5, *range(9, puts - 8, 13)]:
+    for at in [1, 2, 3, 5, *range(9, puts - 12, 13)]:
         key = f"killed/{at}.zarr"
         with monkeypatch.context() as patch:
             dying(patch, at)
@@ -284,6 +284,32 @@ def test_a_task_that_nobody_waits_for_does_not_land(memory: Bucket, sources: lis
     with pytest.raises(StoreBusyError):
         run_task(task)
     assert where.list() == []
+    assert not Path(task.root).exists(), "what was fetched for it goes with it"
+
+
+def test_workers_elsewhere_keep_nothing_of_a_conversion_that_is_over(
+    memory: Bucket, sources: list[Path], expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    made: list[Path] = []
+
+    def share(root: Path, _share: Any = fetched._share) -> Any:
+        made.append(root)
+        return _share(root)
+
+    monkeypatch.setattr(fetched, "OWN", "nothing")  # the folder of the parent is not there
+    monkeypatch.setattr(fetched, "_share", share)
+    one: dict[str, Any] = {"processes": False, "n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+    with (
+        distributed.LocalCluster(**one, local_directory=str(tmp_path / "dask")) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        convert(sources, memory, "elsewhere.zarr", client=client, threads=None, scratch_dir=tmp_path)
+        as_uploaded(expected, objects(memory.at("elsewhere.zarr")))
+        end = time.monotonic() + 20
+        while fetched._used:
+            assert time.monotonic() < end
+    assert len(made) == 1 and not list(tmp_path.glob("*scdl-*"))
 
 
 def test_the_network_may_fail_while_a_source_is_read(sources: list[Path], tmp_path: Path) -> None:
@@ -395,6 +421,58 @@ def test_a_lost_answer_does_not_lose_the_lock(memory: Bucket, monkeypatch: pytes
     RemoteLock(place, "x").acquire(take_over=True)
     with pytest.raises(StoreBusyError, match="taken over"):
         lock.require()
+
+
+@pytest.mark.parametrize("step", ["swap", "delete"])
+def test_a_lock_that_is_taken_over_while_it_is_given_back_stays(
+    memory: Bucket, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    place = memory.at(f"locks/given back {step}")
+    first, second = RemoteLock(place, "x"), RemoteLock(place, "x")
+    took: list[bool] = []
+    real: Callable[..., Any] = getattr(RemoteLocation, step)
+    first.acquire()
+
+    def after_another(self: RemoteLocation, *arguments: Any) -> Any:
+        monkeypatch.setattr(RemoteLocation, step, real)
+        with contextlib.suppress(StoreBusyError):
+            second.acquire(take_over=True)
+            took.append(True)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(RemoteLocation, step, after_another)
+    first.release()
+    if not took:
+        second.acquire()
+    second.require()
+    assert place.exists() and bool(took) == (step == "swap")
+    second.release()
+    assert not place.exists()
+
+
+def test_a_lock_that_was_not_deleted_counts_for_a_minute(memory: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = memory.at("locks/not deleted")
+    lock = RemoteLock(place, "x")
+    lock.acquire()
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteLocation, "delete", lambda *_: (_ for _ in ()).throw(StoreUnreachableError("no answer")))
+        lock.release()
+    place.put(json.dumps({**json.loads(place.get()), "machine": "another one"}).encode())
+    for take_over in (False, True):
+        with pytest.raises(StoreBusyError, match="is being given back"):
+            RemoteLock(place, "x").acquire(take_over=take_over)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + remote_lock.GIVING_SECONDS + 1)
+    RemoteLock(place, "x").acquire()
+
+
+def test_a_lock_is_given_back_where_nothing_is_swapped(memory: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = memory.at("locks/no swaps")
+    monkeypatch.setattr(RemoteLocation, "swap", lambda *_: (_ for _ in ()).throw(StoreUnreachableError("not supported")))
+    lock = RemoteLock(place, "x")
+    lock.acquire()
+    lock.release()
+    assert not place.exists()
 
 
 def test_a_lock_that_this_process_left_behind_is_stale(memory: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:

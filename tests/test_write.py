@@ -9,9 +9,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import anndata as ad
+import h5py
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -24,10 +27,21 @@ import scdl_zarr
 from scdl_zarr import SingleCellZarrDataset
 from scdl_zarr.cli import main
 from scdl_zarr.conversion import columns, elements, rewrite
+from scdl_zarr.conversion.crews import projected_size
+from scdl_zarr.conversion.execution import prepare
+from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.sources import SourceSpec, describe_path, view, view_rows
 from scdl_zarr.conversion.sources.order import RowOrder, View
 from scdl_zarr.conversion.sources.store import forget_stores
-from scdl_zarr.errors import FeatureNameError, OptionError, RowIndexError, SourceError, StoreExistsError
+from scdl_zarr.errors import (
+    FeatureNameError,
+    OptionError,
+    RowIndexError,
+    SourceError,
+    StoreBusyError,
+    StoreExistsError,
+    StoreFullError,
+)
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.reading.queries import query_rows, sort_rows_by
 from scdl_zarr.reading.row_ranges import ElementRows
@@ -570,6 +584,202 @@ def test_stopped_in_either_stage_a_conversion_goes_on(files: list[Path], tmp_pat
     monkeypatch.setattr(rewrite, "build_store", None)  # the joined store is whole
     convert(target)
     assert contents(target) == contents(tmp_path / "whole.zarr")
+
+
+@pytest.mark.usefixtures("careless_disk")
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_joined_belongs_to_who_holds_the_target(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool, overwrite: bool
+) -> None:
+    target, options = tmp_path / "t.zarr", {"overwrite": overwrite, "threads": 1, "progress": False, **SIZES}
+    if elsewhere:
+        options["scratch_dir"] = tmp_path / "scratch"
+    if overwrite:
+        scdl_zarr.convert(files[0], target, progress=False)
+    scdl_zarr.convert(files[1:], tmp_path / "whole.zarr", order="shuffle", progress=False, **SIZES)
+    tried: list[str] = []
+
+    def meanwhile(*arguments: Any, _select: Any = rewrite.select, **named: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(rewrite, "_join", None)
+            for other in ({"order": "shuffle", "seed": 1}, {"order": "shuffle", "layers": "half"}, {"rows": "count < 4"}, {}):
+                with pytest.raises(StoreBusyError):
+                    scdl_zarr.convert(files[1:], target, **{**options, **other})
+                tried.append(str(other))
+        return _select(*arguments, **named)
+
+    monkeypatch.setattr(rewrite, "select", meanwhile)
+    scdl_zarr.convert(files[1:], target, order="shuffle", **options)
+    assert len(tried) == 4
+    assert contents(target) == contents(tmp_path / "whole.zarr")
+    assert not elsewhere or list((tmp_path / "scratch").iterdir()) == []
+
+
+@pytest.mark.usefixtures("careless_disk")
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_another_plan_is_refused_before_anything_is_joined(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    scratch, target = tmp_path / "scratch", tmp_path / "t.zarr"
+    options: dict[str, Any] = {"threads": 1, "progress": False, "scratch_dir": scratch if elsewhere else None, **SIZES}
+    scdl_zarr.convert(files[1:], tmp_path / "whole.zarr", order="shuffle", progress=False, **SIZES)
+
+    def joined() -> dict[str, bytes]:
+        folder = scratch if elsewhere else target / ".scdl-build/joined"
+        return {name: content for name, content in contents(folder).items() if not name.endswith("lock")}
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stopped
+
+    for last in ("recorded_plan", "select"):  # before and after it is joined
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(rewrite, last, stop)
+            scdl_zarr.convert(files[1:], target, order="shuffle", **options)
+        before = joined()
+        assert bool(before) == (last == "select")
+        with pytest.raises(StoreExistsError, match=r"options\.seed is '0' there and '1' here"):
+            scdl_zarr.convert(files[1:], target, order="shuffle", seed=1, **options)
+        with pytest.raises(StoreExistsError, match=r"options\.layers is"):
+            scdl_zarr.convert(files[1:], target, order="shuffle", layers="half", **options)
+        with pytest.raises(StoreExistsError, match=r"options\.order is 'shuffle' there and None here"):
+            scdl_zarr.convert(files[1:], target, **options)
+        assert joined() == before
+    monkeypatch.setattr(rewrite, "build_store", None)  # the joined store is whole
+    scdl_zarr.convert(files[1:], target, order="shuffle", **options)
+    assert contents(target) == contents(tmp_path / "whole.zarr")
+    assert not elsewhere or list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_can_never_finish_leaves_nothing_that_was_joined(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    options: dict[str, Any] = {"rows": "count < 'x'", "progress": False, "scratch_dir": tmp_path / "scratch", **SIZES}
+    if begun:
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(rewrite, "_join", mock.Mock(side_effect=Stopped))
+            scdl_zarr.convert(files[1:], tmp_path / "t.zarr", **options)
+        with pytest.raises(OptionError, match="memory_budget"):  # which another one has not, so this goes on
+            scdl_zarr.convert(files[1:], tmp_path / "t.zarr", **options, memory_budget="1MB")
+        assert (tmp_path / "t.zarr/.scdl-build/plan.json").exists()
+    with pytest.raises(OptionError):
+        scdl_zarr.convert(files[1:], tmp_path / "t.zarr", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["scratch"] and list((tmp_path / "scratch").iterdir()) == []
+
+
+JOINING_CHILD = """
+import os, signal, sys
+from pathlib import Path
+import scdl_zarr
+*sources, target, scratch, dies_after = sys.argv[1:]
+def dying_sync(descriptor):
+    if any(Path(scratch).parent.glob(dies_after)):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = dying_sync
+sizes = dict(shard_values=32, chunk_values=8)
+scdl_zarr.convert(sources, target, order="shuffle", scratch_dir=scratch, threads=1, progress=False, **sizes)
+"""
+
+
+@pytest.mark.parametrize("dies_after", ["scratch/*joined*/.scdl-build/done/*", "t.zarr/.scdl-build/done/*", "t.zarr/zarr.json"])
+def test_killed_while_something_lies_in_another_folder_it_goes_on(files: list[Path], tmp_path: Path, dies_after: str) -> None:
+    scratch, target = tmp_path / "scratch", tmp_path / "t.zarr"
+    arguments = [*map(str, files[1:]), str(target), str(scratch), dies_after]
+    done = subprocess.run([sys.executable, "-c", JOINING_CHILD, *arguments], timeout=60, check=False)
+    assert done.returncode == -9
+    assert (target / ".scdl-build/plan.json").exists() and len(list(scratch.iterdir())) == 2, "what is joined, and its lock"
+    options: dict[str, Any] = {"order": "shuffle", "progress": False, **SIZES}
+    scdl_zarr.convert(files[1:], target, scratch_dir=scratch, **options)
+    assert list(scratch.iterdir()) == []
+    scdl_zarr.convert(files[1:], tmp_path / "whole.zarr", **options)
+    assert contents(target) == contents(tmp_path / "whole.zarr")
+
+
+@pytest.mark.usefixtures("careless_disk")
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_source_that_turns_out_to_be_bad_while_it_is_joined(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool, elsewhere: bool
+) -> None:
+    scratch, target, bad = tmp_path / "scratch", tmp_path / "t.zarr", tmp_path / "bad.h5ad"
+    shutil.copy(files[0], bad)
+    with h5py.File(bad, "r+") as file:
+        file["X/indices"][-1] = 1000  # which only reading every value tells
+    options: dict[str, Any] = {"order": "shuffle", "progress": False, "threads": 1, **SIZES}
+    scdl_zarr.convert([files[1], files[3]], tmp_path / "good.zarr", **options)
+    options["scratch_dir"] = scratch if elsewhere else None
+    if begun:
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(rewrite, "build_store", mock.Mock(side_effect=Stopped))
+            scdl_zarr.convert([files[1], bad, files[3]], target, **options)
+    with pytest.raises(SourceError, match=r"bad\.h5ad.*gene id 1000"):
+        scdl_zarr.convert([files[1], bad, files[3]], target, **options)
+    assert not target.exists() and (not elsewhere or list(scratch.iterdir()) == [])
+    made = scdl_zarr.convert([files[1], bad, files[3]], target, skip_bad=True, **options)
+    assert list(made.blocks.skipped()) == ["bad.h5ad"]
+    assert entries(made) == entries(scdl_zarr.open(tmp_path / "good.zarr"))
+    assert not elsewhere or list(scratch.iterdir()) == []
+
+
+def test_each_place_is_asked_for_the_room_of_what_lies_there(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, target = tmp_path / "scratch", tmp_path / "t.zarr"
+    scratch.mkdir()
+    chosen = ConversionOptions(order="shuffle", scratch_dir=scratch, progress=False)
+    store = projected_size(prepare(files[1:], target, chosen).survey, chosen)
+    free: dict[str, int] = {}
+
+    def usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=free["scratch" if Path(folder) == scratch else "target"])
+
+    def convert() -> None:
+        scdl_zarr.convert(files[1:], target, order="shuffle", scratch_dir=scratch, progress=False)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    free |= {"scratch": store, "target": 2 * store}
+    with pytest.raises(StoreFullError, match=rf"{scratch}.*scratch_dir="):  # one file system has to hold both
+        convert()
+    monkeypatch.setattr(rewrite, "on_same_disk", lambda *_: False)
+    free |= {"scratch": store // 2}
+    with pytest.raises(StoreFullError, match=rf"lie in {scratch}, .*scratch_dir="):
+        convert()
+    free |= {"scratch": store, "target": store // 2}
+    with pytest.raises(StoreFullError, match=rf"{target} needs about"):
+        convert()
+    assert list(tmp_path.iterdir()) == [scratch] and not list(scratch.iterdir())
+    free |= {"target": store}
+    convert()
+
+
+@pytest.mark.usefixtures("careless_disk")
+def test_stores_that_were_joined_of_what_sources_were_before_are_removed(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, source = tmp_path / "scratch", tmp_path / "source.h5ad"
+    shutil.copy(files[1], source)
+    options: dict[str, Any] = {"order": "shuffle", "progress": False, "scratch_dir": scratch, **SIZES}
+
+    def stopped(target: Path, **more: Any) -> set[str]:
+        """Stopped when all is joined: the names of what is new in the folder."""
+        before = set(os.listdir(scratch)) if scratch.exists() else set()
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(rewrite, "select", mock.Mock(side_effect=Stopped))
+            scdl_zarr.convert(source, target, **options, **more)
+        return {name for name in os.listdir(scratch) if not name.endswith("lock")} - before
+
+    first, other = stopped(tmp_path / "t.zarr"), stopped(tmp_path / "elsewhere/t.zarr")
+    os.utime(source, (0, 0))
+    second = stopped(tmp_path / "t.zarr", resume=False)
+    os.utime(source, (1, 1))
+    assert len(first) == len(other) == len(second) == len(first | other | second) - 2 == 1
+    with rewrite._held(scratch / next(iter(second)), tmp_path):
+        scdl_zarr.convert(source, tmp_path / "t.zarr", **options, resume=False)
+        assert {name for name in os.listdir(scratch) if not name.startswith(".")} == second | other
+    shutil.rmtree(tmp_path / "t.zarr")
+    scdl_zarr.convert(source, tmp_path / "t.zarr", **options)
+    assert set(os.listdir(scratch)) == other, "of a conversion that may go on"
 
 
 def test_the_command_line(data: SingleCellZarrDataset, files: list[Path], tmp_path: Path) -> None:

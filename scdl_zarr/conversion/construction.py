@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scdl_zarr.conversion.files import is_partial, partial_path, replace_file, side_by_side, sync_folder
+from scdl_zarr.conversion.files import is_open, is_partial, partial_path, replace_file, side_by_side, sync_folder
 from scdl_zarr.conversion.marks import evidence_of, mark_document, mark_key, parse_json, read_json, read_mark
 from scdl_zarr.conversion.plan import ShardTask, Task
 from scdl_zarr.conversion.plan_records import digest_of_plan, first_names, refuse_other_plan
@@ -63,6 +63,7 @@ __all__ = [
     "explained_errors",
     "finish_documents",
     "finish_interrupted",
+    "locked",
     "open_blocks",
     "part_documents",
     "perform_task",
@@ -166,7 +167,7 @@ class Construction:
         """Between the first look at the target and the lock, somebody else may have put something there."""
         if (self.root / "zarr.json").exists() and not self._replaces:
             raise StoreExistsError(f"{self.root} exists: another conversion finished it meanwhile; run again to compare with it")
-        if not _is_open(self._lock, self._build / "lock"):
+        if not is_open(self._lock, self._build / "lock"):
             raise StoreBusyError(f"{self.root} was being written by another process a moment ago; run again")
         others = [path.name for path in self.root.iterdir() if path != self._build]
         if others and not self._replaces and not (self._build / "plan.json").exists():
@@ -272,8 +273,9 @@ class Construction:
         return read_mark(self.root, task) is not None
 
     def discard(self) -> None:
-        """Remove everything that was written, and the folder unless somebody else's files are in it."""
-        self._clear()
+        """Remove everything that was written, and the folder unless somebody else's files are in it; again, nothing more."""
+        if self.root.exists():
+            self._clear()
         shutil.rmtree(self._build, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.root.rmdir()
@@ -353,7 +355,7 @@ def prepare_target(target: Path) -> None:
         raise StoreAccessError(f"{target} cannot be written: {parent} is on read-only media")
 
 
-def check_room(folder: Path, needed: int, target: RemoteLocation | None = None) -> None:
+def check_room(folder: Path, needed: int, target: Path | RemoteLocation | None = None) -> None:
     """Refuse a conversion that the disk has clearly no room for (real counts need about `needed` bytes; a quarter is slack).
 
     `target` is what passes through the folder, where that is not the target itself.
@@ -401,7 +403,7 @@ def explained_errors(root: Path | RemoteLocation) -> Iterator[None]:
         raise
 
 
-def _take_lock(file: Any, root: Path) -> None:
+def _take_lock(file: Any, root: Path | RemoteLocation) -> None:
     """An advisory lock that the system drops when its holder dies."""
     try:
         import fcntl
@@ -421,16 +423,6 @@ def _take_lock(file: Any, root: Path) -> None:
     file.flush()
 
 
-def _is_open(file: Any, path: Path) -> bool:
-    """Whether `path` is still the file that is open (and not removed, or made anew)."""
-    try:
-        status = path.stat()
-    except OSError:
-        return False
-    own = os.fstat(file.fileno())
-    return (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
-
-
 @contextlib.contextmanager
 def exclusive(target: Path) -> Iterator[None]:
     """Hold the right to replace the store at `target`; a second one is refused.  The lock lies beside it: folders are swapped."""
@@ -438,15 +430,22 @@ def exclusive(target: Path) -> Iterator[None]:
         raise OptionError(
             f"{target} is where a file system is mounted, and cannot be replaced by a rename; choose a folder in it"
         )
-    path = target.with_name(f".{target.name}.scdl-lock")
-    with explained_errors(target), open(path, "a+b") as file:
-        _take_lock(file, target)
-        if not _is_open(file, path):
-            raise StoreBusyError(f"{target} was being replaced by another process a moment ago; run again")
+    with locked(target.with_name(f".{target.name}.scdl-lock"), target):
+        yield
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: Path | RemoteLocation) -> Iterator[None]:
+    """Hold a lock file, which goes at the end; a second one is refused in the name of `what` is written."""
+    with explained_errors(what), open(path, "a+b") as file:
+        _take_lock(file, what)
+        if not is_open(file, path):
+            raise StoreBusyError(f"{what} was being written by another process a moment ago; run again")
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # Windows keeps what is open
+                path.unlink(missing_ok=True)
 
 
 def swap_folders(new: Path, target: Path) -> None:

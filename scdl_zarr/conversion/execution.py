@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ __all__ = [
     "run_conversion",
     "same_store",
     "summarize",
+    "under_construction",
     "write_store",
 ]
 
@@ -231,7 +233,7 @@ def _run_conversion(
             return same_store(root, plan, survey)
     stored = projected_size(survey, options) + projected_scratch(survey)
     require_writable(root, taken, options, stored if isinstance(root, Path) else projected_passing(survey, options))
-    written = write_store(root, survey, options, plan, replaces=taken == "store")
+    written = write_store(under_construction(root, plan, options, replaces=taken == "store"), survey, options, plan)
     return summarize(root, survey, time.perf_counter() - began, written)
 
 
@@ -252,31 +254,43 @@ def require_writable(root: Path | RemoteLocation, taken: str | None, options: Co
         check_room(folder, needed, root)
 
 
+@contextlib.contextmanager
+def under_construction(
+    root: Path | RemoteLocation, plan: Mapping[str, Any], options: ConversionOptions, *, replaces: bool
+) -> Iterator[Construction | RemoteConstruction]:
+    """A target while a store is made there: held, begun, and in the end put in place of the one that it `replaces`.
+
+    Raises
+    ------
+    StoreBusyError, StoreExistsError
+        Another process holds it, or another plan was begun there: nothing was touched.
+    """
+    resume = options.resume and not options.overwrite
+    if isinstance(root, RemoteLocation):
+        with RemoteConstruction(
+            root, plan, resume=resume, take_over=options.overwrite, scratch=scratch_parent(options.scratch_dir)
+        ) as place:
+            yield place
+    elif not replaces:
+        with Construction(root, plan, resume=resume) as construction:
+            yield construction
+    else:
+        with exclusive(root):
+            with Construction(replacement_path(root), plan, resume=False, replaces=True) as construction:
+                yield construction
+            swap_folders(construction.root, root)
+
+
 def write_store(
-    root: Path | RemoteLocation,
+    place: AbstractContextManager[Construction | RemoteConstruction],
     survey: Survey,
     options: ConversionOptions,
     plan: Mapping[str, Any],
-    *,
-    replaces: bool,
 ) -> Written:
-    """Write what was surveyed, in place of the store that is there if it `replaces` one."""
-    record = recorded_plan(plan)
-    resume = options.resume and not options.overwrite
+    """Write what was surveyed into a place that is (or in a moment will be) :func:`under_construction`."""
     with hired(survey, options) as executor:
         encoded = encode_tables(survey)  # what cannot be stored is refused here, before anything is written
-        if isinstance(root, RemoteLocation):
-            place = RemoteConstruction(
-                root, plan, resume=resume, take_over=options.overwrite, scratch=scratch_parent(options.scratch_dir)
-            )
-            return build_store(place, survey, options, executor, encoded, record)
-        if not replaces:
-            return build_store(Construction(root, plan, resume=resume), survey, options, executor, encoded, record)
-        with exclusive(root):
-            construction = Construction(replacement_path(root), plan, resume=False, replaces=True)
-            written = build_store(construction, survey, options, executor, encoded, record)
-            swap_folders(construction.root, root)
-            return written
+        return build_store(place, survey, options, executor, encoded, recorded_plan(plan))
 
 
 def _skipped_before(root: Path | RemoteLocation, taken: str | None) -> dict[str, tuple[str, int]]:
@@ -291,7 +305,7 @@ def _skipped_before(root: Path | RemoteLocation, taken: str | None) -> dict[str,
 
 
 def build_store(
-    construction: Construction | RemoteConstruction,
+    place: AbstractContextManager[Construction | RemoteConstruction],
     survey: Survey,
     options: ConversionOptions,
     executor: Executor,
@@ -300,7 +314,7 @@ def build_store(
 ) -> Written:
     """Write every shard and commit; what can never finish leaves nothing behind.  What this run did."""
     total = sum(plan.layout.nnz for plan in survey.plans.values())
-    with construction, Progress(total, shown=options.progress, log=options.log_json) as progress:
+    with place as construction, Progress(total, shown=options.progress, log=options.log_json) as progress:
         try:
             progress.event("started", target=str(construction.where), values=total, crew=str(executor.crew))
             results = write_matrices(construction, survey, options, executor, progress)
@@ -313,6 +327,9 @@ def build_store(
             if not may_pass(error):
                 construction.discard()
             raise
+        finally:
+            if isinstance(construction, RemoteConstruction):
+                executor.leave(str(construction.root))
 
 
 def same_store(root: Path | RemoteLocation, plan: Mapping[str, Any], survey: Survey) -> ConversionSummary:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from scdl_zarr.conversion.fetched import leave_folder
 from scdl_zarr.conversion.places import Places
 from scdl_zarr.conversion.plan import Task
 from scdl_zarr.conversion.remote_building import run_task
@@ -66,6 +67,9 @@ class Executor(Protocol):
         others are not begun.  Ctrl-C gives up those that have begun.
         """
 
+    def leave(self, root: str) -> None:
+        """Nothing more is done in that folder: let whoever is on another machine know."""
+
 
 @dataclass(slots=True)
 class Threads:
@@ -75,21 +79,41 @@ class Threads:
 
     def run(self, tasks: Sequence[Task], report: Report, say: Say) -> list[ShardResult]:
         places = Places(self.crew.threads)
+        return _run_in_pool(tasks, self.crew.threads + self.crew.waiting, run_task, report, say, places)
 
-        def run_here(task: Task) -> ShardResult:
-            with places.taken():
-                return run_task(task)
+    def leave(self, root: str) -> None:
+        pass
 
-        return _run_in_pool(tasks, self.crew.threads + self.crew.waiting, run_here, report, say)
+
+class NotBegunError(Exception):
+    """What becomes of a task that had not begun when another one failed."""
 
 
 def _run_in_pool(
-    tasks: Sequence[Task], threads: int, do: Callable[[Task], ShardResult], report: Report, say: Say
+    tasks: Sequence[Task],
+    threads: int,
+    do: Callable[[Task], ShardResult],
+    report: Report,
+    say: Say,
+    places: Places | None = None,
 ) -> list[ShardResult]:
+    """Do tasks in threads, or in as many of them at a time as there are `places`."""
     from dask.threaded import get
 
+    failed: list[BaseException] = []
+
+    def done(task: Task) -> ShardResult:
+        with places.taken() if places is not None else contextlib.nullcontext():
+            if failed:
+                raise NotBegunError(task.name)
+            try:
+                return do(task)
+            except BaseException as error:
+                failed.append(error)  # before the place is given to another one
+                raise
+
     def reported(task: Task) -> ShardResult:  # not by a callback of dask's: those hear of every computation in the process
-        result = do(task)
+        result = done(task)
         report(result)
         return result
 
@@ -98,7 +122,10 @@ def _run_in_pool(
     graph = {f"{k:09d} {task.name}": (functools.partial(reported, task),) for k, task in zip(left, tasks, strict=True)}
     # a pool of our own: leaving it waits for tasks that still run after another one failed
     with interruptible_pool(threads, say) as pool:
-        return list(get(graph, list(graph), pool=pool, num_workers=threads))
+        try:
+            return list(get(graph, list(graph), pool=pool, num_workers=threads))
+        except NotBegunError:  # heard of before the error that it is due to
+            raise failed[0] from None
 
 
 # ---- local processes
@@ -161,6 +188,9 @@ class Processes:
     def _give(self, child: _Child) -> None:
         with self._lock:
             self._idle.append(child)
+
+    def leave(self, root: str) -> None:
+        pass
 
     def close(self) -> None:
         with self._lock:
@@ -255,7 +285,8 @@ class Cluster:
     """On the workers of a ``dask.distributed`` cluster, which see the same files under the same paths.
 
     A task of a worker that is lost is done by another one; its result is the same.  Twice as many tasks as there are places are
-    handed out: the scheduler has always one at hand, and when one fails no other begins that nobody wants.
+    handed out: the scheduler has always one at hand.  When one fails its worker begins no other, and the others do not from the
+    moment on that they are told.
     """
 
     crew: Crew
@@ -265,15 +296,19 @@ class Cluster:
         import distributed
 
         waiting = list(enumerate(tasks))[::-1]
+        not_begun: list[tuple[int, Task]] = []
+        run = secrets.token_hex(8)
         places: dict[Any, int] = {}
         results: dict[int, ShardResult] = {}
         failed: BaseException | None = None
         done: Any = distributed.as_completed([], loop=self.client.loop)  # type: ignore[no-untyped-call]
         try:
-            while waiting or places:
+            while waiting or places or (not_begun and failed is None):
+                if not waiting and not places:  # the task that failed was done by another worker, as its own was lost
+                    run, waiting, not_begun = secrets.token_hex(8), not_begun[::-1], []
                 while waiting and failed is None and len(places) < 2 * self.crew.processes * self.crew.threads:
                     at, task = waiting.pop()
-                    future = self._submit(task)
+                    future = self._submit(task, run)
                     places[future] = at
                     done.add(future)
                 if not places:
@@ -284,7 +319,12 @@ class Cluster:
                 if error is None:
                     results[at] = future.result()
                     report(results[at])
-                failed = failed or error
+                elif isinstance(error, NotBegunError):
+                    not_begun.append((at, tasks[at]))
+                elif failed is None:
+                    failed = error
+                    with contextlib.suppress(Exception):  # some of them may be lost, which is no matter now
+                        self.client.run(end_run, run, on_error="ignore")
         except KeyboardInterrupt:
             say("stopping; run the same conversion again to go on with the shards that are not finished")
             self.client.cancel(list(places))
@@ -293,10 +333,19 @@ class Cluster:
             raise failed
         return [results[at] for at in range(len(tasks))]
 
-    def _submit(self, task: Task) -> Any:
+    def leave(self, root: str) -> None:
+        import distributed
+
+        with contextlib.suppress(Exception):  # of a cluster that is lost: its workers find out themselves
+            for address in self.client.nthreads():
+                key = f"leave-{secrets.token_hex(4)}"
+                left = self.client.submit(leave_folder, root, workers=[address], key=key, pure=False)
+                distributed.fire_and_forget(left)  # type: ignore[no-untyped-call]
+
+    def _submit(self, task: Task, run: str) -> Any:
         # what the dashboard shows; no result is taken for that of another task
         key = f"convert-{task.name}-{task.dtype}-{secrets.token_hex(4)}"
-        return self.client.submit(run_on_worker, task, self.crew.threads, key=key, pure=False)
+        return self.client.submit(run_on_worker, task, self.crew.threads, run, key=key, pure=False)
 
 
 @contextlib.contextmanager
@@ -336,11 +385,23 @@ def threads_of_workers(client: Any) -> list[int]:
 
 _places: dict[int, threading.BoundedSemaphore] = {}
 _making = threading.Lock()
+_ended: set[str] = set()  # runs of which a task failed
 
 
-def run_on_worker(task: Task, at_once: int) -> ShardResult:
+def end_run(run: str) -> None:
+    """Let no other task of that run begin in this process."""
+    _ended.add(run)
+
+
+def run_on_worker(task: Task, at_once: int, run: str) -> ShardResult:
     """Do a task on a worker that does `at_once` of them at a time, however many threads it has: so much memory was planned."""
     with _making:
         places = _places.setdefault(at_once, threading.BoundedSemaphore(at_once))
     with places:
-        return run_task(task)
+        if run in _ended:
+            raise NotBegunError(task.name)
+        try:
+            return run_task(task)
+        except BaseException:
+            end_run(run)
+            raise

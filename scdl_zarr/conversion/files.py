@@ -9,9 +9,19 @@ import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-__all__ = ["is_partial", "link_file", "partial_path", "replace_file", "side_by_side", "sync_file", "sync_folder"]
+__all__ = [
+    "is_open",
+    "is_partial",
+    "link_file",
+    "on_same_disk",
+    "partial_path",
+    "replace_file",
+    "side_by_side",
+    "sync_file",
+    "sync_folder",
+]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,6 +41,16 @@ def partial_path(path: Path) -> Path:
 def is_partial(path: Path) -> bool:
     """Whether a file has such a name (or that of an earlier version, with the process alone)."""
     return _PARTIAL.search(path.name) is not None
+
+
+def is_open(file: Any, path: Path) -> bool:
+    """Whether `path` is still the file that is open (and not removed, or made anew)."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    own = os.fstat(file.fileno())
+    return (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -85,3 +105,8 @@ def link_file(path: Path, target: Path) -> None:
     except OSError:
         shutil.copy2(path, target)
         sync_file(target)
+
+
+def on_same_disk(*paths: Path) -> bool:
+    """Whether what is made at these paths, which need not be there, takes the room of one file system."""
+    return len({next(path.stat().st_dev for path in (path, *path.parents) if path.exists()) for path in paths}) == 1

@@ -13,8 +13,8 @@ What a local construction has as files there are objects here, under the same ke
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -27,6 +27,7 @@ from typing import Any
 
 from scdl_zarr.conversion import construction
 from scdl_zarr.conversion.construction import explained_errors, part_documents, perform_task, refuse_lost
+from scdl_zarr.conversion.fetched import OWN, used_folder
 from scdl_zarr.conversion.files import partial_path, replace_file, side_by_side
 from scdl_zarr.conversion.marks import DONE, mark_document, mark_key, parse_json, parse_mark
 from scdl_zarr.conversion.plan import ShardTask, Task, TaskAround
@@ -34,9 +35,9 @@ from scdl_zarr.conversion.plan_records import digest_of_plan, refuse_other_plan
 from scdl_zarr.conversion.remote_lock import RemoteLock
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.staging import scratch_folder
-from scdl_zarr.conversion.stopping import STATE, refuse_if_stopped, state_document
+from scdl_zarr.conversion.stopping import STATE, parse_state, refuse_if_stopped, state_document
 from scdl_zarr.conversion.widen import WidenTask
-from scdl_zarr.errors import StoreExistsError, StoreNotFoundError
+from scdl_zarr.errors import ScdlZarrError, StoreExistsError, StoreNotFoundError
 from scdl_zarr.storage.location import StoreLocation, read_metadata
 from scdl_zarr.storage.remote import RemoteLocation
 from scdl_zarr.storage.schema import BUILD_FOLDER
@@ -69,24 +70,30 @@ def _run_remotely(task: Task, place: RemoteLocation) -> ShardResult:
         return found
     began = time.perf_counter()
     root = Path(task.root)
-    _bring(place, root, task)
-    result = perform_task(task)
-    _bring_state(place, root)
-    refuse_if_stopped(task.root, task)  # the last moment: it must not land in what is built there now
-    sizes = [_put_or_ask(place, root, key) for key in task.files]
+    with used_folder(root, functools.partial(_is_over, place, task.plan)):
+        _bring(place, root, task)
+        result = perform_task(task)
+        _bring_state(place, root)
+        refuse_if_stopped(task.root, task)  # the last moment: it must not land in what is built there now
+        sizes = [_put_or_ask(place, root, key) for key in task.files]
     result = replace(result, bytes_out=sum(sizes), seconds=time.perf_counter() - began)
     place.at(mark_key(task)).put(mark_document(result, {"plan": task.plan, "sizes": sizes}))
     return result
 
 
+def _is_over(place: RemoteLocation, plan: str) -> bool:
+    """Whether nothing is built at a place by that plan any more, as far as can be told."""
+    try:
+        return parse_state(_read(place, f"{BUILD_FOLDER}/{STATE}"))[0] != plan
+    except ScdlZarrError:
+        return False
+
+
 def _bring(place: RemoteLocation, root: Path, task: Task) -> None:
     """What a task reads of the store under construction, unless it is in the folder already.
 
-    The folder has the same path on every machine, and is one for all processes of a machine.
+    The folder has the same path on every machine, and is one for all processes of a machine (``fetched.py``).
     """
-    if not root.exists():  # on another machine than the parent's
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        atexit.register(shutil.rmtree, root, ignore_errors=True)
     _bring_state(place, root)
     refuse_if_stopped(task.root, task)
     if not (root / BUILD_FOLDER / PUBLISHED).exists():
@@ -186,6 +193,8 @@ class RemoteConstruction:
                 self._scratch.mkdir(parents=True, exist_ok=True)
                 folder = tempfile.TemporaryDirectory(prefix="scdl-zarr-", dir=self._scratch, ignore_cleanup_errors=True)
             self.root = Path(stack.enter_context(folder))
+            with explained_errors(self.place):
+                replace_file(self.root / OWN, b"")
             self._lock.acquire(take_over=self._take_over)
             stack.callback(self._lock.release)
             self._go_on_or_start()
@@ -237,7 +246,7 @@ class RemoteConstruction:
         """Put what was saved for tasks in the build folder (numbers of id maps, counts, how tables are joined)."""
         build = self.root / BUILD_FOLDER
         saved = {path.relative_to(self.root).as_posix(): path for path in sorted(build.rglob("*")) if path.is_file()}
-        saved = {key: path for key, path in saved.items() if path.name not in (STATE, PUBLISHED)}
+        saved = {key: path for key, path in saved.items() if key != OWN and path.name not in (STATE, PUBLISHED)}
         new = [key for key, path in saved.items() if self._listed().get(key) != path.stat().st_size]
         side_by_side(lambda key: self.place.at(key).put_file(saved[key]), new, AT_ONCE)
         listed = json.dumps(list(saved)).encode()

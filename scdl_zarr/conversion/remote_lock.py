@@ -5,6 +5,11 @@ is gone) or has not renewed it for :data:`STALE_SECONDS`; ``overwrite=True`` tak
 
 The answer to a conditional write may be lost, and the write then be refused because it took place: so whoever is refused looks at
 whose token the object has.
+
+Object stores have no conditional deletion that obstore could ask for.  So a lock is given back in two steps: a conditional write
+says that it is, which nobody takes over for :data:`GIVING_SECONDS`, not even ``overwrite=True``; then it is deleted.  What
+remains is a deletion that arrives later than that, another machine whose clock is ahead by as much, and, in a store that refuses
+conditional writes, whoever takes the lock over between the last look at it and the deletion.
 """
 
 from __future__ import annotations
@@ -22,10 +27,13 @@ from scdl_zarr.errors import ScdlZarrError, StoreBusyError, StoreNotFoundError, 
 from scdl_zarr.storage.identity import this_machine
 from scdl_zarr.storage.remote import RemoteLocation
 
-__all__ = ["RENEW_SECONDS", "RemoteLock", "STALE_SECONDS"]
+__all__ = ["GIVING_SECONDS", "RENEW_SECONDS", "RemoteLock", "STALE_SECONDS"]
 
 RENEW_SECONDS = 60
 STALE_SECONDS = 600
+GIVING_SECONDS = 60
+TO_DELETE_SECONDS = 10  # from that it is given back to when it is deleted; else it is said again
+TRIES = 3
 LARGEST_BYTES = 1 << 16
 
 _held: set[str] = set()  # tokens of the locks that this process holds: one of its own that is not among them was left behind
@@ -66,6 +74,8 @@ class RemoteLock:
             return
         there = self._read()
         found = _parse(there)
+        if there is not None and "given_back" in found and not _is_stale(found):
+            raise StoreBusyError(f"{self._shown} is being given back by another process at this moment; run again")
         if there is not None and not take_over and not _is_stale(found):
             raise StoreBusyError(f"{self._shown} is being written by another process ({_holder(found)})")
         if not self._write(content, there):
@@ -85,14 +95,26 @@ class RemoteLock:
             if self._renewing.is_alive():
                 self._renewing.join()
             with contextlib.suppress(ScdlZarrError):  # whoever comes next sees that this process is gone, or holds it no more
-                if not self._lost and self._is_own():
-                    self._place.delete()
+                if not self._lost:
+                    self._give_back()
         finally:
             _held.discard(self._token)
 
-    def _document(self) -> bytes:
+    def _give_back(self) -> None:
+        for _ in range(TRIES):
+            began, content = time.monotonic(), self._document(given_back=True)
+            if not self._write(content, self._content):
+                return  # it is another's
+            # where an answer was lost, it is something older of this one, which is known from here on
+            if self._content == content and time.monotonic() - began < TO_DELETE_SECONDS:
+                self._place.delete()
+                return
+        if self._is_own():
+            self._place.delete()
+
+    def _document(self, **more: Any) -> bytes:
         who = {"token": self._token, "host": socket.gethostname(), "machine": _processes(), "process": os.getpid()}
-        return json.dumps({**who, "time": round(time.time(), 3)}).encode()
+        return json.dumps({**who, **more, "time": round(time.time(), 3)}).encode()
 
     def _read(self) -> bytes | None:
         try:
@@ -142,7 +164,8 @@ def _is_stale(found: dict[str, Any]) -> bool:
     process, moment = found.get("process"), found.get("time")
     if found.get("machine") == _processes() and isinstance(process, int) and not _holds(process, found.get("token")):
         return True
-    return not isinstance(moment, (int, float)) or time.time() - moment > STALE_SECONDS
+    limit = GIVING_SECONDS if "given_back" in found else STALE_SECONDS
+    return not isinstance(moment, (int, float)) or time.time() - moment > limit
 
 
 def _processes() -> str:

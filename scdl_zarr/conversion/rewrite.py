@@ -10,7 +10,8 @@
                                            counts-*.npy how many values each row keeps, where some are dropped
 
 What lies in ``.scdl-build`` there lies in a local folder where the target is in an object store (``scratch.py``): the same call
-finds it again, and what is finished at the target as any conversion does.
+finds it again, and what is finished at the target as any conversion does.  What lies there is made, read and removed by whoever
+holds its lock, a file beside it; what lies in ``.scdl-build``, by whoever holds the lock of the target.
 
 A shuffle is a keyed permutation, of which nothing is in memory; shards are gathered with the random reads of the store.  Rows in
 the order of the store keep its sources as they are, each with fewer rows and its own genes.  In any other order, or with other
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -35,7 +37,14 @@ from typing import Any
 import numpy as np
 
 from scdl_zarr.conversion.assembly import encode_tables, recorded_plan
-from scdl_zarr.conversion.construction import Construction, committed_plan, explained_errors
+from scdl_zarr.conversion.construction import (
+    Construction,
+    check_room,
+    committed_plan,
+    explained_errors,
+    locked,
+    prepare_target,
+)
 from scdl_zarr.conversion.crews import hired, projected_passing, projected_scratch, projected_size
 from scdl_zarr.conversion.execution import (
     ConversionSummary,
@@ -45,11 +54,14 @@ from scdl_zarr.conversion.execution import (
     require_writable,
     same_store,
     summarize,
+    under_construction,
     write_store,
 )
-from scdl_zarr.conversion.files import partial_path, sync_folder
+from scdl_zarr.conversion.files import on_same_disk, partial_path, sync_folder
 from scdl_zarr.conversion.gene_lists import described_genes, listed_genes
 from scdl_zarr.conversion.plan import ConversionOptions, asked_dtype
+from scdl_zarr.conversion.problems import may_pass
+from scdl_zarr.conversion.remote_building import RemoteConstruction
 from scdl_zarr.conversion.scratch import lasting_folder, scratch_parent
 from scdl_zarr.conversion.sources import SourceSpec, open_source
 from scdl_zarr.conversion.sources.order import RowOrder, View
@@ -66,6 +78,7 @@ from scdl_zarr.errors import (
     RowIndexError,
     ScdlZarrError,
     SourceError,
+    StoreBusyError,
     StoreExistsError,
 )
 from scdl_zarr.reading.blocks import Blocks
@@ -83,8 +96,11 @@ __all__ = ["ORDERS", "Selection", "convert_view", "require_known", "select", "wr
 
 JOINED = "joined sources"  # the name of the source of a store whose rows are not in the order of its files
 JOINED_FOLDER = "joined"
+LOCK_ENDS = ".scdl-lock"
 LONGEST_NAME = 40  # taken of an object's name for a folder's
 ORDERS = ("source", "shuffle")  # anything else is a column of obs
+NEVER = (SourceError, InexactValueError, RowIndexError, FeatureNameError)  # what ends a conversion whoever runs it
+REFUSED = (*NEVER, OptionError)  # the memory or the cluster that is asked for may be others the next time
 COUNTED_ROWS = 1 << 14  # by one thread at a time
 
 
@@ -109,7 +125,8 @@ def write_view(
         selection = select(base.location, base.metadata, rows=rows, genes=genes, order=order, seed=seed)
         root, taken = _looked_at(target, base.root, chosen)
         work = _work_folder(root, taken, chosen, str(base.root))
-        with _nothing_left(work), explained_errors(root):
+        outside = None if isinstance(root, Path) else work
+        with explained_errors(root), _held(outside, root), _nothing_left(work):
             view = _View(base, selection, chosen, work)
             survey = view.survey()
             plan = plan_record(survey, view.options)
@@ -118,7 +135,10 @@ def write_view(
                 return same_store(root, plan, survey)
             needed = projected_size(survey, chosen) if isinstance(root, Path) else projected_passing(survey, chosen)
             require_writable(root, taken, chosen, needed)
-            written = write_store(root, survey, view.options, plan, replaces=taken == "store")
+            place = under_construction(root, plan, view.options, replaces=taken == "store")
+            written = write_store(place, survey, view.options, plan)
+        if outside is not None:
+            _remove_siblings(outside, root)
         return summarize(root, survey, time.perf_counter() - began, written)
     finally:
         forget_stores()
@@ -133,6 +153,7 @@ def convert_view(
 
         sources ──► target/.scdl-build/joined/... (all rows and genes, in the order of the sources) ──► view of it ──► target
 
+    The target is begun before anything is joined: who comes with another plan meanwhile, or after a kill, is refused at once.
     Killed at any moment, it goes on: a joined store that is whole is not made again.
     """
     began = time.perf_counter()
@@ -141,31 +162,56 @@ def convert_view(
     plain = dataclasses.replace(options, rows=None, genes=None, order="source")
     require_known(whole, options)
     work = _work_folder(root, taken, options, plan["digest"])
+    scratch = _joined_folder(work, root, options.scratch_dir, plan)
+    outside = work if not isinstance(root, Path) else scratch if options.scratch_dir is not None else None
     if taken == "store" and not options.overwrite:
         with explained_errors(root):
             found = _as_stored(same_store(root, plan, whole), root)
-        if not isinstance(root, Path):
-            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
+            if outside is not None:
+                _remove_siblings(outside, root)  # of a run that was killed at its very end
         return found
-    size, columns = projected_size(whole, options), projected_scratch(whole)
-    local = 2 * size + columns if isinstance(root, Path) else size + max(columns, projected_passing(whole, options))
-    require_writable(root, taken, options, local)
-    scratch = _joined_folder(work, root, options.scratch_dir, plan)
-    with _nothing_left(work), explained_errors(root):
-        _join(scratch, whole, dataclasses.replace(plain, profile="fast", chunk_values=None, shard_values=None))
-        base = _Base(StoreLocation(path=scratch))
-        selection = select(
-            base.location, base.metadata, rows=options.rows, genes=options.genes, order=options.order, seed=options.seed
-        )
-        keeps_dtypes = options.rows is None and options.genes is None
-        view = _View(base, selection, plain, work, name=JOINED, keeps_dtypes=keeps_dtypes)
-        survey = view.survey()
-        survey.skipped = whole.skipped
-        survey.hints = whole.hints
-        written = write_store(root, survey, view.options, plan, replaces=taken == "store")
-    shutil.rmtree(scratch, ignore_errors=True)  # where it does not lie with what is gone
+    joining = dataclasses.replace(plain, profile="fast", chunk_values=None, shard_values=None)
+    _require_room(root, taken, whole, options, joining)
+    begun = taken == "build" or work.exists()
+    with explained_errors(root), _held(outside, root):
+        place = under_construction(root, plan, options, replaces=taken == "store")
+        with place as construction, _leaving_nothing(construction, outside, NEVER if begun else REFUSED):
+            _join(scratch, whole, joining)
+            with _leaving_nothing(construction, outside, REFUSED):
+                base = _Base(StoreLocation(path=scratch))
+                selection = select(
+                    base.location, base.metadata, rows=options.rows, genes=options.genes, order=options.order, seed=options.seed
+                )
+                keeps_dtypes = options.rows is None and options.genes is None
+                view = _View(base, selection, plain, work, name=JOINED, keeps_dtypes=keeps_dtypes)
+                survey = view.survey()
+            survey.skipped = whole.skipped
+            survey.hints = whole.hints
+            written = write_store(contextlib.nullcontext(construction), survey, view.options, plan)
+        if outside is not None:
+            _remove(outside)
+            _remove_siblings(outside, root)
     summary = summarize(root, survey, time.perf_counter() - began, written)
     return dataclasses.replace(summary, n_sources=len(whole.specs), matrices=tuple(dict.fromkeys(whole.matrix_names)))
+
+
+def _require_room(
+    root: Path | RemoteLocation, taken: str | None, survey: Survey, options: ConversionOptions, joining: ConversionOptions
+) -> None:
+    """Refuse places that cannot be written or have no room: for the store, and for the joined one that is there until the end."""
+    store, joined = projected_size(survey, options), projected_size(survey, joining)
+    columns = projected_scratch(survey)
+    if not isinstance(root, Path):  # both pass through
+        require_writable(root, taken, options, joined + max(columns, projected_passing(survey, options)))
+        return
+    if options.scratch_dir is None:
+        require_writable(root, taken, options, store + joined + columns)
+        return
+    folder = scratch_parent(options.scratch_dir)
+    require_writable(root, taken, options, store)
+    with explained_errors(folder):
+        prepare_target(folder)
+        check_room(folder, joined + columns + (store if on_same_disk(root, folder) else 0), root)
 
 
 def _looked_at(target: Any, source: Path, options: ConversionOptions) -> tuple[Path | RemoteLocation, str | None]:
@@ -183,8 +229,7 @@ def _work_folder(root: Path | RemoteLocation, taken: str | None, options: Conver
     """Where what a view needs lies while it is written: the same place for the same call."""
     if isinstance(root, Path):
         return (replacement_path(root) if taken == "store" else root) / BUILD_FOLDER
-    digest = _digest(repr((str(root), source)).encode())[:16]
-    return lasting_folder(options.scratch_dir, f"{root.name[:LONGEST_NAME]}.scdl-view-{digest}")
+    return lasting_folder(options.scratch_dir, f"{_siblings(root)}{_digest(source.encode())[:16]}")
 
 
 def _joined_folder(work: Path, root: Path | RemoteLocation, scratch_dir: Any, plan: Mapping[str, Any]) -> Path:
@@ -192,14 +237,62 @@ def _joined_folder(work: Path, root: Path | RemoteLocation, scratch_dir: Any, pl
 
     What a source holds is compared in samples only, so the times and versions of the sources count, too.
     """
-    digest = _digest(json.dumps([str(work.parent), plan["digest"], plan["sources"]]).encode())[:16]
+    digest = _digest(json.dumps([plan["digest"], plan["sources"]]).encode())[:16]
     if scratch_dir is None or not isinstance(root, Path):
         return work / JOINED_FOLDER / digest
-    return scratch_parent(scratch_dir) / f"{work.parent.name}.scdl-joined-{digest}"
+    return scratch_parent(scratch_dir) / f"{_siblings(root)}{digest}"
+
+
+def _siblings(root: Path | RemoteLocation) -> str:
+    """What the names of all folders begin with that lie outside of that target: others of its name have their own."""
+    kind = "joined" if isinstance(root, Path) else "view"
+    return f"{root.name[:LONGEST_NAME]}.scdl-{kind}-{_digest(str(root).encode())[:12]}-"
+
+
+def _remove_siblings(folder: Path, root: Path | RemoteLocation) -> None:
+    """Remove what conversions into the same target left in the place of a folder, and beside it where their sources were others.
+
+    What a running one holds stays.
+    """
+    begins = glob.escape(_siblings(root))
+    locks = [lock.name[1 : -len(LOCK_ENDS)] for lock in folder.parent.glob(f".{begins}*{LOCK_ENDS}")]
+    for found in {*folder.parent.glob(f"{begins}*"), *(folder.with_name(name) for name in locks)}:
+        with contextlib.suppress(StoreBusyError), _held(found, root):
+            _remove(found)
+
+
+@contextlib.contextmanager
+def _held(folder: Path | None, root: Path | RemoteLocation) -> Iterator[None]:
+    """Hold a folder that lies outside of the target, if there is one.  Held before the target is, which may be taken over."""
+    if folder is None:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(f".{folder.name}{LOCK_ENDS}"), root):
+        yield
+
+
+def _remove(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _leaving_nothing(
+    construction: Construction | RemoteConstruction, outside: Path | None, errors: tuple[type[ScdlZarrError], ...]
+) -> Iterator[None]:
+    """What is refused with one of these errors leaves nothing behind, at the target or outside of it."""
+    try:
+        yield
+    except errors as error:
+        if not may_pass(error):
+            construction.discard()
+            _remove(outside)
+        raise
 
 
 def _join(scratch: Path, survey: Survey, options: ConversionOptions) -> None:
-    """Make the joined store, unless it is there."""
+    """Make the joined store, unless it is there.  The caller holds its folder."""
     plan = plan_record(survey, options)
     record = recorded_plan(plan)
     if (scratch / ROOT_KEY).is_file():

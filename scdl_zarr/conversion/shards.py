@@ -25,7 +25,7 @@ from scdl_zarr.conversion.plan import PIECE_VALUES, Part, ShardTask
 from scdl_zarr.conversion.problems import blaming
 from scdl_zarr.conversion.row_runs import merge_runs, pack_runs, runs_of
 from scdl_zarr.conversion.sources import MatrixReader, open_source, read_matrix
-from scdl_zarr.conversion.sources.counts import adopt_counts
+from scdl_zarr.conversion.sources.counts import adopted_counts
 from scdl_zarr.conversion.sources.h5ad import matrix_name
 from scdl_zarr.conversion.stopping import refuse_if_stopped
 from scdl_zarr.conversion.transpose import TransposedMatrix
@@ -161,10 +161,9 @@ def check_part(part: Part) -> None:
 @contextlib.contextmanager
 def _opened(part: Part) -> Iterator[MatrixReader]:
     """The rows of a part's matrix, for as long as its source is open."""
-    if part.counts:
-        adopt_counts(Path(part.counts), (part.spec, part.key))
     with blaming(part.spec), open_source(part.spec) as source:
-        matrix = read_matrix(source, part.key, part.row_stop)
+        with adopted_counts(part.counts, (part.spec, part.key)):
+            matrix = read_matrix(source, part.key, part.row_stop)
         yield matrix if part.staging is None else TransposedMatrix(matrix, part.staging)
 
 

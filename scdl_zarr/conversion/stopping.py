@@ -24,7 +24,7 @@ from scdl_zarr.storage.schema import BUILD_FOLDER
 if TYPE_CHECKING:
     from scdl_zarr.conversion.plan import Task
 
-__all__ = ["STATE", "StoppedError", "interruptible_pool", "read_state", "refuse_if_stopped", "state_document"]
+__all__ = ["STATE", "StoppedError", "interruptible_pool", "parse_state", "read_state", "refuse_if_stopped", "state_document"]
 
 STATE = "state"  # a file in the build folder
 
@@ -72,9 +72,17 @@ def refuse_if_stopped(root: str, task: Task | None = None) -> None:
 def read_state(root: Path) -> tuple[str, dict[str, str]]:
     """The plan that a folder says is being built in it, and the dtypes that its values now have; nothing where none is."""
     try:
-        digest, dtypes = (root / BUILD_FOLDER / STATE).read_text().split("\n", 1)
+        return parse_state((root / BUILD_FOLDER / STATE).read_bytes())
+    except OSError:
+        return "", {}
+
+
+def parse_state(content: bytes | None) -> tuple[str, dict[str, str]]:
+    """What :func:`state_document` said."""
+    try:
+        digest, dtypes = (content or b"").decode().split("\n", 1)
         return digest, dict(json.loads(dtypes))
-    except (OSError, ValueError):
+    except ValueError:
         return "", {}
 
 

@@ -25,7 +25,6 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -37,7 +36,7 @@ from scdl_zarr.conversion.column_kernels import bucket_borders, checksums, deal_
 from scdl_zarr.conversion.files import partial_path
 from scdl_zarr.conversion.problems import blaming
 from scdl_zarr.conversion.sources import MatrixReader, open_source
-from scdl_zarr.conversion.sources.counts import RowCounts, adopt_counts, forget_counts
+from scdl_zarr.conversion.sources.counts import RowCounts, adopted_counts, forget_counts
 from scdl_zarr.conversion.sources.csc import ColumnPiece, CscMatrix, changed, column_pieces, compiled_ids
 from scdl_zarr.conversion.staging import SEGMENT_BYTES, Staging, TransposeTask, TurnSizes, entry_dtype
 from scdl_zarr.conversion.stopping import refuse_if_stopped
@@ -112,10 +111,9 @@ def stage_run(task: TransposeTask) -> int:
 @contextlib.contextmanager
 def opened_columns(staging: Staging) -> Iterator[CscMatrix]:
     """The matrix, counted (by this process or another), for as long as its source is open."""
-    if staging.counts:
-        adopt_counts(Path(staging.counts), (staging.spec, staging.key))
     with blaming(staging.spec), open_source(staging.spec) as source:
-        matrix = source.matrix(staging.key)
+        with adopted_counts(staging.counts, (staging.spec, staging.key)):
+            matrix = source.matrix(staging.key)
         yield of_staging(matrix, staging)
 
 

@@ -7,6 +7,9 @@
                                      conversion does), and up to ``KEPT_COUNTS_BYTES`` of those used last
     tasks, wherever they run         find them in a file, of which they read the rows that they need
 
+A file belongs to one conversion and goes with it, so nobody but its own tasks reads it (:func:`adopted_counts`): what the whole
+process knows is in memory.
+
 Counts are never more than a shortcut: what is read is held against them.  Row pointers are made of counts alone, so nothing of a
 file is believed without its checksum.
 """
@@ -31,7 +34,7 @@ import numpy.typing as npt
 from scdl_zarr.conversion.files import partial_path
 from scdl_zarr.errors import CorruptStoreError, ScdlZarrError, SourceError
 
-__all__ = ["RowCounts", "adopt_counts", "forget_counts", "known_counts", "load_counts", "row_counts", "save_counts"]
+__all__ = ["RowCounts", "adopted_counts", "forget_counts", "known_counts", "load_counts", "row_counts", "save_counts"]
 
 KEPT_COUNTS_BYTES = 1 << 27  # 2 bytes a row where no row stores 65,536 values
 PIECE_ROWS = 1 << 16  # rows of a file under one checksum
@@ -123,7 +126,7 @@ class _KnownCounts:
         with self._lock:
             found = self._held.get(identity)
             if found is not None and isinstance(found.counts, SavedRows) and not found.counts.is_there():
-                self._drop(identity)  # the conversion that saved it is over
+                self._drop(identity)  # saved anew
                 return None
             if identity in self._kept:
                 self._kept.move_to_end(identity)
@@ -139,7 +142,8 @@ class _KnownCounts:
 
     def forget(self, identity: Hashable) -> None:
         with self._lock:
-            self._drop(identity)
+            for known in [known for known in self._held if known == identity or getattr(known, "matrix", None) == identity]:
+                self._drop(known)
 
     def _drop(self, identity: Hashable) -> None:
         self._kept.pop(identity, None)
@@ -147,10 +151,11 @@ class _KnownCounts:
 
 
 KNOWN = _KnownCounts()
+_thread = threading.local()  # `adopted`: by matrix, what the task of this thread goes by
 
 
 def row_counts(identity: Hashable, where: str, fits: Callable[[RowCounts], bool], count: Callable[[], RowCounts]) -> RowCounts:
-    """The counts of a matrix: those known in this process, if they fit, or else what `count` gives, for one thread at a time.
+    """The counts of a matrix: those adopted or known, if they fit, or else what `count` gives, for one thread at a time.
 
     Parameters
     ----------
@@ -164,6 +169,9 @@ def row_counts(identity: Hashable, where: str, fits: Callable[[RowCounts], bool]
     SourceError
         The matrix says that it has more rows than could be counted here, beside what `count` raises.
     """
+    adopted = _adopted().get(identity)
+    if adopted is not None and fits(adopted):
+        return adopted
     with KNOWN.claimed(identity):
         known = KNOWN.get(identity)
         if known is not None and fits(known):
@@ -177,8 +185,8 @@ def row_counts(identity: Hashable, where: str, fits: Callable[[RowCounts], bool]
 
 
 def known_counts(identity: Hashable) -> RowCounts | None:
-    """What this process knows of a matrix."""
-    return KNOWN.get(identity)
+    """What this process knows of a matrix, or its task in this thread."""
+    return _adopted().get(identity) or KNOWN.get(identity)
 
 
 def forget_counts(identity: Hashable) -> None:
@@ -287,8 +295,35 @@ def load_counts(path: Path) -> RowCounts | None:
     return RowCounts(height=height, counts=rows, starts=starts, longest=longest)
 
 
-def adopt_counts(path: Path, identity: Hashable) -> None:
-    """Know what was saved for tasks, unless this process knows it already."""
-    with KNOWN.claimed(identity):
-        if KNOWN.get(identity) is None and (counts := load_counts(path)) is not None:
-            KNOWN.keep(identity, counts)
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """Counts as one conversion keeps them in a file."""
+
+    matrix: Hashable
+    path: str
+
+
+@contextlib.contextmanager
+def adopted_counts(path: str, identity: Hashable) -> Iterator[None]:
+    """What this thread opens meanwhile goes by what this process has counted, or else by what was saved for tasks at `path`.
+
+    Never by a file of another conversion with the same source: that may go at any moment.
+    """
+    found = KNOWN.get(identity)
+    if found is None and path:
+        saved = _Saved(identity, path)
+        with KNOWN.claimed(saved):
+            found = KNOWN.get(saved) or load_counts(Path(path))
+            if found is not None:
+                KNOWN.keep(saved, found)
+    before = _adopted()
+    _thread.adopted = before if found is None else {**before, identity: found}
+    try:
+        yield
+    finally:
+        _thread.adopted = before
+
+
+def _adopted() -> dict[Hashable, RowCounts]:
+    known: dict[Hashable, RowCounts] = getattr(_thread, "adopted", {})
+    return known
