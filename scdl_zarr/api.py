@@ -126,7 +126,8 @@ def convert(
     sources
         H5AD files, 10x Genomics HDF5 files (Cell Ranger 2 and later), AnnData Zarr stores (Zarr v2, v3), stores of this package,
         folders that BioNeMo-SCDL made (see Notes).  One, or a list of them; a folder, which is all of these below it; a pattern
-        such as ``"data/**/*.h5ad"``; a text file (``.txt``, ``.list``) with one of these on each line; a URL
+        such as ``"data/**/*.h5ad"``; a text file (``.txt``, ``.list``) with one of these on each line
+        (relative to its own folder; ``#`` begins a comment); a URL
         (``s3://``, ``gs://``, ``az://``, ``http(s)://``) of such a file or store, where a pattern or a prefix of an object store
         is all that is below it.  Matrices are stored by
         rows (CSR), by columns (CSC, turned into rows as SciPy's ``tocsr`` does) or dense; of a dense one, what is not equal to
@@ -188,7 +189,9 @@ def convert(
         being built; for a target in an object store the system's folder for temporary files (``TMPDIR``), where the same call
         finds a joined store again.
     skip_bad
-        Convert the other sources where some cannot be: those are named in the summary and in ``uns/scdl/skipped``.
+        Convert the other sources where some cannot be: those are named in the summary, by ``data.blocks.skipped()`` and in
+        ``uns/scdl/skipped``.  The conversion begins anew where reading values shows that a source is bad; when it is called
+        again, sources that it skipped then are read once more, as they may have been repaired.
     resume
         Go on with an unfinished conversion of the same plan (False: start it over).
     overwrite
@@ -204,7 +207,9 @@ def convert(
     ------
     SourceError
         A source is neither HDF5 nor a Zarr store, truncated, has no such matrix, contradicts itself, or changes meanwhile.  All
-        sources are looked at before anything is written, and all that is wrong with them is told at once.
+        sources' headers, row pointers and tables are looked at before anything is written, and all that is wrong with them is
+        told at once.  Where values turn out to be bad, all values are read before that is raised: the message lists every
+        source that is bad.  Nothing is left at the target.
     InexactValueError
         A value does not survive the `dtype` asked for; the message names file, row and value.
     StoreExistsError, StoreAccessError, StoreFullError, StoreBusyError

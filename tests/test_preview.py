@@ -178,6 +178,85 @@ def test_a_source_that_was_repaired_is_skipped_no_more(files: list[Path], bad: l
         scdl_zarr.convert([*files, bad[1]], tmp_path / "s.zarr", **options)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_one_that_only_its_values_told_to_be_bad_is_read_again(files: list[Path], tmp_path: Path, *, finished: bool) -> None:
+    bad = write_h5ad(tmp_path / "ids.h5ad", encoded_rows(200, 30, 20))
+    with h5py.File(bad, "r+") as file:
+        file["X/indices"][3000] = 30
+    mixed, target = [files[0], bad, files[1]], tmp_path / "s.zarr"
+    options: dict[str, Any] = {"progress": False, "skip_bad": True, "chunk_values": 16, "shard_values": 32}
+    run_conversion(mixed, target, ConversionOptions(**options))
+    if not finished:  # as it is right before the commit
+        (target / "zarr.json").unlink()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("scdl_zarr.conversion.execution.commit_store", interrupted)
+            scdl_zarr.convert(mixed, target, resume=False, overwrite=True, **options)
+    with h5py.File(bad, "r+") as file:
+        file["X/indices"][3000] = 29
+    with pytest.raises(StoreExistsError, match=r"ids\.h5ad is a source only here"):
+        scdl_zarr.convert(mixed, target, **options)
+    assert scdl_zarr.convert(mixed, target, overwrite=True, **options).n_obs == 234
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_all_sources_whose_values_are_bad_are_told_at_once(
+    files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = []
+    for number in range(3):
+        bad.append(write_h5ad(tmp_path / f"ids{number}.h5ad", encoded_rows(200, 30, 20)))
+        with h5py.File(bad[-1], "r+") as file:
+            file["X/indices"][3000 + number] = [30, -1, 99][number]
+    with pytest.raises(SourceError, match="3 sources cannot be converted") as caught:
+        scdl_zarr.convert([bad[0], files[0], *bad[1:]], tmp_path / "s.zarr", chunk_values=16, shard_values=32)
+    assert all(f"ids{number}.h5ad" in str(caught.value) for number in range(3)), caught.value
+    assert "looking for what else is wrong" in capsys.readouterr().err
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_info_names_what_was_skipped(files: list[Path], bad: list[Path], tmp_path: Path) -> None:
+    scdl_zarr.convert([*files, bad[1]], tmp_path / "s.zarr", skip_bad=True, progress=False)
+    told = CliRunner().invoke(app, ["info", str(tmp_path / "s.zarr")]).output
+    assert "skipped, as it could not be converted: text.h5ad:" in told
+    facts = json.loads(CliRunner().invoke(app, ["info", str(tmp_path / "s.zarr"), "--json"]).output)
+    assert list(facts["skipped"]) == ["text.h5ad"]
+
+
+def test_numbers_that_become_text_are_pointed_out(tmp_path: Path) -> None:
+    made = []
+    for number, ages in enumerate(([1.5, 2.5], ["young", "old"], [np.nan, np.nan])):
+        obs = pd.DataFrame({"age": ages, "n": [1, 2]}, index=["x", "y"])
+        made.append(write_h5ad(tmp_path / f"{number}.h5ad", encoded_rows(2, 5, 2), obs=obs))
+    summary = run_conversion(made, tmp_path / "s.zarr", ConversionOptions(progress=False))
+    assert [hint for hint in summary.hints if "obs" in hint] == [
+        "obs column age: numbers in some sources, text in others; all of it becomes text"
+    ]
+    fine = run_conversion(made[1:], tmp_path / "t.zarr", ConversionOptions(progress=False))
+    assert not [hint for hint in fine.hints if "obs" in hint]
+
+
+UNSTORABLE = ["a\\b", "zarr.json", "é" * 130]
+
+
+@pytest.mark.parametrize("name", UNSTORABLE)
+@pytest.mark.parametrize("place", ["obs", "var", "layers", "obsm"])
+def test_names_that_no_store_can_hold_are_refused_first(tmp_path: Path, place: str, name: str) -> None:
+    source = anndata.AnnData(scipy.sparse.csr_matrix(np.ones((2, 3), np.float32)))
+    if place in ("obs", "var"):
+        getattr(source, place)[name] = np.arange(len(getattr(source, place)))
+    else:
+        getattr(source, place)[name] = np.ones((2, 3), np.float32)
+    source.write_h5ad(tmp_path / "a.h5ad")
+    carried = {place: name} if place in ("layers", "obsm") else {}
+    with pytest.raises((SourceError, OptionError), match="no AnnData store can hold") as caught:
+        scdl_zarr.convert(tmp_path / "a.h5ad", tmp_path / "s.zarr", progress=False, **carried)
+    assert repr(name) in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5ad"]
+
+
 def test_a_url_is_told_without_what_may_be_a_secret() -> None:
     problems = Problems(skip=True)
     for url in ("https://user:S3CRET@host.invalid/q.h5ad", "https://host.invalid/r.h5ad?X-Amz-Signature=S3CRET"):

@@ -53,6 +53,7 @@ def describe(data: SingleCellZarrDataset) -> dict[str, Any]:
         "obs_columns": {name: data.obs.encoding(name) for name in data.obs.columns},
         "var_columns": {name: data.var.encoding(name) for name in data.var.columns},
         "sources": len(data.sources),
+        "skipped": {name: reason for name, (reason, _) in data.blocks.skipped().items()},
         "left_out": data.left_out,
     }
 
@@ -133,6 +134,7 @@ def text_summary(facts: dict[str, Any]) -> str:
     for title, key in (("obs", "obs_columns"), ("var", "var_columns")):
         lines.append(f"  {title}: " + (", ".join(f"{name} ({kind})" for name, kind in facts[key].items()) or "no columns"))
     lines += [f"  {title}: {', '.join(facts[title])}" for title in ("layers", "obsm", "obsp") if facts[title]]
+    lines += [f"  skipped, as it could not be converted: {name}: {reason}" for name, reason in facts["skipped"].items()]
     aside = "left out by the conversion" if ours else "not read"
     lines.append(f"  {aside}: {', '.join(facts['left_out']) or 'nothing'}")
     return "\n".join(lines)

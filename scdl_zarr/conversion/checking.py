@@ -6,7 +6,7 @@ hundreds of these, so from the second one on they are looked for: everything is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -20,22 +20,37 @@ from scdl_zarr.conversion.survey import Survey
 from scdl_zarr.errors import SourceError
 from scdl_zarr.resources import usable_cores
 
-__all__ = ["find_bad"]
+__all__ = ["find_bad", "still_bad"]
 
 
-def find_bad(survey: Survey, options: ConversionOptions) -> dict[SourceSpec, SourceError]:
-    """What is wrong with sources whose values cannot be read, in threads of this process.
+def find_bad(
+    survey: Survey, options: ConversionOptions, only: Collection[SourceSpec] | None = None
+) -> dict[SourceSpec, SourceError]:
+    """What is wrong with sources (or `only` some) whose values cannot be read, in threads of this process.
 
     Large matrices stored by columns are left out: they are found when they are dealt out.
     """
     found: dict[SourceSpec, SourceError] = {}
-    parts = list(_parts(survey, options))
+    parts = [part for part in _parts(survey, options) if part.staging is None and (only is None or part.spec in only)]
     threads = threads_that_fit(options.threads or usable_cores(), survey, options)
     with ThreadPoolExecutor(threads, thread_name_prefix="scdl-zarr-check") as pool:
-        for part, error in zip(parts, pool.map(_error, parts), strict=True):
-            if error is not None:
-                found.setdefault(part.spec, error)
+        try:
+            for part, error in zip(parts, pool.map(_error, parts), strict=True):
+                if error is not None:
+                    found.setdefault(part.spec, error)
+        except BaseException:  # Ctrl-C
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return found
+
+
+def still_bad(survey: Survey, options: ConversionOptions, suspects: Collection[SourceSpec]) -> set[SourceSpec]:
+    """Which of the sources that were found to be bad before are so now: read once more, as they may have been repaired.
+
+    A large matrix stored by columns is taken to be as it was.
+    """
+    unread = {part.spec for part in _parts(survey, options) if part.staging is not None and part.spec in suspects}
+    return unread | set(find_bad(survey, options, [spec for spec in suspects if spec not in unread]))
 
 
 def _parts(survey: Survey, options: ConversionOptions) -> Iterator[Part]:
@@ -44,8 +59,7 @@ def _parts(survey: Survey, options: ConversionOptions) -> Iterator[Part]:
         for task in plan.tasks("", survey.maps(path), options):
             if task.kind == "values":
                 for part in task.parts:
-                    if part.staging is None:
-                        yield replace(part, counts="", ids=IdMap(length=part.ids.length, rising=True, first=0))
+                    yield replace(part, counts="", ids=IdMap(length=part.ids.length, rising=True, first=0))
 
 
 def _error(part: Part) -> SourceError | None:

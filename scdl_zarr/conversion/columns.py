@@ -297,6 +297,12 @@ class ColumnJoin:
         return cls(list(places), codes, is_index=name is None)
 
     @property
+    def becomes_text(self) -> bool:
+        """Whether it is numbers (or booleans) in some sources and text in the store."""
+        kinds = {kind_of(part.array) for part, known in zip(self._parts, self._has_value, strict=True) if known}
+        return kind_of(self.joined.array) == "text" and "number" in kinds
+
+    @property
     def misses(self) -> bool:
         """Whether the joined column misses a value."""
         return bool(self.joined.isna().any())
@@ -363,6 +369,12 @@ class ColumnJoin:
             return pd.DataFrame(index=pd.RangeIndex(1 if code == -1 else 0))
         part = self._parts[code]
         return pd.DataFrame(index=pd.Index(part.array, dtype=part.dtype)) if self._is_index else pd.DataFrame({"": part})
+
+
+def kind_of(values: Any) -> str:
+    """What the values of a column are, or its categories: "number" or "text"."""
+    kind = getattr(getattr(values, "categories", values).dtype, "kind", "O")
+    return "number" if kind in "biuf" else "text"
 
 
 def _first_two(codes: list[int]) -> list[int]:

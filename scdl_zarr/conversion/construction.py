@@ -140,6 +140,7 @@ class Construction:
         self.plan_digest = digest_of_plan(self._plan)
         self._resume = resume
         self._build = root / BUILD_FOLDER
+        self._discarded = False
 
     def __enter__(self) -> Construction:
         with explained_errors(self.root):
@@ -273,7 +274,11 @@ class Construction:
         return read_mark(self.root, task) is not None
 
     def discard(self) -> None:
-        """Remove everything that was written, and the folder unless somebody else's files are in it; again, nothing more."""
+        """Remove everything that was written, and the folder unless somebody else's files are in it.  Once: afterwards it may be
+        another conversion's."""
+        if self._discarded:
+            return
+        self._discarded = True
         if self.root.exists():
             self._clear()
         shutil.rmtree(self._build, ignore_errors=True)

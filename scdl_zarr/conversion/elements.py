@@ -18,7 +18,7 @@ from numcodecs.vlen import VLenUTF8
 from numcodecs.zstd import Zstd
 
 from scdl_zarr.errors import SourceError
-from scdl_zarr.storage.schema import group_node
+from scdl_zarr.storage.schema import group_node, is_storable_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,10 +95,10 @@ def frame_group(path: str, names: list[str], index_name: str | None, *, same: bo
     `same` says that the column which has the index's name has its content, too; it then serves as both, as in AnnData.
     """
     for name in names:
-        if not name or "/" in name or name in (".", "..", INDEX):
+        if not is_storable_name(name) or name == INDEX:
             raise SourceError(f"a column of {path} is named {name!r}, which no AnnData store can hold; rename it")
     index = INDEX if index_name is None else str(index_name)
-    if (index in names and not same) or not index or "/" in index or index in (".", ".."):
+    if (index in names and not same) or not is_storable_name(index):
         index = INDEX
     return group_node("dataframe", "0.2.0", **{INDEX: index, "column-order": names}), None if index in names else index
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scdl_zarr.conversion.assembly import commit_store, encode_tables, recorded_plan
-from scdl_zarr.conversion.checking import find_bad
+from scdl_zarr.conversion.checking import find_bad, still_bad
 from scdl_zarr.conversion.construction import (
     PLAN_VERSION,
     Construction,
@@ -32,6 +33,7 @@ from scdl_zarr.conversion.construction import (
 from scdl_zarr.conversion.crews import hired, projected_passing, projected_scratch, projected_size
 from scdl_zarr.conversion.elements import EncodedElements
 from scdl_zarr.conversion.executors import Executor
+from scdl_zarr.conversion.files import bytes_below
 from scdl_zarr.conversion.finding import find_sources, select_features
 from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.plan_records import describe_options, describe_sources, first_names
@@ -158,8 +160,13 @@ def run_conversion(sources: Any, target: str | os.PathLike[str], options: Conver
                 return run(sources, target, options, bad)
             except SourceError as error:
                 spec = blamed(error)
-                if not options.skip_bad or spec is None or spec in bad or may_pass(error):
+                if spec is None or spec in bad or may_pass(error):
                     raise
+                if not options.skip_bad:
+                    whole = _all_of(error, spec, sources, target, options)
+                    if whole is error:
+                        raise
+                    raise whole from error
                 bad[spec] = error
                 if len(bad) == 2:  # there may be many: from here on one pass finds them, and not a run for each
                     bad |= find_bad(prepare(sources, target, options, bad).survey, options)
@@ -194,15 +201,35 @@ def prepare(
         with explained_errors(root):
             specs = _found(sources, root, options, problems)
         taken = target_state(root, [Path(spec.path) for spec in specs if spec.remote is None], options)
-    if options.skip_bad:
-        names = {} if options.overwrite or not options.resume else _skipped_before(root, taken)
-        for spec in specs:
-            if bad and spec in bad:
-                problems.blame(spec, bad[spec])
-            elif spec.name in names and names[spec.name][1] == spec.size:
-                problems.blame(spec, SourceError(names[spec.name][0]))
+    for spec in specs:
+        if spec in (bad or ()) and options.skip_bad:
+            problems.blame(spec, bad[spec])
     survey = survey_sources(specs, options, problems=problems)
+    known = _skipped_before(root, taken) if options.skip_bad and options.resume and not options.overwrite else {}
+    suspects = {spec for spec in survey.specs if known.get(spec.name, ("", -1))[1] == spec.size}
+    if suspects and (still := still_bad(survey, options, suspects)):
+        return prepare(sources, target, options, {**(bad or {}), **{spec: SourceError(known[spec.name][0]) for spec in still}})
     return Prepared(root=root, taken=taken, survey=survey, plan=plan_record(survey, options))
+
+
+def _all_of(error: SourceError, spec: SourceSpec, sources: Any, target: Any, options: ConversionOptions) -> ScdlZarrError:
+    """What is wrong with a source, and with all others whose values cannot be read: so that they can be mended at once."""
+    problems = Problems()
+    problems.blame(spec, error)
+    try:
+        survey = prepare(sources, target, options).survey
+        others = [other for other in survey.specs if other != spec]
+        if others and options.progress is not False:
+            print(f"{error}; looking for what else is wrong (Ctrl-C: enough)", file=sys.stderr)
+        for other, why in find_bad(survey, options, others).items():
+            problems.blame(other, why)
+    except (KeyboardInterrupt, ScdlZarrError):
+        return error
+    try:
+        problems.settle(0)
+    except ScdlZarrError as whole:
+        return whole
+    return error
 
 
 def _look_remotely(
@@ -242,7 +269,7 @@ def require_writable(root: Path | RemoteLocation, taken: str | None, options: Co
     with explained_errors(root):
         if isinstance(root, Path):
             prepare_target(root)
-            check_room(root, needed)
+            check_room(root, needed - (bytes_below(root) if taken == "build" else 0))
             return
         if taken == "store":
             raise StoreExistsError(

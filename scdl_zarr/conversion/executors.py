@@ -125,7 +125,7 @@ def _run_in_pool(
         try:
             return list(get(graph, list(graph), pool=pool, num_workers=threads))
         except NotBegunError:  # heard of before the error that it is due to
-            raise failed[0] from None
+            raise failed[0] from failed[0].__cause__  # which says whether it may pass
 
 
 # ---- local processes
@@ -328,6 +328,8 @@ class Cluster:
         except KeyboardInterrupt:
             say("stopping; run the same conversion again to go on with the shards that are not finished")
             self.client.cancel(list(places))
+            with contextlib.suppress(Exception):
+                self.client.run(end_run, run, on_error="ignore", wait=False)
             raise
         if failed is not None:
             raise failed
@@ -339,7 +341,7 @@ class Cluster:
         with contextlib.suppress(Exception):  # of a cluster that is lost: its workers find out themselves
             for address in self.client.nthreads():
                 key = f"leave-{secrets.token_hex(4)}"
-                left = self.client.submit(leave_folder, root, workers=[address], key=key, pure=False)
+                left = self.client.submit(leave_folder, root, workers=[address], allow_other_workers=True, key=key, pure=False)
                 distributed.fire_and_forget(left)  # type: ignore[no-untyped-call]
 
     def _submit(self, task: Task, run: str) -> Any:
@@ -367,6 +369,7 @@ def connected(client: Any) -> Iterator[Any]:
     if not isinstance(client, str):
         raise OptionError(f"client={client!r}; expected a dask.distributed.Client or the address of a scheduler (--scheduler)")
     try:
+        distributed.comm.resolve_address(client)  # a client that was never connected goes only after a minute
         made = distributed.Client(client, timeout=SECONDS_TO_CONNECT, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise OptionError(f"client={client!r} (--scheduler): no scheduler answers there: {error}") from error

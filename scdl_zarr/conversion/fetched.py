@@ -1,4 +1,4 @@
-"""Local folders of conversions into object stores, on other machines than that of the parent: who uses them, and when they go.
+"""Local folders of conversions into object stores: who uses them, and when they go.
 
 ::
 
@@ -8,6 +8,7 @@
 A process leaves a folder when it is told that the conversion is over, when it finds that out (a task is refused because its place
 is built by another plan; a task comes of another conversion, and what an earlier one built is built no more), and when it ends.
 The last one to leave removes it.  A process that was killed has left: what it was the last to use goes when the next one begins.
+On the parent's machine the folder is the parent's (:func:`own_folder`), and a process uses it while a task is at work there.
 
 Without advisory locks (Windows) nobody can tell who else uses a folder, and it stays where temporary files are.
 """
@@ -16,21 +17,24 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scdl_zarr.conversion.files import is_open
+from scdl_zarr.conversion.files import is_open, replace_file
 from scdl_zarr.errors import StoreBusyError
 from scdl_zarr.storage.schema import BUILD_FOLDER
 
-__all__ = ["OWN", "leave_folder", "used_folder"]
+__all__ = ["OWN", "leave_folder", "own_folder", "used_folder"]
 
 OWN = f"{BUILD_FOLDER}/own"  # marks the folder of whoever asked, who removes it without being told
 LOCK_ENDS = ".scdl-used"
+PREFIX = "scdl-zarr-"  # of all such folders: nothing else is ever removed
 
 
 @dataclass(slots=True)
@@ -45,6 +49,23 @@ class _Use:
 
 _used: dict[Path, _Use] = {}
 _changing = threading.Lock()
+_process = os.getpid()  # a forked child has what its parent has, and leaves nothing
+
+
+@contextlib.contextmanager
+def own_folder(parent: Path) -> Iterator[Path]:
+    """The folder of a conversion on the machine that asks for it, removed at the end; what killed ones left there goes first."""
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent, ignore_cleanup_errors=True) as folder:
+        root = Path(folder)
+        with _share(root) as lock:
+            try:
+                replace_file(root / OWN, b"")
+                with _changing:
+                    _remove_unused(parent)
+                yield root
+            finally:
+                shutil.rmtree(root, ignore_errors=True)
+                _remove_if_alone(root, lock)
 
 
 @contextlib.contextmanager
@@ -53,7 +74,7 @@ def used_folder(root: Path, is_over: Callable[[], bool]) -> Iterator[None]:
 
     `is_over` asks whether that conversion has ended, at most once for each one that begins here later.
     """
-    use = _begin(root, is_over)
+    use, held = _begin(root, is_over)
     try:
         yield
     except StoreBusyError:  # it is built by another plan (or in another dtype: then this is fetched anew)
@@ -65,7 +86,9 @@ def used_folder(root: Path, is_over: Callable[[], bool]) -> Iterator[None]:
             if use is not None:
                 use.tasks -= 1
             elif not (root / OWN).exists() and root not in _used:  # the parent is gone, and this has made it anew
-                use = _used[root] = _Use(_share(root), is_over, over=True)
+                use = _used[root] = _Use(held, is_over, over=True)
+            else:
+                held.close()
             if use is not None and use.over:
                 _leave(root)
 
@@ -78,11 +101,16 @@ def leave_folder(root: str) -> None:
             _leave(Path(root))
 
 
-def _begin(root: Path, is_over: Callable[[], bool]) -> _Use | None:
+def _begin(root: Path, is_over: Callable[[], bool]) -> tuple[_Use | None, Any]:
+    """What is known of the folder, or, of the parent's, a lock that says for this task that it is used."""
+    global _process
     with _changing:
+        if _process != os.getpid():
+            _process = os.getpid()
+            _used.clear()  # those are the parent process's
         use = _used.get(root)
         if use is None and (root / OWN).exists():
-            return None
+            return None, _share(root)
         earlier = {} if use is not None else dict(_used)
         if use is None:
             if not _used:
@@ -92,9 +120,10 @@ def _begin(root: Path, is_over: Callable[[], bool]) -> _Use | None:
             _remove_unused(root.parent)
         use.tasks += 1
     for path, other in earlier.items():  # without the lock: the network is asked
-        if other.is_over():
-            leave_folder(str(path))
-    return use
+        with contextlib.suppress(Exception):  # which is no matter of this task
+            if other.is_over():
+                leave_folder(str(path))
+    return use, None
 
 
 def _share(root: Path) -> Any:
@@ -123,10 +152,20 @@ def _leave(root: Path) -> None:
 def _remove_unused(parent: Path) -> None:
     """Remove what processes that were killed were the last to use."""
     known = {_lock_of(root) for root in _used}
-    for lock in parent.glob(f".*{LOCK_ENDS}"):
-        if lock not in known:
+    for lock in parent.glob(f".{PREFIX}*{LOCK_ENDS}"):
+        root = lock.with_name(lock.name[1 : -len(LOCK_ENDS)])
+        if lock not in known and _is_mine(lock) and (_is_mine(root) or not root.exists()):
             with contextlib.suppress(OSError), open(lock, "r+b") as file:
-                _remove_if_alone(lock.with_name(lock.name[1 : -len(LOCK_ENDS)]), file)
+                _remove_if_alone(root, file)
+
+
+def _is_mine(path: Path) -> bool:
+    """Whether a file or folder belongs to this user: the folder for temporary files is everybody's."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return not path.is_symlink() and (not hasattr(os, "getuid") or status.st_uid == os.getuid())
 
 
 def _remove_if_alone(root: Path, lock: Any) -> None:
@@ -136,6 +175,8 @@ def _remove_if_alone(root: Path, lock: Any) -> None:
 
 
 def _leave_all() -> None:
+    if _process != os.getpid():
+        return
     with _changing:
         for root, use in list(_used.items()):
             use.tasks = 0  # whatever is at work ends with the process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -15,6 +16,7 @@ __all__ = [
     "is_open",
     "is_partial",
     "link_file",
+    "bytes_below",
     "on_same_disk",
     "partial_path",
     "replace_file",
@@ -74,6 +76,16 @@ def side_by_side(act: Callable[[Item], Result], items: Iterable[Item], at_once: 
     """The results of something that waits for a disk or the network, so many at a time: it then waits for all of them at once."""
     with ThreadPoolExecutor(at_once, thread_name_prefix="scdl-zarr-wait") as pool:
         return list(pool.map(act, items))
+
+
+def bytes_below(folder: Path) -> int:
+    """Bytes of the files in and below a folder; none where there is no such folder."""
+    found = 0
+    for top, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found += os.lstat(os.path.join(top, name)).st_size
+    return found
 
 
 def sync_file(path: Path) -> None:

@@ -23,7 +23,7 @@ from scdl_zarr.errors import OptionError
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.resources import parse_bytes
 from scdl_zarr.storage.remote_file import CACHE_BYTES
-from scdl_zarr.storage.schema import BUILD_FOLDER, SHARD_VALUES, ArrayLayout, MatrixLayout, profile_named
+from scdl_zarr.storage.schema import BUILD_FOLDER, SHARD_VALUES, ArrayLayout, MatrixLayout, is_storable_name, profile_named
 
 __all__ = [
     "ConversionOptions",
@@ -97,6 +97,11 @@ class ConversionOptions:
             chosen = (value,) if isinstance(value, str) else tuple(value)
             if len(set(chosen)) != len(chosen):
                 raise OptionError(f"{name}={value!r} ({flag}) names something twice")
+            odd = [one for one in chosen if name != "feature_type" and not is_storable_name(one)]
+            if odd:
+                raise OptionError(
+                    f"{name} ({flag}): {odd[0]!r} is a name that no AnnData store can hold; rename it in the sources"
+                )
             object.__setattr__(self, name, chosen)
         for name in ("threads", "workers"):
             count = getattr(self, name)

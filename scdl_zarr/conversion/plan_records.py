@@ -34,7 +34,7 @@ def refuse_other_plan(where: Path | RemoteLocation, known: Mapping[str, Any], wa
     if known != wanted:
         raise StoreExistsError(
             f"{where} holds an unfinished conversion of another plan ({_describe_plans(known, wanted)}). "
-            "Run that conversion again to finish it, or start over with overwrite=True (--overwrite)"
+            "Run that conversion again to finish it, or start over with resume=False (--restart)"
         )
 
 

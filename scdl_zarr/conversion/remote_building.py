@@ -18,7 +18,6 @@ import functools
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from typing import Any
 
 from scdl_zarr.conversion import construction
 from scdl_zarr.conversion.construction import explained_errors, part_documents, perform_task, refuse_lost
-from scdl_zarr.conversion.fetched import OWN, used_folder
+from scdl_zarr.conversion.fetched import OWN, own_folder, used_folder
 from scdl_zarr.conversion.files import partial_path, replace_file, side_by_side
 from scdl_zarr.conversion.marks import DONE, mark_document, mark_key, parse_json, parse_mark
 from scdl_zarr.conversion.plan import ShardTask, Task, TaskAround
@@ -36,8 +35,8 @@ from scdl_zarr.conversion.remote_lock import RemoteLock
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.staging import scratch_folder
 from scdl_zarr.conversion.stopping import STATE, parse_state, refuse_if_stopped, state_document
-from scdl_zarr.conversion.widen import WidenTask
-from scdl_zarr.errors import ScdlZarrError, StoreExistsError, StoreNotFoundError
+from scdl_zarr.conversion.widen import WidenTask, widen_shard
+from scdl_zarr.errors import CorruptStoreError, ScdlZarrError, StoreExistsError, StoreNotFoundError
 from scdl_zarr.storage.location import StoreLocation, read_metadata
 from scdl_zarr.storage.remote import RemoteLocation
 from scdl_zarr.storage.schema import BUILD_FOLDER
@@ -72,9 +71,12 @@ def _run_remotely(task: Task, place: RemoteLocation) -> ShardResult:
     root = Path(task.root)
     with used_folder(root, functools.partial(_is_over, place, task.plan)):
         _bring(place, root, task)
-        result = perform_task(task)
+        widened = _widen(place, task) if isinstance(task, WidenTask) else None
+        result = widened or perform_task(task)
         _bring_state(place, root)
         refuse_if_stopped(task.root, task)  # the last moment: it must not land in what is built there now
+        if isinstance(task, WidenTask):  # first: what was fetched before a mark was read is what the mark tells of
+            place.delete([mark_key(task)])
         sizes = [_put_or_ask(place, root, key) for key in task.files]
     result = replace(result, bytes_out=sum(sizes), seconds=time.perf_counter() - began)
     place.at(mark_key(task)).put(mark_document(result, {"plan": task.plan, "sizes": sizes}))
@@ -100,13 +102,37 @@ def _bring(place: RemoteLocation, root: Path, task: Task) -> None:
         for key in json.loads(place.at(f"{BUILD_FOLDER}/{PUBLISHED}").get()):
             _bring_file(place, root, key)
         _bring_file(place, root, f"{BUILD_FOLDER}/{PUBLISHED}")
-    if isinstance(task, WidenTask):  # the finished shard that it is made of
-        _bring_file(place, root, task.task.arrays[0].shard_key(task.task.number))
     shard = task.task if isinstance(task, WidenTask) else task
     for part in shard.parts if isinstance(shard, ShardTask) else ():
         if part.staging is not None:  # made by other tasks, maybe elsewhere
             for run in range(part.staging.sizes.runs):
                 _bring_file(place, root, part.staging.file(run))
+
+
+def _widen(place: RemoteLocation, task: WidenTask) -> ShardResult | None:
+    """A shard made from the finished object; None where that is not surely what its mark said it is.
+
+    The object is fetched before the mark is looked at, and the mark goes before the object is put anew.
+    """
+    key = task.task.arrays[0].shard_key(task.task.number)
+    path = Path(task.root) / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fetched = partial_path(path)
+    try:
+        place.at(key).get_file(fetched)
+        record = parse_json(_read(place, mark_key(task))) or {}
+        heads = [place.at(own).head() for own in task.files]
+        sizes = [
+            fetched.stat().st_size if own == key else head and head.size for own, head in zip(task.files, heads, strict=True)
+        ]
+        if parse_mark(record, task, {"plan": task.plan, "sizes": sizes}, any_dtype=True) != task.done:
+            return None
+        with open(fetched, "rb") as file:
+            return widen_shard(task, file, lambda: None)
+    except (CorruptStoreError, StoreNotFoundError):
+        return None
+    finally:
+        fetched.unlink(missing_ok=True)
 
 
 def _bring_file(place: RemoteLocation, root: Path, key: str) -> None:
@@ -191,10 +217,7 @@ class RemoteConstruction:
         with contextlib.ExitStack() as stack:  # whatever fails, the rest is given back
             with explained_errors(self.place):
                 self._scratch.mkdir(parents=True, exist_ok=True)
-                folder = tempfile.TemporaryDirectory(prefix="scdl-zarr-", dir=self._scratch, ignore_cleanup_errors=True)
-            self.root = Path(stack.enter_context(folder))
-            with explained_errors(self.place):
-                replace_file(self.root / OWN, b"")
+                self.root = stack.enter_context(own_folder(self._scratch))
             self._lock.acquire(take_over=self._take_over)
             stack.callback(self._lock.release)
             self._go_on_or_start()

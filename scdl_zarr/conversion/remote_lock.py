@@ -9,7 +9,8 @@ whose token the object has.
 Object stores have no conditional deletion that obstore could ask for.  So a lock is given back in two steps: a conditional write
 says that it is, which nobody takes over for :data:`GIVING_SECONDS`, not even ``overwrite=True``; then it is deleted.  What
 remains is a deletion that arrives later than that, another machine whose clock is ahead by as much, and, in a store that refuses
-conditional writes, whoever takes the lock over between the last look at it and the deletion.
+conditional writes, whoever takes the lock over between the last look at it and the deletion.  On this machine a process that has
+ended, or given it back, holds it no more, whatever it says.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -57,7 +58,7 @@ from scdl_zarr.conversion.execution import (
     under_construction,
     write_store,
 )
-from scdl_zarr.conversion.files import on_same_disk, partial_path, sync_folder
+from scdl_zarr.conversion.files import bytes_below, on_same_disk, partial_path, sync_folder
 from scdl_zarr.conversion.gene_lists import described_genes, listed_genes
 from scdl_zarr.conversion.plan import ConversionOptions, asked_dtype
 from scdl_zarr.conversion.problems import may_pass
@@ -171,13 +172,15 @@ def convert_view(
                 _remove_siblings(outside, root)  # of a run that was killed at its very end
         return found
     joining = dataclasses.replace(plain, profile="fast", chunk_values=None, shard_values=None)
-    _require_room(root, taken, whole, options, joining)
+    _require_room(root, taken, scratch, whole, options, joining)
     begun = taken == "build" or work.exists()
     with explained_errors(root), _held(outside, root):
         place = under_construction(root, plan, options, replaces=taken == "store")
         with place as construction, _leaving_nothing(construction, outside, NEVER if begun else REFUSED):
+            if not options.resume:
+                _remove(scratch)
             _join(scratch, whole, joining)
-            with _leaving_nothing(construction, outside, REFUSED):
+            with _blaming_joined(scratch), _leaving_nothing(construction, outside, REFUSED):
                 base = _Base(StoreLocation(path=scratch))
                 selection = select(
                     base.location, base.metadata, rows=options.rows, genes=options.genes, order=options.order, seed=options.seed
@@ -187,7 +190,8 @@ def convert_view(
                 survey = view.survey()
             survey.skipped = whole.skipped
             survey.hints = whole.hints
-            written = write_store(contextlib.nullcontext(construction), survey, view.options, plan)
+            with _blaming_joined(scratch):
+                written = write_store(contextlib.nullcontext(construction), survey, view.options, plan)
         if outside is not None:
             _remove(outside)
             _remove_siblings(outside, root)
@@ -196,13 +200,19 @@ def convert_view(
 
 
 def _require_room(
-    root: Path | RemoteLocation, taken: str | None, survey: Survey, options: ConversionOptions, joining: ConversionOptions
+    root: Path | RemoteLocation,
+    taken: str | None,
+    scratch: Path,
+    survey: Survey,
+    options: ConversionOptions,
+    joining: ConversionOptions,
 ) -> None:
     """Refuse places that cannot be written or have no room: for the store, and for the joined one that is there until the end."""
     store, joined = projected_size(survey, options), projected_size(survey, joining)
     columns = projected_scratch(survey)
     if not isinstance(root, Path):  # both pass through
-        require_writable(root, taken, options, joined + max(columns, projected_passing(survey, options)))
+        passing = max(columns, projected_passing(survey, options))
+        require_writable(root, taken, options, joined + passing - bytes_below(scratch))
         return
     if options.scratch_dir is None:
         require_writable(root, taken, options, store + joined + columns)
@@ -211,7 +221,8 @@ def _require_room(
     require_writable(root, taken, options, store)
     with explained_errors(folder):
         prepare_target(folder)
-        check_room(folder, joined + columns + (store if on_same_disk(root, folder) else 0), root)
+        beside = store - (bytes_below(root) if taken == "build" else 0) if on_same_disk(root, folder) else 0
+        check_room(folder, joined + columns + beside - bytes_below(scratch), root)
 
 
 def _looked_at(target: Any, source: Path, options: ConversionOptions) -> tuple[Path | RemoteLocation, str | None]:
@@ -273,8 +284,14 @@ def _held(folder: Path | None, root: Path | RemoteLocation) -> Iterator[None]:
 
 
 def _remove(folder: Path | None) -> None:
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove a folder, so that nothing takes what is left of it for a whole one where that is interrupted."""
+    if folder is None or not folder.exists():
+        return
+    going = folder.with_name(f"{folder.name}.gone-{secrets.token_hex(4)}")  # which is removed with the siblings
+    with contextlib.suppress(OSError):
+        os.replace(folder, going)
+    for one in (going, folder):
+        shutil.rmtree(one, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -291,6 +308,20 @@ def _leaving_nothing(
         raise
 
 
+@contextlib.contextmanager
+def _blaming_joined(scratch: Path) -> Iterator[None]:
+    """A joined store that turns out to be damaged is removed: the next call makes it anew."""
+    try:
+        yield
+    except CorruptStoreError as error:
+        if str(scratch) in str(error):
+            _remove(scratch)
+            raise CorruptStoreError(
+                f"{error} (the joined sources were damaged and are removed; run the same call again)"
+            ) from error
+        raise
+
+
 def _join(scratch: Path, survey: Survey, options: ConversionOptions) -> None:
     """Make the joined store, unless it is there.  The caller holds its folder."""
     plan = plan_record(survey, options)
@@ -299,12 +330,13 @@ def _join(scratch: Path, survey: Survey, options: ConversionOptions) -> None:
         with contextlib.suppress(ScdlZarrError):
             if committed_plan(scratch) == json.loads(json.dumps(record)):
                 return
-        shutil.rmtree(scratch)
+        _remove(scratch)
     with hired(survey, options) as executor:
         tables = encode_tables(survey)
         try:
             build_store(Construction(scratch, plan, resume=options.resume), survey, options, executor, tables, record)
-        except StoreExistsError:  # begun by a conversion with other options
+        except StoreExistsError:  # begun by a conversion with other options, or what is left of one that was being removed
+            _remove(scratch)
             build_store(Construction(scratch, plan, resume=False), survey, options, executor, tables, record)
 
 
@@ -654,8 +686,12 @@ class _View:
             for start in range(0, len(spec.view.order), COUNTED_ROWS)
         ]
         with ThreadPoolExecutor(self.options.threads or usable_cores(), thread_name_prefix="scdl-zarr-count") as pool:
-            for done in [pool.submit(count, *run) for run in runs]:
-                done.result()
+            try:
+                for done in [pool.submit(count, *run) for run in runs]:
+                    done.result()
+            except BaseException:  # Ctrl-C: what has not begun is not counted
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         counts.flush()
 
     # ---- what stays as it is

@@ -213,6 +213,7 @@ class _Findings:
             IdMap(length=source.header.n_obs, rising=True, first=source.row_start)
             for source in (self.matrices["X"] if options.obsp else ())
         ]
+        cells = TablePlan(specs=self.specs, tables=self.obs, arrays=self.obsm, origins=planned_origins(self.specs, lengths))
         return Survey(
             specs=self.specs,
             keys=self.keys,
@@ -220,9 +221,9 @@ class _Findings:
             plans=plans,
             vocabulary=self.vocabulary,
             tables=self.tables,
-            cells=TablePlan(specs=self.specs, tables=self.obs, arrays=self.obsm, origins=planned_origins(self.specs, lengths)),
+            cells=cells,
             left_out=name_left_out(self.left_out, [spec.name for spec in self.specs]),
-            hints=_hints(self.vocabulary, self.tables, self.specs),
+            hints=[*_hints(self.vocabulary, self.tables, self.specs), *cells.hints],
             width=width,
             digests=self.digests,
             longest_row=self.longest_row,

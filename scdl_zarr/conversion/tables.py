@@ -31,6 +31,7 @@ from scdl_zarr.conversion.columns import ArraySummary, ColumnJoin, TableSummary
 from scdl_zarr.conversion.elements import EncodedElements, encode_column, encode_rows, frame_group
 from scdl_zarr.conversion.encode import ShardFile
 from scdl_zarr.conversion.files import replace_file
+from scdl_zarr.conversion.plan_records import first_names
 from scdl_zarr.conversion.problems import blaming
 from scdl_zarr.conversion.shards import ShardResult
 from scdl_zarr.conversion.sources import RowArray, Source, SourceSpec, TableReader, open_source
@@ -71,7 +72,7 @@ class TablePart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableTask:
-    """One shard of every column of obs and of every array of obsm to write: rows [start, stop) of the store."""
+    """One shard of every column of obs, of every array of obsm and of where rows were first: rows [start, stop) of the store."""
 
     number: int
     start: int
@@ -246,11 +247,15 @@ class _OpenedSource:
         return self._source.obs_table()
 
     def array(self, path: str) -> RowArray:
+        """One of the arrays; they are written after the table, one after the other, so that nothing else is kept."""
+        self.__dict__.pop("table", None)
         if path not in self._arrays:
-            self._arrays[path] = self._source.row_array(path)
+            self._arrays = {path: self._source.row_array(path)}
         return self._arrays[path]
 
     def origin_rows(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        self._arrays.clear()
+        self.__dict__.pop("table", None)
         found: npt.NDArray[np.int64] = getattr(self._source, "origin_rows")(start, stop)  # noqa: B009 (only stores have some)
         return found
 
@@ -332,6 +337,15 @@ class TablePlan:
     def names(self) -> list[str]:
         """The columns, in order of appearance."""
         return list(dict.fromkeys(name for table in self.tables for name in table.columns))
+
+    @property
+    def hints(self) -> list[str]:
+        """What is allowed and may not be what was meant."""
+        names = [repr(name) for name, join in self._joined.columns.items() if name is not None and join.becomes_text]
+        if not names:
+            return []
+        what = "columns" if len(names) > 1 else "column"
+        return [f"obs {what} {first_names(names)}: numbers in some sources, text in others; all of it becomes text"]
 
     @functools.cached_property
     def _joined(self) -> _Joined:
@@ -444,12 +458,19 @@ class TablePlan:
         largest = max((table.block_bytes for table in self.tables), default=0)
         rows = min(self.n_rows, elements.CHUNK_ROWS)
         chunk = max(COLUMN_COPIES * largest, ARRAY_COPIES * rows * row)
-        held = [table.held_bytes for table in self.tables]
-        held += [array.held_bytes for found in self.arrays.values() for array in found]
-        held += [2 * CACHE_BYTES for spec in self.specs if spec.remote is not None]  # blocks, and a request on its way into them
+        held = [self._held_bytes(number) for number in range(len(self.specs))]
         most = max(held, default=0)
         whole = most + min(KEPT_BYTES, sum(held) - most)
         return chunk + CATEGORY_COPIES * len(self.document) + whole
+
+    def _held_bytes(self, number: int) -> int:
+        """What reading rows of a source keeps in memory: its table, then one array after the other."""
+        spec = self.specs[number]
+        one_of = [self.tables[number].held_bytes, *(found[number].held_bytes for found in self.arrays.values())]
+        if self.origins is not None and self.origins.recorded[number]:
+            one_of.append(array_window_bytes((), np.dtype(np.int64), self.n_rows))
+        remote = 2 * CACHE_BYTES if spec.remote is not None else 0  # blocks, and a request on its way into them
+        return max(one_of) + remote
 
     @property
     def scattered_task_bytes(self) -> int:

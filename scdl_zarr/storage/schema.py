@@ -31,6 +31,7 @@ __all__ = [
     "SHARD_VALUES",
     "VALUE_DTYPES",
     "group_node",
+    "is_storable_name",
     "matrix_layouts",
     "matrix_nodes",
     "node_document",
@@ -46,6 +47,7 @@ NARROW_FROM: Final = 1 << 31  # stored values from which SciPy can no longer hol
 SHARD_VALUES: Final = 1 << 24
 INDPTR_CHUNK: Final = 1 << 13
 INDPTR_SHARD: Final = 1 << 20
+LONGEST_NAME: Final = 240  # bytes of UTF-8: most file systems end at 255, and some files have names that are longer
 LARGEST_CHUNK_BYTES: Final = (1 << 31) - 1024  # what a blosc block header can say
 
 Encoding = Literal["csr_matrix", "csc_matrix", "array"]
@@ -314,6 +316,15 @@ def matrix_nodes(layout: MatrixLayout) -> dict[str, dict[str, Any]]:
     for part in (layout.data, layout.indices, layout.indptr):
         nodes[part.path] = part.node()
     return nodes
+
+
+def is_storable_name(name: str) -> bool:
+    """Whether a column, a layer or another element can have that name: it is a folder, and Zarr takes a backslash for a slash."""
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        return False
+    return 0 < len(encoded) <= LONGEST_NAME and not set("/\\\0") & set(name) and name not in (".", "..", "zarr.json")
 
 
 def unsorted_rows_name(path: str) -> str:

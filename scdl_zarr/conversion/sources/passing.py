@@ -7,10 +7,12 @@ store would look as large as the store, and be the first to be ended where a clu
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import weakref
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.reading.csr import Columns
@@ -20,6 +22,7 @@ __all__ = ["passing", "passing_bytes"]
 
 PAGES_BYTES = 3 << 24  # of mapped files in memory, beside what was there before
 AROUND_BYTES = 1 << 16  # a page that is read comes with those around it, where the system has them in memory
+POINTER_ROWS = 1 << 12  # whose row pointers are asked for at once
 BATCH_ROWS = 1 << 6  # between two looks at how much there is
 
 
@@ -44,7 +47,18 @@ class _Passing:
         self._pages.watch(columns)
 
     def bounds(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
+        if len(rows) <= POINTER_ROWS:
+            return self._bounds(rows)
+        starts, lengths = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+        order = np.argsort(rows, kind="stable")  # many rows lie on every page of the row pointers: on few of them at a time
+        for first in range(0, len(rows), POINTER_ROWS):
+            some = order[first : first + POINTER_ROWS]
+            starts[some], lengths[some] = self._bounds(rows[some])
+        return starts, lengths
+
+    def _bounds(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         found: tuple[Int64Array, Int64Array] = self._columns.bounds(rows)
+        self._pages.note(len(rows) // BATCH_ROWS)
         return found
 
     def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any]) -> None:
@@ -59,12 +73,14 @@ class _Pages:
     """The mapped pages of a process: whoever notices that there are too many gives back those of all columns that pass."""
 
     def __init__(self) -> None:
-        self._columns: tuple[weakref.ref[Any], ...] = ()  # another tuple each time: some thread may be going through it
+        self._columns: dict[int, weakref.ref[Any]] = {}  # by a number for each: all that is done to it is one step
+        self._numbers = itertools.count()
         self._before = self._resident() or 0
         self._rows = 0
 
     def watch(self, columns: Any) -> None:
-        self._columns = (*(known for known in self._columns if known() is not None), weakref.ref(columns))
+        number = next(self._numbers)
+        self._columns[number] = weakref.ref(columns, lambda _: self._columns.pop(number, None))
 
     def note(self, rows: int) -> None:
         """So many rows were read."""
@@ -73,7 +89,7 @@ class _Pages:
         found = 2 * AROUND_BYTES * self._rows if resident is None else resident - self._before
         if found > PAGES_BYTES:
             self._rows = 0
-            for known in self._columns:
+            for known in list(self._columns.values()):
                 columns = known()
                 if columns is not None:
                     columns.drop_pages()

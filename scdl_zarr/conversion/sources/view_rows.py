@@ -143,11 +143,12 @@ class _Window:
 class ViewTable:
     """The cells' table of a view, a window of one column at a time.  See ``sources.TableReader``."""
 
-    def __init__(self, table: LazyTable, order: RowOrder) -> None:
+    def __init__(self, table: LazyTable, order: RowOrder, *, told_rows: int | None = None) -> None:
         self._table, self._order = table, order
         self.columns, self.index_name, self.n_rows = table.columns, table.index_name, len(order)
         self.held_bytes = 0
         self._height = WINDOW_ROWS if order.scatters else CHUNK_ROWS
+        self._told_rows = min(told_rows or self._height, self.n_rows)  # of the windows that `held_bytes` tells of
         self._opened: tuple[str | None, ElementRows] | None = None
         self._window: tuple[int, _Window] | None = None
 
@@ -163,7 +164,7 @@ class ViewTable:
 
     def in_any_order(self) -> tuple[ViewTable, str]:
         """The same rows in the order in which the store is read fastest, and what tells this order from others."""
-        return ViewTable(self._table, self._order.ascending()), self._order.told
+        return ViewTable(self._table, self._order.ascending(), told_rows=self._height), self._order.told
 
     def _rows(self, name: str | None, start: int, stop: int) -> Any:
         """At least a row where the table has one: of none at all, pandas would infer another dtype than of the table."""
@@ -198,8 +199,10 @@ class ViewTable:
         window = _Window(len(rows))
         chunks = _text_chunks(opened)
         if chunks is not None:
-            window.put_texts(chunks, rows)
-            opened.location.require_same()
+            try:
+                window.put_texts(chunks, rows)
+            finally:
+                opened.location.require_same()
         else:
             for places in by_chunk(rows, CHUNK_ROWS):
                 wanted = rows[places]
@@ -212,7 +215,7 @@ class ViewTable:
     def _note(self, opened: ElementRows, window: _Window, n: int) -> None:
         """What a window of the view takes, as far as this one tells."""
         whole = 0 if opened.kept is None else _bytes_of(opened.kept)
-        self.held_bytes = max(self.held_bytes, whole + column_window_bytes(window.nbytes // max(n, 1), self.n_rows))
+        self.held_bytes = max(self.held_bytes, whole + column_window_bytes(window.nbytes // max(n, 1), self._told_rows))
 
 
 class ViewArray:
