@@ -773,8 +773,8 @@ class SingleCellZarrDataset:
 
         Notes
         -----
-        The arrays are, byte for byte, those that :func:`scdl_zarr.convert` makes of all sources at once; what the store says of its
-        conversion is that it was appended to.  It is built beside the store, which shares its
+        The arrays are, byte for byte, those that :func:`scdl_zarr.convert` makes of all sources at once; what the store says of
+        its conversion is that it was appended to.  It is built beside the store, which shares its
         full shards by hard links, and takes its place by one rename: killed at any moment the store is the old one or the new
         one, and the same call goes on where it stopped.  Called again with the same sources right after, it does nothing.  Reads
         the row pointers of the whole store and its last shard; where a wider dtype is needed, every value is written anew.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,61 @@ def test_the_folder_of_the_parent_is_left_to_it(root: Path) -> None:
     with used_folder(root, lambda: False):
         shutil.rmtree(root)  # the parent is gone, and a task that nobody waits for goes on
         root.mkdir()
+    assert list(root.parent.iterdir()) == []
+
+
+def test_what_a_killed_parent_left_goes_when_the_next_one_begins(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from scdl_zarr.conversion.fetched import own_folder
+with own_folder(Path(sys.argv[1])) as root:
+    (root / "column").touch()
+    print(root, flush=True)
+    sys.stdin.read()
+"""
+    pipe: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    parents = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], **pipe) for _ in range(3)]
+    first, second, third = (Path(parent.stdout.readline().strip()) for parent in parents if parent.stdout is not None)
+    try:
+        for parent in parents[:2]:
+            parent.kill()
+            parent.wait()
+        with used_folder(second, lambda: False):  # a task on its machine goes on
+            with fetched.own_folder(tmp_path) as own:
+                assert not first.exists() and second.exists() and third.exists() and own.exists()
+        with fetched.own_folder(tmp_path) as own:
+            assert not second.exists() and third.exists()
+    finally:
+        for parent in parents:
+            parent.communicate()
+            parent.kill()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_else_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("atlas", "scdl-zarr-linked", "scdl-zarr-of-another"):
+        (tmp_path / f".{name}.scdl-used").touch()
+    (tmp_path / "atlas").mkdir()
+    (tmp_path / "scdl-zarr-linked").symlink_to(tmp_path / "atlas")
+    (tmp_path / "scdl-zarr-of-another").mkdir()
+    mine = fetched._is_mine
+    monkeypatch.setattr(fetched, "_is_mine", lambda path: mine(path) and "another" not in path.name)
+    before = sorted(tmp_path.iterdir())
+    with fetched.own_folder(tmp_path):
+        pass
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_forked_child_removes_nothing(root: Path) -> None:
+    with used_folder(root, lambda: False):
+        child = os.fork()
+        if not child:
+            fetched._leave_all()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert root.exists()
+    leave_folder(str(root))
     assert list(root.parent.iterdir()) == []
 
 

@@ -56,6 +56,28 @@ def test_the_same_rows_and_pages_are_given_back(
         assert len(given_back) == 400 // 16 // 4
 
 
+def test_row_pointers_are_asked_for_in_ascending_batches(
+    real_data: SingleCellZarrDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passing, "POINTER_ROWS", 50)
+    asked = []
+    bounds = MappedColumns.bounds
+
+    def noted(self: MappedColumns, rows: Any) -> Any:
+        asked.append(rows)
+        return bounds(self, rows)
+
+    location, layout = real_data._location, real_data._metadata.matrices["X"]
+    plain, through = (open_columns(location, layout, threads=1, check="first") for _ in range(2))
+    rows = np.random.default_rng(0).integers(0, len(real_data), 175)
+    expected = plain.bounds(rows)
+    monkeypatch.setattr(MappedColumns, "bounds", noted)
+    found = passing.passing(through).bounds(rows)
+    assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert [len(some) for some in asked] == [50, 50, 50, 25]
+    assert np.array_equal(np.concatenate(asked), np.sort(rows))
+
+
 def test_what_stays_counts_as_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library that is loaded meanwhile is no reason to give back pages at every look."""
     resident = [0]

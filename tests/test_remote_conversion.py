@@ -21,13 +21,15 @@ import pytest
 import scipy.sparse
 
 import scdl_zarr
-from scdl_zarr.conversion import fetched, remote_lock
+from scdl_zarr.conversion import fetched, remote_building, remote_lock
 from scdl_zarr.conversion.assembly import commit_store, encode_tables
 from scdl_zarr.conversion.execution import run_conversion
+from scdl_zarr.conversion.marks import mark_key
 from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.remote_building import RemoteTask, run_task
 from scdl_zarr.conversion.remote_lock import RemoteLock
 from scdl_zarr.conversion.shards import ShardResult
+from scdl_zarr.conversion.widen import widen_shard
 from scdl_zarr.errors import (
     CorruptStoreError,
     InexactValueError,
@@ -246,6 +248,45 @@ def test_only_missing_shards_are_written_again(memory: Bucket, sources: list[Pat
     shards = {key.removeprefix("resumed.zarr/") for key in written if "/c/" in key and "/X/" in key}
     assert shards == {"X/data/c/1", "X/indices/c/1"}
     as_uploaded(expected, objects(where))
+
+
+def test_finished_shards_are_widened_from_their_objects(
+    memory: Bucket, sources: list[Path], expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widened = []
+
+    def noted(*arguments: Any) -> Any:
+        widened.append(arguments)
+        return widen_shard(*arguments)
+
+    monkeypatch.setattr("scdl_zarr.conversion.remote_building.widen_shard", noted)
+    convert(sources, memory, "s.zarr", threads=1)
+    assert widened and memory.contents("s.zarr") == expected
+
+
+@pytest.mark.parametrize("change", ["no mark", "another mark", "another object"])
+def test_a_shard_that_is_not_what_its_mark_says_is_made_anew(
+    memory: Bucket, sources: list[Path], expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """As it is where another worker does the same task at the same time."""
+    real = remote_building._widen
+    outcomes = []
+
+    def changed(place: Any, task: Any) -> Any:
+        key = task.task.arrays[0].shard_key(task.task.number)
+        if change == "no mark":
+            place.delete([mark_key(task)])
+        elif change == "another mark":
+            content = json.loads(place.at(mark_key(task)).get())
+            place.at(mark_key(task)).put(json.dumps({**content, "dtype": task.dtype}).encode())
+        else:
+            place.at(key).put(place.at(key).get() + b"more")
+        outcomes.append(real(place, task))
+        return outcomes[-1]
+
+    monkeypatch.setattr(remote_building, "_widen", changed)
+    convert(sources, memory, "s.zarr", threads=1)
+    assert outcomes and set(outcomes) == {None} and memory.contents("s.zarr") == expected
 
 
 def test_another_plan_is_refused_and_started_over(memory: Bucket, sources: list[Path], expected: dict[str, bytes]) -> None:

@@ -34,6 +34,7 @@ from scdl_zarr.conversion.sources import SourceSpec, describe_path, view, view_r
 from scdl_zarr.conversion.sources.order import RowOrder, View
 from scdl_zarr.conversion.sources.store import forget_stores
 from scdl_zarr.errors import (
+    CorruptStoreError,
     FeatureNameError,
     OptionError,
     RowIndexError,
@@ -780,6 +781,45 @@ def test_stores_that_were_joined_of_what_sources_were_before_are_removed(
     shutil.rmtree(tmp_path / "t.zarr")
     scdl_zarr.convert(source, tmp_path / "t.zarr", **options)
     assert set(os.listdir(scratch)) == other, "of a conversion that may go on"
+
+
+@pytest.mark.usefixtures("careless_disk")
+@pytest.mark.parametrize("left", ["all but a column", "all but its root document", "only a file"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_is_left_of_a_joined_store_stops_nobody(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str, elsewhere: bool
+) -> None:
+    """Of one whose removal was interrupted, or that somebody tidied up."""
+    scratch, target = tmp_path / "scratch", tmp_path / "t.zarr"
+    options: dict[str, Any] = {"order": "shuffle", "progress": False, **SIZES, "scratch_dir": scratch if elsewhere else None}
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(rewrite, "select", mock.Mock(side_effect=Stopped))
+        scdl_zarr.convert(files[1:], target, **options)
+    (joined,) = (path.parent for path in tmp_path.rglob("zarr.json") if path.parent.parent.name in ("scratch", "joined"))
+    if left == "all but a column":
+        shutil.rmtree(joined / "obs/count/c")
+        with pytest.raises(CorruptStoreError, match="run the same call again"):
+            scdl_zarr.convert(files[1:], target, **options)
+        assert not joined.exists()
+    elif left == "all but its root document":
+        (joined / "zarr.json").unlink()
+    else:
+        shutil.rmtree(joined)
+        joined.mkdir()
+        (joined / "something").touch()
+    made = scdl_zarr.convert(files[1:], target, **options)
+    assert entries(made) == entries(scdl_zarr.convert(files[1:], tmp_path / "whole.zarr", **options))
+    assert not elsewhere or list(scratch.iterdir()) == []
+
+
+def test_a_folder_that_is_being_removed_is_taken_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "joined"
+    folder.mkdir()
+    (folder / "zarr.json").touch()
+    seen = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: seen.append((path, folder.exists())))
+    rewrite._remove(folder)
+    assert seen[0][0].name.startswith("joined.gone-") and not any(there for _, there in seen)
 
 
 def test_the_command_line(data: SingleCellZarrDataset, files: list[Path], tmp_path: Path) -> None:
