@@ -148,9 +148,8 @@ with own_folder(Path(sys.argv[1])) as root:
         for parent in parents[:2]:
             parent.kill()
             parent.wait()
-        with used_folder(second, lambda: False):  # a task on its machine goes on
-            with fetched.own_folder(tmp_path) as own:
-                assert not first.exists() and second.exists() and third.exists() and own.exists()
+        with used_folder(second, lambda: False), fetched.own_folder(tmp_path) as own:  # a task on its machine goes on
+            assert not first.exists() and second.exists() and third.exists() and own.exists()
         with fetched.own_folder(tmp_path) as own:
             assert not second.exists() and third.exists()
     finally:
