@@ -30,7 +30,7 @@ from scdl_zarr.conversion.executors import Cluster, Crew, Processes, Threads
 from scdl_zarr.conversion.plan import ConversionOptions
 from scdl_zarr.conversion.stopping import StoppedError
 from scdl_zarr.errors import InexactValueError, OptionError, StoreBusyError
-from tests.toys import contents, csr, write_h5ad
+from tests.toys import contents, csr, encoded_rows, write_h5ad
 
 SIZES: dict[str, Any] = {"chunk_values": 1 << 10, "shard_values": 1 << 13, "progress": False}
 N_SHARDS = 40
@@ -345,3 +345,22 @@ def test_a_folder_that_another_conversion_took_over_is_said_to_be_busy(
     with pytest.raises(StoreBusyError, match="another conversion took the folder over"):
         scdl_zarr.convert(source, target, chunk_values=4, shard_values=4, progress=False, **crew)
     assert not list((target / ".scdl-build/done").glob("*"))
+
+
+def test_an_address_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
+    """Also at the interpreter's end: a client that never got a connection would be waited for."""
+    pytest.importorskip("distributed")
+    write_h5ad(tmp_path / "a.h5ad", encoded_rows(4, 5, 2))
+    command = [
+        sys.executable,
+        "-m",
+        "scdl_zarr",
+        "convert",
+        str(tmp_path / "a.h5ad"),
+        str(tmp_path / "s.zarr"),
+        "--scheduler",
+        "foo",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1 and "no scheduler answers there" in done.stderr and "Exception ignored" not in done.stderr
+    assert not (tmp_path / "s.zarr").exists()

@@ -124,7 +124,9 @@ def test_the_folder_of_the_parent_is_left_to_it(root: Path) -> None:
     (root / OWN).touch()
     do_task(root)
     leave_folder(str(root))
-    assert [path.name for path in root.parent.iterdir()] == [root.name]
+    assert {path.name for path in root.parent.iterdir()} == {root.name, f".{root.name}.scdl-used"}, (
+        "the lock is the parent's, too"
+    )
     with used_folder(root, lambda: False):
         shutil.rmtree(root)  # the parent is gone, and a task that nobody waits for goes on
         root.mkdir()

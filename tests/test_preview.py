@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +188,10 @@ def test_one_that_only_its_values_told_to_be_bad_is_read_again(files: list[Path]
     options: dict[str, Any] = {"progress": False, "skip_bad": True, "chunk_values": 16, "shard_values": 32}
     run_conversion(mixed, target, ConversionOptions(**options))
     if not finished:  # as it is right before the commit
-        (target / "zarr.json").unlink()
+        shutil.rmtree(target)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("scdl_zarr.conversion.execution.commit_store", interrupted)
-            scdl_zarr.convert(mixed, target, resume=False, overwrite=True, **options)
+            scdl_zarr.convert(mixed, target, **options)
     with h5py.File(bad, "r+") as file:
         file["X/indices"][3000] = 29
     with pytest.raises(StoreExistsError, match=r"ids\.h5ad is a source only here"):
@@ -232,7 +233,7 @@ def test_numbers_that_become_text_are_pointed_out(tmp_path: Path) -> None:
         made.append(write_h5ad(tmp_path / f"{number}.h5ad", encoded_rows(2, 5, 2), obs=obs))
     summary = run_conversion(made, tmp_path / "s.zarr", ConversionOptions(progress=False))
     assert [hint for hint in summary.hints if "obs" in hint] == [
-        "obs column age: numbers in some sources, text in others; all of it becomes text"
+        "obs column 'age': numbers in some sources, text in others; all of it becomes text"
     ]
     fine = run_conversion(made[1:], tmp_path / "t.zarr", ConversionOptions(progress=False))
     assert not [hint for hint in fine.hints if "obs" in hint]
@@ -250,7 +251,7 @@ def test_names_that_no_store_can_hold_are_refused_first(tmp_path: Path, place: s
     else:
         getattr(source, place)[name] = np.ones((2, 3), np.float32)
     source.write_h5ad(tmp_path / "a.h5ad")
-    carried = {place: name} if place in ("layers", "obsm") else {}
+    carried: dict[str, Any] = {place: name} if place in ("layers", "obsm") else {}
     with pytest.raises((SourceError, OptionError), match="no AnnData store can hold") as caught:
         scdl_zarr.convert(tmp_path / "a.h5ad", tmp_path / "s.zarr", progress=False, **carried)
     assert repr(name) in str(caught.value)

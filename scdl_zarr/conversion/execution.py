@@ -201,14 +201,15 @@ def prepare(
         with explained_errors(root):
             specs = _found(sources, root, options, problems)
         taken = target_state(root, [Path(spec.path) for spec in specs if spec.remote is None], options)
+    bad = bad or {}
     for spec in specs:
-        if spec in (bad or ()) and options.skip_bad:
+        if spec in bad and options.skip_bad:
             problems.blame(spec, bad[spec])
     survey = survey_sources(specs, options, problems=problems)
     known = _skipped_before(root, taken) if options.skip_bad and options.resume and not options.overwrite else {}
     suspects = {spec for spec in survey.specs if known.get(spec.name, ("", -1))[1] == spec.size}
     if suspects and (still := still_bad(survey, options, suspects)):
-        return prepare(sources, target, options, {**(bad or {}), **{spec: SourceError(known[spec.name][0]) for spec in still}})
+        return prepare(sources, target, options, {**bad, **{spec: SourceError(known[spec.name][0]) for spec in still}})
     return Prepared(root=root, taken=taken, survey=survey, plan=plan_record(survey, options))
 
 

@@ -369,7 +369,7 @@ def connected(client: Any) -> Iterator[Any]:
     if not isinstance(client, str):
         raise OptionError(f"client={client!r}; expected a dask.distributed.Client or the address of a scheduler (--scheduler)")
     try:
-        distributed.comm.resolve_address(client)  # a client that was never connected goes only after a minute
+        distributed.comm.addressing.resolve_address(client)  # a client that was never connected goes only after a minute
         made = distributed.Client(client, timeout=SECONDS_TO_CONNECT, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise OptionError(f"client={client!r} (--scheduler): no scheduler answers there: {error}") from error
