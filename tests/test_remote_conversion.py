@@ -85,8 +85,21 @@ def expected(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 @pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    return memory_bucket(monkeypatch)
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """A bucket in memory; no lock that a test left is renewed after it."""
+    taken: list[RemoteLock] = []
+    acquire = RemoteLock.acquire
+
+    def noted(self: RemoteLock, **options: Any) -> None:
+        taken.append(self)
+        acquire(self, **options)
+
+    monkeypatch.setattr(RemoteLock, "acquire", noted)
+    yield memory_bucket(monkeypatch)
+    for lock in taken:
+        lock._over.set()
+        if lock._renewing.is_alive():
+            lock._renewing.join()
 
 
 def convert(sources: Any, bucket: Bucket, key: str, **options: Any) -> scdl_zarr.SingleCellZarrDataset:
