@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 __all__ = [
+    "bytes_below",
     "is_open",
     "is_partial",
     "link_file",
-    "bytes_below",
     "on_same_disk",
     "partial_path",
     "replace_file",
