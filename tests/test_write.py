@@ -43,6 +43,7 @@ from scdl_zarr.errors import (
     StoreExistsError,
     StoreFullError,
 )
+from scdl_zarr.reading import row_ranges
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.reading.queries import query_rows, sort_rows_by
 from scdl_zarr.reading.row_ranges import ElementRows
@@ -231,6 +232,7 @@ def test_any_rows_and_genes(
         patch.setattr(view_rows, "WINDOW_ROWS", 7)
         patch.setattr(view_rows, "CHUNK_ROWS", 5)
         patch.setattr(view_rows, "ARRAY_WINDOW_BYTES", 40)
+        patch.setattr(row_ranges, "RANGE_ROWS", 1)
         patch.setattr(columns, "BLOCK_ROWS", 6)
         patch.setattr(elements, "CHUNK_ROWS", 4)
         patch.setattr(elements, "SHARD_ROWS", 12)
@@ -892,6 +894,7 @@ def test_what_a_shuffle_holds_is_found_out_in_one_pass(data: SingleCellZarrDatas
 
 def test_row_pointers_take_8_bytes_a_block(data: SingleCellZarrDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(view, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(row_ranges, "RANGE_ROWS", 1)
     for name, rows in (("WINDOW_ROWS", 5), ("CHUNK_ROWS", 3), ("ARRAY_WINDOW_BYTES", 50)):
         monkeypatch.setattr(view_rows, name, rows)
     spec = describe_path(data.path)[0]

@@ -7,10 +7,10 @@ hundreds of these, so from the second one on they are looked for: everything is 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from scdl_zarr.conversion.crews import threads_that_fit
+from scdl_zarr.conversion.files import side_by_side
 from scdl_zarr.conversion.id_maps import IdMap
 from scdl_zarr.conversion.plan import ConversionOptions, Part
 from scdl_zarr.conversion.problems import may_pass
@@ -33,14 +33,9 @@ def find_bad(
     found: dict[SourceSpec, SourceError] = {}
     parts = [part for part in _parts(survey, options) if part.staging is None and (only is None or part.spec in only)]
     threads = threads_that_fit(options.threads or usable_cores(), survey, options)
-    with ThreadPoolExecutor(threads, thread_name_prefix="scdl-zarr-check") as pool:
-        try:
-            for part, error in zip(parts, pool.map(_error, parts), strict=True):
-                if error is not None:
-                    found.setdefault(part.spec, error)
-        except BaseException:  # Ctrl-C
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    for part, error in zip(parts, side_by_side(_error, parts, threads), strict=True):
+        if error is not None:
+            found.setdefault(part.spec, error)
     return found
 
 

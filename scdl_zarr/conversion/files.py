@@ -73,8 +73,8 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def side_by_side(act: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> list[Result]:
-    """The results of something that waits for a disk or the network, so many at a time: it then waits for all of them at once."""
-    with ThreadPoolExecutor(at_once, thread_name_prefix="scdl-zarr-wait") as pool:
+    """The results of something for each item, so many at a time.  After an error or Ctrl-C, what has not begun is left."""
+    with ThreadPoolExecutor(at_once, thread_name_prefix="scdl-zarr-beside") as pool:
         return list(pool.map(act, items))
 
 

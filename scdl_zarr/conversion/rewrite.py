@@ -30,7 +30,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ from scdl_zarr.conversion.execution import (
     under_construction,
     write_store,
 )
-from scdl_zarr.conversion.files import bytes_below, on_same_disk, partial_path, sync_folder
+from scdl_zarr.conversion.files import bytes_below, on_same_disk, partial_path, side_by_side, sync_folder
 from scdl_zarr.conversion.gene_lists import described_genes, listed_genes
 from scdl_zarr.conversion.plan import ConversionOptions, asked_dtype
 from scdl_zarr.conversion.problems import may_pass
@@ -672,7 +671,8 @@ class _View:
             return
         counts = np.lib.format.open_memmap(target, mode="w+", dtype=np.int64, shape=(len(self.selection),))
 
-        def count(spec: SourceSpec, start: int, stop: int) -> None:
+        def count(run: tuple[SourceSpec, int, int]) -> None:
+            spec, start, stop = run
             assert spec.view is not None
             with open_source(spec) as source:
                 assert isinstance(source, ViewSource)
@@ -685,13 +685,7 @@ class _View:
             if spec.view is not None
             for start in range(0, len(spec.view.order), COUNTED_ROWS)
         ]
-        with ThreadPoolExecutor(self.options.threads or usable_cores(), thread_name_prefix="scdl-zarr-count") as pool:
-            try:
-                for done in [pool.submit(count, *run) for run in runs]:
-                    done.result()
-            except BaseException:  # Ctrl-C: what has not begun is not counted
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        side_by_side(count, runs, self.options.threads or usable_cores())
         counts.flush()
 
     # ---- what stays as it is

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from scdl_zarr.reading.row_ranges import ElementRows
     from scdl_zarr.reading.tables import LazyTable
 
-__all__ = ["LazyArray", "StoreTable", "WholeArray", "WholeTable", "row_array_of"]
+__all__ = ["LazyArray", "StoreTable", "WholeArray", "WholeTable", "bytes_of", "row_array_of"]
 
 
 def row_array_of(node: Mapping[str, Any] | None) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
@@ -127,12 +127,13 @@ class StoreTable:
                 self._opened.pop(name is None, None)
                 opened = self._opened[name is None] = name, self._table.open_column(name)
                 if opened[1].kept is not None:
-                    self.held_bytes = max(self.held_bytes, _bytes_of(opened[1].kept))
+                    self.held_bytes = max(self.held_bytes, bytes_of(opened[1].kept))
             low = min(self._first + start, max(len(self._table) - 1, 0))
             return opened[1].rows(low, min(self._first + stop, len(self._table)))
 
 
-def _bytes_of(values: Any) -> int:
+def bytes_of(values: Any) -> int:
+    """Memory of a column."""
     import pandas as pd
 
     return int(pd.Series(values).memory_usage(deep=True))

@@ -18,8 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.conversion.sources.order import RowOrder
+from scdl_zarr.conversion.sources.row_readers import bytes_of
 from scdl_zarr.errors import CorruptStoreError
 from scdl_zarr.reading.plan import Int64Array
+from scdl_zarr.reading.row_ranges import KeptPiece
 from scdl_zarr.reading.tables import LazyTable
 
 if TYPE_CHECKING:
@@ -214,7 +216,7 @@ class ViewTable:
 
     def _note(self, opened: ElementRows, window: _Window, n: int) -> None:
         """What a window of the view takes, as far as this one tells."""
-        whole = 0 if opened.kept is None else _bytes_of(opened.kept)
+        whole = 0 if opened.kept is None else bytes_of(opened.kept)
         self.held_bytes = max(self.held_bytes, whole + column_window_bytes(window.nbytes // max(n, 1), self._told_rows))
 
 
@@ -234,30 +236,16 @@ class ViewArray:
     ) -> None:
         self._read, self._order, self._stored = read, order, shape
         self.shape, self.dtype = (len(order), *shape[1:]), dtype.newbyteorder("=")
-        self._height = _array_height(int(np.prod(shape[1:])) * dtype.itemsize) if order.scatters else CHUNK_ROWS
         self.held_bytes = array_window_bytes(shape[1:], dtype, len(order))
-        self._window: tuple[int, npt.NDArray[Any]] | None = None
+        height = _array_height(int(np.prod(shape[1:])) * dtype.itemsize) if order.scatters else CHUNK_ROWS
+        self.rows = KeptPiece(self._gathered, len(order), height).rows
 
     def in_any_order(self) -> tuple[ViewArray, str]:
         """As of a :class:`ViewTable`."""
         return ViewArray(self._read, self._order.ascending(), self._stored, self.dtype), self._order.told
 
-    def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
-        if start == stop:
-            return np.empty((0, *self.shape[1:]), self.dtype)
-        found = []
-        for number in range(start // self._height, -(-stop // self._height)):
-            first = number * self._height
-            found.append(self._taken(number)[max(start - first, 0) : stop - first])
-        return found[0] if len(found) == 1 else np.concatenate(found)
-
-    def _taken(self, number: int) -> npt.NDArray[Any]:
-        if self._window is None or self._window[0] != number:
-            self._window = None  # one at a time
-            start = number * self._height
-            rows = self._order.rows(start, min(start + self._height, len(self._order)), self._stored[0])
-            self._window = number, self._read(rows).astype(self.dtype, copy=False)
-        return self._window[1]
+    def _gathered(self, start: int, stop: int) -> npt.NDArray[Any]:
+        return self._read(self._order.rows(start, stop, self._stored[0])).astype(self.dtype, copy=False)
 
 
 def _text_chunks(opened: ElementRows) -> TextChunks | None:
@@ -275,9 +263,3 @@ def by_chunk(rows: Int64Array, height: int) -> Iterator[Int64Array]:
     order = np.argsort(chunks, kind="stable")
     borders = np.flatnonzero(np.diff(chunks[order])) + 1
     yield from np.split(order, borders) if len(order) else ()
-
-
-def _bytes_of(values: Any) -> int:
-    import pandas as pd
-
-    return int(pd.Series(values).memory_usage(deep=True))
