@@ -17,10 +17,10 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import torch
 
     from scdl_zarr.loading.collate import RowList
+    from scdl_zarr.loading.loader import Loader
 
 __all__ = ["SingleCellCollection"]
 
@@ -346,6 +347,43 @@ class SingleCellCollection:
 
         return RowList(self.read_rows(indices))
 
+    def loader(
+        self,
+        batch_size: int = 64,
+        shuffle: bool | Literal["window"] | None = None,
+        *,
+        weights: Mapping[str, float] | Sequence[float] | None = None,
+        **options: Any,
+    ) -> Loader:
+        """Batches of rows across the stores, in the genes of the union, as :meth:`SingleCellZarrDataset.loader` gives them.
+
+        Parameters
+        ----------
+        weights
+            Mix the stores by proportion: a number for each, in order or by name (a store that is not named has none), of any sum.
+            Of every 65,536 rows of the order each store has its exact share (to the nearest row), in random places; a store's own
+            rows come in permuted order, all of them before one comes again.  An epoch has as many rows as the collection.
+        options
+            Further keyword arguments of :meth:`SingleCellZarrDataset.loader`.  Row numbers count through all stores, in their
+            order; a query is put to each store.  Columns of obs must be in every store, their categories are joined.
+
+        Raises
+        ------
+        OptionError
+            Weights that are no numbers of zero or more, or for stores that are not there or are empty.
+        """
+        from scdl_zarr.loading.making import make_loader
+        from scdl_zarr.loading.sources import CollectionRows
+
+        parts = {name: data.row_source() for name, data in self._datasets.items()}
+        return make_loader(
+            CollectionRows(str(self._folder), parts, self.read_rows, self._gene_names),
+            batch_size,
+            shuffle=shuffle,
+            weights=weights,
+            **options,
+        )
+
     def locate_row(self, index: SupportsIndex) -> tuple[str, int]:
         """Which dataset a row is in, and its number there."""
         row = resolve_row(index, self.n_obs)
@@ -438,6 +476,12 @@ class SingleCellCollection:
             maps = [GeneMap.of(join_keys(known, self._keys(data))) for data in self._datasets.values()]
             self._union = maps, list(known)
         return self._union
+
+    def _gene_names(self) -> pd.Index:
+        """The union's keys; one that repeats stands there as often."""
+        import pandas as pd
+
+        return pd.Index([key for key, _ in self._joined()[1]], dtype=object)
 
     def _keys(self, data: SingleCellZarrDataset) -> list[Any]:
         if self.var_key is None:

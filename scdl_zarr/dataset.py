@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from scdl_zarr.loading.batches import Form
     from scdl_zarr.loading.collate import RowList
+    from scdl_zarr.loading.dealing import Tail
+    from scdl_zarr.loading.loader import Loader
+    from scdl_zarr.loading.sources import DatasetRows
     from scdl_zarr.reading.batch import Batch
     from scdl_zarr.reading.blocks import Blocks
     from scdl_zarr.reading.csr import Buffers
@@ -570,6 +574,152 @@ class SingleCellZarrDataset:
 
         return RowList(self.read_rows(indices))
 
+    def loader(
+        self,
+        batch_size: int = 64,
+        shuffle: bool | Literal["window"] | None = None,
+        *,
+        run_rows: int = 128,
+        window_rows: int = 16_384,
+        rows: Any = None,
+        sampler: Any = None,
+        seed: int = 0,
+        epoch: int = 0,
+        drop_last: bool = False,
+        tail: Tail | None = None,
+        prefetch: int | None = None,
+        layer: str | None = None,
+        genes: Any = None,
+        obs: str | Sequence[str] = (),
+        layers: str | Sequence[str] = (),
+        obsm: str | Sequence[str] = (),
+        to: Form = "torch",
+        dense: bool = False,
+        dtype: Any = None,
+        device: Any = None,
+        pin_memory: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        reuse_buffers: bool = False,
+    ) -> Loader:
+        """Batches of rows for training: shuffled exactly, read ahead by threads, the same order on any number of ranks.
+
+        Parameters
+        ----------
+        batch_size
+            Rows of a batch, on each rank.
+        shuffle
+            True (the default): each epoch is a uniform permutation of all rows.  ``"window"``: runs of `run_rows` neighbours in
+            permuted order, the rows of `window_rows` of them mixed; for object stores, and disks that are slow at random places.
+            False: as they are stored.
+        run_rows, window_rows
+            For ``shuffle="window"``; `window_rows` is rounded up to whole runs.
+        rows
+            Which rows: what :meth:`read_rows` takes, or a query of obs in pandas' syntax (``"cell_type == 'B'"``).  By default
+            all.
+        sampler
+            Rows in the order that they are to come in: a list or array, or a ``torch.utils.data.Sampler``, which draws one for
+            each epoch.  With ``shuffle=True`` a list is permuted.  A query is taken as `rows`.
+        seed, epoch
+            Any integers.  The order is a function of both and of nothing else.  `epoch` is the first one; each ``iter()`` is the
+            next one.
+        drop_last
+            Leave out what is left over at the end and does not fill a batch on every rank.  In a fixed order, epochs then begin
+            at different rows, so that other rows are left out.
+        tail
+            What becomes of it otherwise: ``"uneven"`` (the default): each row comes once, ranks share the last rows as evenly as
+            it goes, and one may have a batch less; ``"pad"``: the last batches are filled up with rows from the beginning of the
+            order (``batch.padding`` counts them); ``"drop"``: as `drop_last`.
+        prefetch
+            Batches to read ahead, at least; 0 reads where a batch is asked for, without threads.  By default as much as keeps the
+            threads busy, within 256 MB (see :meth:`Loader.explain`).
+        layer
+            Name of a layer to give as X.
+        genes
+            Genes to give, in this order: names (those that the store has not become columns without values), the path of a text
+            file of names, numbers, or a mask.  By default all.
+        obs, layers, obsm
+            Columns, layers and arrays that come along.  Columns are held in memory (1 to 8 bytes a row).
+        to
+            ``"torch"``, ``"scipy"``, ``"numpy"`` or ``"cupy"``; see :class:`scdl_zarr.loading.batches.LoaderBatch`.
+        dense
+            X as a dense array (rows, genes) instead of a sparse matrix.
+        dtype
+            Dtype of the values, as in :meth:`read_rows`.
+        device
+            Torch device to put batches on.  Counts and gene ids cross the bus in 16 bits where they fit, from pinned memory,
+            while the model works on the batch before; they are widened, and made dense, on the device.
+        pin_memory
+            Give batches in pinned memory, where there is a GPU.
+        rank, world_size
+            This process among all that train together; by default what ``torch.distributed`` says where it is initialised.  At
+            step j all ranks together take the next ``batch_size * world_size`` rows of one order, rank r the r-th `batch_size` of
+            them.
+        reuse_buffers
+            Overwrite a batch's memory once the next one was asked for.  Otherwise batches stay valid as long as they are held.
+
+        Returns
+        -------
+        Loader
+            An iterable of :class:`LoaderBatch` (``batch.X``, ``batch.rows``, ``batch.obs[name]``, ...), with ``state_dict()`` and
+            ``load_state_dict()``, ``set_epoch()``, ``stats()`` and ``explain()``; with ``to="torch"`` also an ``IterableDataset``
+            for ``torch.utils.data.DataLoader(loader, batch_size=None)``.
+
+        Raises
+        ------
+        OptionError, FeatureNameError, RowIndexError
+            An option, a name or a row that is not there, before anything is read.
+
+        Notes
+        -----
+        Orders of the whole store take no memory that grows with it; chosen and listed rows take 8 bytes each.
+
+        Examples
+        --------
+        >>> loader = demo.loader(batch_size=256, seed=1, to="scipy", obs="n_genes")
+        >>> for batch in loader:
+        ...     print(batch.X.shape, len(batch.obs["n_genes"]))
+        (256, 32786) 256
+        (256, 32786) 256
+        (47, 32786) 47
+        """
+        from scdl_zarr.loading.making import make_loader
+
+        return make_loader(
+            self.row_source(),
+            batch_size,
+            shuffle=shuffle,
+            run_rows=run_rows,
+            window_rows=window_rows,
+            rows=rows,
+            sampler=sampler,
+            weights=None,
+            seed=seed,
+            epoch=epoch,
+            drop_last=drop_last,
+            tail=tail,
+            prefetch=prefetch,
+            layer=layer,
+            genes=genes,
+            obs=obs,
+            layers=layers,
+            obsm=obsm,
+            to=to,
+            dense=dense,
+            dtype=dtype,
+            device=device,
+            pin_memory=pin_memory,
+            rank=rank,
+            world_size=world_size,
+            reuse_buffers=reuse_buffers,
+        )
+
+    def row_source(self) -> DatasetRows:
+        """What a loader reads this dataset through."""
+        from scdl_zarr.loading.sources import DatasetRows
+
+        return DatasetRows(self, self._reader, threads=self._threads(), remote=self._location.path is None)
+
     def to_anndata(self, rows: Any = None, genes: Any = None) -> anndata.AnnData:
         """Rows and genes in memory as AnnData: values, obs, var, layers, obsm and obsp.
 
@@ -809,15 +959,17 @@ class SingleCellZarrDataset:
             if layout is None:
                 kind, listed = group.removesuffix("s"), ", ".join(self._names(group)) or "none"
                 raise FeatureNameError(f"{self.path} has no {kind} {name!r}; it has: {listed}")
-            threads = self._options["threads"] or min(usable_cores(), LARGEST_THREADS)
             reader = self._readers[path] = CsrReader(
                 self._location,
                 layout,
-                threads=threads,
+                threads=self._threads(),
                 check=self._options["check"],
                 cache_bytes=self._cache_bytes // len(self._metadata.matrices),
             )
         return reader
+
+    def _threads(self) -> int:
+        return self._options["threads"] or min(usable_cores(), LARGEST_THREADS)
 
     def _table(self, name: str, length: int) -> LazyTable:
         table = self._tables.get(name)

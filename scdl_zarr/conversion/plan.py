@@ -15,11 +15,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.conversion.gene_lists import described_genes, listed_genes
 from scdl_zarr.conversion.id_maps import IdMap
 from scdl_zarr.conversion.sources import MatrixHeader, SourceSpec
 from scdl_zarr.conversion.staging import Staging, TransposeTask, TurnSizes, is_small, staging_bytes
 from scdl_zarr.errors import OptionError
+from scdl_zarr.reading.gene_lists import described_genes, listed_genes
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.resources import parse_bytes
 from scdl_zarr.storage.remote_file import CACHE_BYTES

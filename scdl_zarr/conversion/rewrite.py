@@ -58,7 +58,6 @@ from scdl_zarr.conversion.execution import (
     write_store,
 )
 from scdl_zarr.conversion.files import bytes_below, on_same_disk, partial_path, side_by_side, sync_folder
-from scdl_zarr.conversion.gene_lists import described_genes, listed_genes
 from scdl_zarr.conversion.plan import ConversionOptions, asked_dtype
 from scdl_zarr.conversion.problems import may_pass
 from scdl_zarr.conversion.remote_building import RemoteConstruction
@@ -82,6 +81,7 @@ from scdl_zarr.errors import (
     StoreExistsError,
 )
 from scdl_zarr.reading.blocks import Blocks
+from scdl_zarr.reading.gene_lists import described_genes, listed_genes
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.reading.plan import Int64Array, resolve_rows
 from scdl_zarr.reading.queries import named_columns, query_rows, sort_rows_by

@@ -7,6 +7,7 @@ buffers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,10 +15,10 @@ import numpy.typing as npt
 
 from scdl_zarr.errors import OptionError
 from scdl_zarr.reading.batch import RowBatch
-from scdl_zarr.reading.buffers import BufferPool
+from scdl_zarr.reading.buffers import BufferPool, BufferSource
 from scdl_zarr.reading.exactness import cast_exactly, checked_dtype
 from scdl_zarr.reading.first_use import FIRST_USE
-from scdl_zarr.reading.plan import Int64Array, RowPlan, copy_repeats, plan_once, plan_rows
+from scdl_zarr.reading.plan import Int64Array, ReadCost, RowPlan, copy_repeats, plan_once, plan_rows
 from scdl_zarr.storage.location import StoreLocation
 from scdl_zarr.storage.schema import MatrixLayout
 from scdl_zarr.storage.shards import LARGEST_TABLE
@@ -42,8 +43,10 @@ class Columns(Protocol):
     def bounds(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Start and length of every row's element range, checked against the number of stored values."""
 
-    def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any]) -> None:
-        """Fill both buffers with the plan's ranges."""
+    def gather(
+        self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any], helpers: ThreadPoolExecutor | None = None, /
+    ) -> None:
+        """Fill both buffers with the plan's ranges; threads of `helpers` may take a part."""
 
 
 def open_columns(location: StoreLocation, layout: MatrixLayout, *, threads: int, check: str, cache_bytes: int = 0) -> Columns:
@@ -107,17 +110,31 @@ class CsrReader:
         return self._columns
 
     def read(
-        self, rows: Int64Array, dtype: npt.DTypeLike | None = None, out: Buffers | None = None, *, once: bool = False
+        self,
+        rows: Int64Array,
+        dtype: npt.DTypeLike | None = None,
+        out: Buffers | None = None,
+        *,
+        once: bool = False,
+        pool: BufferSource | None = None,
+        helpers: ThreadPoolExecutor | None = None,
     ) -> RowBatch:
         """The rows (numbers already checked) as a batch; see :meth:`SingleCellZarrDataset.read_rows`.
 
-        With `once` a row that is given several times is decoded once and copied, which pays where many are.
+        Parameters
+        ----------
+        once
+            A row that is given several times is decoded once and copied, which pays where many are.
+        pool
+            Where the batch's memory comes from, if not from this reader's own.
+        helpers
+            Threads that may take a part of a large batch, if not this reader's own.
         """
         wanted = self._dtype if dtype is None else checked_dtype(dtype)
         if self._read_before:
-            return self._read(rows, wanted, out, once)
+            return self._read(rows, wanted, out, once, pool, helpers)
         with FIRST_USE:
-            batch = self._read(rows, wanted, out, once)
+            batch = self._read(rows, wanted, out, once, pool, helpers)
         self._read_before = True
         return batch
 
@@ -140,18 +157,26 @@ class CsrReader:
         pair[0], pair[1] = values, ids
         return pair
 
-    def _read(self, rows: Int64Array, wanted: np.dtype[Any], out: Buffers | None, once: bool) -> RowBatch:
+    def _read(
+        self,
+        rows: Int64Array,
+        wanted: np.dtype[Any],
+        out: Buffers | None,
+        once: bool,
+        pool: BufferSource | None,
+        helpers: ThreadPoolExecutor | None,
+    ) -> RowBatch:
         plan = plan_rows(*self.columns.bounds(rows))
         # a path fills a buffer of the natural dtype, or of the stored one, at once
         native = wanted if wanted in (self._dtype, self.layout.data_dtype) else self._dtype
-        data, indices = self._outputs(plan.total, wanted, out)
+        data, indices = self._outputs(plan.total, wanted, out, pool or self._buffers)
         target = data if data.dtype == native else np.empty(plan.total, native)
         if once:
             first, *repeats = plan_once(plan)
-            self.columns.gather(first, target, indices)
+            self.columns.gather(first, target, indices, helpers)
             copy_repeats(plan, *repeats, target, indices)
         else:
-            self.columns.gather(plan, target, indices)
+            self.columns.gather(plan, target, indices, helpers)
         if target is not data:
             cast_exactly(target, data)
         return RowBatch(data, indices, plan.indptr, self.layout.n_vars, rows)
@@ -159,6 +184,18 @@ class CsrReader:
     def row_lengths(self, rows: Int64Array) -> Int64Array:
         """How many values each row stores."""
         return self.columns.bounds(rows)[1]
+
+    def cost(self, rows: Int64Array) -> tuple[int, ReadCost | None]:
+        """How many values these rows store, and what reading them takes where that is known; reads row pointers only."""
+        plan = plan_rows(*self.columns.bounds(rows))
+        cost = getattr(self.columns, "cost", None)
+        return plan.total, None if cost is None else cost(plan)
+
+    def counters(self) -> dict[str, int]:
+        """Chunks decoded and chunks found in memory since it was opened; zeros where another path reads, which counts none."""
+        counters = getattr(self._columns, "counters", None)
+        found: dict[str, int] = counters() if counters is not None else {"decoded": 0, "hits": 0}
+        return found
 
     def count_values(self) -> int:
         """How many values the matrix stores.  A dense matrix is read whole for that, once."""
@@ -171,9 +208,9 @@ class CsrReader:
         assert isinstance(columns, DenseColumns)
         return columns.count()
 
-    def _outputs(self, total: int, wanted: np.dtype[Any], out: Buffers | None) -> Buffers:
+    def _outputs(self, total: int, wanted: np.dtype[Any], out: Buffers | None, pool: BufferSource) -> Buffers:
         if out is None:
-            return self._buffers.take(total, wanted), self._buffers.take(total, self._id_dtype)
+            return pool.take(total, wanted), pool.take(total, self._id_dtype)
         if not isinstance(out, (tuple, list)) or len(out) != 2:
             raise OptionError(f"out is {type(out).__name__}, expected two arrays: (data, indices)")
         data, indices = _buffer("data", out[0], wanted, total), _buffer("indices", out[1], self._id_dtype, total)

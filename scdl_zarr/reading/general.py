@@ -102,7 +102,7 @@ class CsrColumns:
         starts = self._pointers[rows]
         return starts, self._pointers[rows + 1] - starts
 
-    def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any]) -> None:
+    def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any], _helpers: object = None) -> None:
         """Fill both buffers with the plan's ranges."""
         order = plan.order[plan.lengths[plan.order] > 0]
         starts = plan.starts[order]
@@ -193,7 +193,7 @@ class CscColumns:
         starts = pointers[rows]
         return starts, pointers[rows + 1] - starts
 
-    def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any]) -> None:
+    def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any], _helpers: object = None) -> None:
         """Fill both buffers with the plan's ranges."""
         _, values, ids = self._turned()
         self._location.require_same()  # memory holds what was there; what else is read of the store would not go with it
@@ -279,7 +279,7 @@ class DenseColumns:
         self._kept.batch = starts, found
         return starts, counted[place]
 
-    def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any]) -> None:
+    def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any], _helpers: object = None) -> None:
         """Fill both buffers with the plan's ranges."""
         starts, found = getattr(self._kept, "batch", (None, None))
         self._kept.batch = None, None

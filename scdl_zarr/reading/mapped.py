@@ -19,7 +19,7 @@ from scdl_zarr.errors import CorruptStoreError
 from scdl_zarr.reading.cache import ChunkCache
 from scdl_zarr.reading.kernels import FAULTS, Kernels
 from scdl_zarr.reading.kernels import state as st
-from scdl_zarr.reading.plan import Int64Array, RowPlan, plan_rows, split_rows, touched_pieces
+from scdl_zarr.reading.plan import Int64Array, ReadCost, RowPlan, plan_rows, split_rows, touched_pieces
 from scdl_zarr.storage.location import StoreLocation
 from scdl_zarr.storage.mapping import can_probe
 from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout
@@ -206,8 +206,13 @@ class MappedColumns:
                 return starts, lengths
             self._map_or_raise(maps, code, fault, lambda _: touched_pieces(rows, np.full(len(rows), 2), layout.shard))
 
-    def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any]) -> None:
-        """Fill `data` and `indices` (of ``plan.total`` elements), widening to their dtypes."""
+    def gather(
+        self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any], helpers: ThreadPoolExecutor | None = None, /
+    ) -> None:
+        """Fill `data` and `indices` (of ``plan.total`` elements), widening to their dtypes.
+
+        A large plan is shared with the threads of `helpers` that have nothing to do, by default with threads of this object.
+        """
         maps, kinds, outputs = self._maps, self._kinds(data.dtype, indices.dtype), (data, indices)
         assert len(data) == len(indices) == plan.total and data.flags.c_contiguous and indices.flags.c_contiguous
         if not plan.total:
@@ -215,7 +220,7 @@ class MappedColumns:
         if maps.parts[DATA, st.PART_AHEAD] or maps.parts[INDICES, st.PART_AHEAD]:
             self._read_ahead(maps, plan)
         if self._threads > 1 and plan.total >= SPLIT_VALUES:
-            self._gather_side_by_side(maps, plan, kinds, outputs)
+            self._gather_side_by_side(maps, plan, kinds, outputs, helpers or self._executor())
         else:
             self._gather(maps, plan, plan.order, kinds, outputs)
         self._trim(maps)
@@ -246,6 +251,19 @@ class MappedColumns:
         """Give back the memory of the mapped pages that were read; who reads on gets them again."""
         for table in self._maps.tables:
             table.drop_pages()
+
+    def cost(self, plan: RowPlan) -> ReadCost:
+        """What reading the plan's ranges takes; compressed sizes by the mean of each shard's chunks."""
+        chunks = decoded = 0
+        stored = 0.0
+        for part in (DATA, INDICES):
+            layout, table = _arrays(self._layout)[part], self._maps.tables[part]
+            touched = touched_pieces(plan.starts, plan.lengths, layout.chunk)
+            chunks, decoded = chunks + len(touched), decoded + len(touched) * layout.chunk_bytes
+            for number, count in zip(*np.unique(touched // layout.chunks_per_shard, return_counts=True), strict=True):
+                stored += count * table.mean_chunk_bytes(int(number))
+        needed = plan.total * sum(layout.dtype.itemsize for layout in _arrays(self._layout)[:2])
+        return ReadCost(chunks=chunks, needed_bytes=needed, decoded_bytes=decoded, stored_bytes=round(stored))
 
     def counters(self) -> dict[str, int]:
         """Chunks decoded and chunks found in the cache, by the threads that are idle now."""
@@ -293,7 +311,12 @@ class MappedColumns:
             self._idle.append(bench)
 
     def _gather_side_by_side(
-        self, maps: Maps, plan: RowPlan, kinds: Kinds, outputs: tuple[npt.NDArray[Any], npt.NDArray[Any]]
+        self,
+        maps: Maps,
+        plan: RowPlan,
+        kinds: Kinds,
+        outputs: tuple[npt.NDArray[Any], npt.NDArray[Any]],
+        pool: ThreadPoolExecutor,
     ) -> None:
         """The same in several threads, of which this is one; each takes the next share when it is done with one."""
         shares = deque(split_rows(plan, SHARES * self._threads if plan.total >= SHARES * SPLIT_VALUES else self._threads))
@@ -306,13 +329,14 @@ class MappedColumns:
                     return
                 self._gather(maps, plan, order, kinds, outputs)
 
-        helpers = [self._executor().submit(work) for _ in range(min(self._threads, len(shares)) - 1)]
+        helpers = [pool.submit(work) for _ in range(min(self._threads, len(shares)) - 1)]
         try:
             work()
         finally:
             shares.clear()  # after an error; else there is nothing left
-            wait(helpers)  # the buffers are the caller's again
-        for helper in helpers:
+            begun = [helper for helper in helpers if not helper.cancel()]  # this may be a thread of the pool, which is busy
+            wait(begun)  # the buffers are the caller's again
+        for helper in begun:
             helper.result()
 
     def _map_or_raise(self, maps: Maps, code: int, fault: Int64Array, touched: Callable[[int], Int64Array]) -> None:

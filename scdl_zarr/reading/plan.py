@@ -15,7 +15,17 @@ import numpy.typing as npt
 
 from scdl_zarr.errors import CorruptStoreError, OptionError, RowIndexError
 
-__all__ = ["Int64Array", "RowPlan", "copy_repeats", "plan_once", "plan_rows", "resolve_row", "resolve_rows", "split_rows"]
+__all__ = [
+    "Int64Array",
+    "ReadCost",
+    "RowPlan",
+    "copy_repeats",
+    "plan_once",
+    "plan_rows",
+    "resolve_row",
+    "resolve_rows",
+    "split_rows",
+]
 
 LARGEST_BATCH = 1 << 44  # stored values
 BOOLS = frozenset({bool, np.bool_})
@@ -35,6 +45,19 @@ class RowPlan:
     @property
     def total(self) -> int:
         return int(self.indptr[-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadCost:
+    """What reading a plan's ranges takes while nothing of it is in memory: chunks of both arrays, and the bytes they are.
+
+    ``needed_bytes`` are those of the ranges' own values and ids, as they are stored.
+    """
+
+    chunks: int
+    needed_bytes: int
+    decoded_bytes: int
+    stored_bytes: int
 
 
 def plan_rows(starts: Int64Array, lengths: Int64Array) -> RowPlan:

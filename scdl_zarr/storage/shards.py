@@ -124,6 +124,11 @@ class ShardTable:
         self.unwatched += not kept.watched
         self.addresses[number] = kept.address  # last: it says that the others are there
 
+    def mean_chunk_bytes(self, number: int) -> float:
+        """How many bytes a chunk of a shard takes, on average; maps the shard."""
+        self.map(number)
+        return float(self.ends[number]) / self._layout.chunks_in_shard(number)
+
     def path(self, number: int) -> str:
         return os.path.join(self._folder, str(number))
 

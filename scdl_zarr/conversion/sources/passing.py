@@ -61,7 +61,7 @@ class _Passing:
         self._pages.note(len(rows) // BATCH_ROWS)
         return found
 
-    def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any]) -> None:
+    def gather(self, plan: RowPlan, data: npt.NDArray[Any], indices: npt.NDArray[Any], _helpers: object = None) -> None:
         for first in range(0, len(plan.starts), BATCH_ROWS):
             part = plan_rows(plan.starts[first : first + BATCH_ROWS], plan.lengths[first : first + BATCH_ROWS])
             low = int(plan.indptr[first])

@@ -1,0 +1,50 @@
+"""Work done ahead of who needs it: by a few threads, in order, no more than was asked for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+__all__ = ["do_ahead"]
+
+Result = TypeVar("Result")
+
+
+def do_ahead(tasks: Iterator[Callable[[ThreadPoolExecutor | None], Result]], *, threads: int, depth: int) -> Iterator[Result]:
+    """The results of tasks, in their order.
+
+    Each task is given the pool it runs in, so that it can share a large piece of work with threads that have nothing to do.
+
+    Parameters
+    ----------
+    threads
+        How many work at once.  0: each task is done where its result is asked for, with no pool.
+    depth
+        How many tasks beyond the one whose result is handed out next are begun, waiting for a thread, or done and not yet taken.
+
+    Raises
+    ------
+    Whatever a task raises, when its turn comes.  The tasks before it were handed out.
+
+    Notes
+    -----
+    Closing the generator (which leaving a ``for`` loop does) begins no further task, waits for those that are running, and ends
+    the threads.
+    """
+    if not threads:
+        for task in tasks:
+            yield task(None)
+        return
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="scdl-zarr-loader")
+    begun: deque[Future[Result]] = deque()
+    try:
+        for task in tasks:
+            begun.append(pool.submit(task, pool))
+            if len(begun) > depth:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

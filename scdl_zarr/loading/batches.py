@@ -1,0 +1,168 @@
+"""What a loader gives: a batch in the form that the model wants, and how rows are put into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from scdl_zarr.errors import CorruptStoreError, MissingDependencyError, OptionError
+from scdl_zarr.reading.batch import RowBatch, import_torch
+from scdl_zarr.reading.buffers import BufferSource
+from scdl_zarr.reading.plan import Int64Array
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["FORMS", "Form", "LoaderBatch", "MatrixForm", "import_cupy"]
+
+Form = Literal["torch", "scipy", "numpy", "cupy"]
+FORMS: tuple[Form, ...] = ("torch", "scipy", "numpy", "cupy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderBatch:
+    """Rows of X and what was asked for with them, all in the order of `rows`.
+
+    Attributes
+    ----------
+    X
+        The values, as the loader's ``to`` and ``dense`` say: a ``torch.sparse_csr_tensor`` (row pointers and gene ids int32), a
+        ``scipy.sparse.csr_matrix``, a :class:`scdl_zarr.RowBatch`, or a dense tensor or array.  Shape (rows, genes).
+    rows : int64 ndarray of shape (rows,)
+        The store's row numbers.  They stay in the host's memory.
+    obs : dict of tensor or ndarray of shape (rows,)
+        By the name of the column: codes (int64, -1 where missing) of a categorical or text column, else its numbers.
+    categories : dict of pandas.Index
+        What the codes of a column stand for.
+    layers : dict
+        As X, by the name of the layer.
+    obsm : dict of tensor or ndarray of shape (rows, ...)
+        By the name of the array.
+    padding : int
+        How many rows at the end of this batch fill it up (``tail="pad"``): they were, or will be, in another one of the epoch.
+    """
+
+    X: Any
+    rows: Int64Array
+    obs: dict[str, Any] = field(default_factory=dict)
+    categories: dict[str, pd.Index] = field(default_factory=dict)
+    layers: dict[str, Any] = field(default_factory=dict)
+    obsm: dict[str, Any] = field(default_factory=dict)
+    padding: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        carried = [f"{group}: {', '.join(names)}" for group in ("layers", "obsm", "obs") if (names := getattr(self, group))]
+        return f"LoaderBatch({'; '.join([f'{len(self)} rows × {self.X.shape[1]} genes', *carried])})"
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> LoaderBatch:
+        """The batch with its tensors on a device; what is no tensor stays as it is."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> LoaderBatch:
+        """The batch with its tensors in pinned memory (``DataLoader(pin_memory=True)`` calls this)."""
+        return self._with_tensors(_pinned)
+
+    def _with_tensors(self, change: Any) -> LoaderBatch:
+        torch = import_torch()
+
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, torch.Tensor) else value
+
+        def changed_all(values: dict[str, Any]) -> dict[str, Any]:
+            return {name: changed(value) for name, value in values.items()}
+
+        return replace(
+            self, X=changed(self.X), obs=changed_all(self.obs), layers=changed_all(self.layers), obsm=changed_all(self.obsm)
+        )
+
+
+def _pinned(tensor: Any) -> Any:
+    torch = import_torch()
+    if tensor.layout != torch.sparse_csr:
+        return tensor.pin_memory()
+    parts = [part.pin_memory() for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values())]
+    return torch.sparse_csr_tensor(*parts, size=tensor.shape, check_invariants=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixForm:
+    """How rows become X."""
+
+    to: Form
+    dense: bool = False
+
+    def __post_init__(self) -> None:
+        if self.to not in FORMS:
+            raise OptionError(f"to={self.to!r}; choose {', '.join(map(repr, FORMS))}")
+        if self.to == "torch":
+            import_torch()
+        if self.to == "cupy":
+            import_cupy()
+
+    def matrix(self, batch: RowBatch, pool: BufferSource) -> Any:
+        """Rows in that form.  Sparse ones share the memory of the batch; dense ones take theirs from the pool."""
+        if self.dense:
+            return self.array(dense_rows(batch, pool))
+        if self.to == "torch":
+            return sparse_tensor(batch)
+        if self.to == "scipy":
+            return batch.to_scipy()
+        if self.to == "cupy":
+            return _cupy_csr(batch)
+        return batch
+
+    def array(self, values: npt.NDArray[Any]) -> Any:
+        """A plain array in that form."""
+        if self.to == "torch":
+            return import_torch().from_numpy(values)
+        return import_cupy().asarray(values) if self.to == "cupy" else values
+
+
+def sparse_tensor(batch: RowBatch) -> Any:
+    """A CSR tensor that shares the batch's memory; both kinds of index have the dtype that the batch's ids have."""
+    torch = import_torch()
+    narrow = batch.indices.dtype == np.int32 and len(batch.data) < 1 << 31
+    pointers = batch.indptr.astype(np.int32) if narrow else batch.indptr
+    ids = batch.indices if narrow else batch.indices.astype(np.int64, copy=False)
+    return torch.sparse_csr_tensor(
+        torch.from_numpy(pointers), torch.from_numpy(ids), torch.from_numpy(batch.data), size=batch.shape, check_invariants=False
+    )
+
+
+def dense_rows(batch: RowBatch, pool: BufferSource) -> npt.NDArray[Any]:
+    """A dense array of a batch, in memory of the pool; a gene stored twice in a row is summed."""
+    n, width = batch.shape
+    out = pool.take(n * width, batch.data.dtype).reshape(n, width)
+    if batch.data.dtype not in (np.float32, np.float64):  # sums of integers are checked, and float16 is not compiled
+        return batch.to_dense(out)
+    from scdl_zarr.loading.kernels import spread
+
+    bad = spread(batch.data, batch.indices, batch.indptr, out)
+    if bad >= 0:
+        raise CorruptStoreError(f"gene id {batch.indices[bad]} is out of range for {width} genes")
+    return out
+
+
+def import_cupy() -> Any:
+    """CuPy, or an error that says where it is from."""
+    try:
+        import cupy
+    except ImportError:
+        raise MissingDependencyError(
+            "to='cupy' needs CuPy, which is not installed; see https://docs.cupy.dev for your CUDA"
+        ) from None
+    return cupy
+
+
+def _cupy_csr(batch: RowBatch) -> Any:
+    cupy = import_cupy()
+    from cupyx.scipy.sparse import csr_matrix
+
+    parts = (batch.data, batch.indices.astype(np.int32, copy=False), batch.indptr.astype(np.int32))
+    return csr_matrix(tuple(cupy.asarray(part) for part in parts), shape=batch.shape)

@@ -1,0 +1,197 @@
+"""From what a user asks for to a loader: every option checked before anything is read."""
+
+from __future__ import annotations
+
+import operator
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from scdl_zarr.errors import OptionError
+from scdl_zarr.loading.batches import Form, MatrixForm
+from scdl_zarr.loading.dealing import TAILS, Tail
+from scdl_zarr.loading.device import resolve_device
+from scdl_zarr.loading.genes import GeneChoice
+from scdl_zarr.loading.loader import Loader
+from scdl_zarr.loading.orders import Chosen, Drawn, Listed, Mixed, Rotated, Rule, Shuffled, Stored, Windowed
+from scdl_zarr.loading.processes import as_count, resolve_ranks
+from scdl_zarr.loading.sources import CollectionRows, RowSource, chosen_rows
+from scdl_zarr.loading.units import LoaderOptions
+from scdl_zarr.reading.exactness import checked_dtype
+from scdl_zarr.reading.plan import resolve_rows
+
+__all__ = ["make_loader"]
+
+Shuffle = bool | Literal["window"] | None
+
+
+def make_loader(
+    source: RowSource,
+    batch_size: int = 64,
+    *,
+    shuffle: Shuffle = None,
+    run_rows: int = 128,
+    window_rows: int = 16_384,
+    rows: Any = None,
+    sampler: Any = None,
+    weights: Mapping[str, float] | Sequence[float] | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    drop_last: bool = False,
+    tail: Tail | None = None,
+    prefetch: int | None = None,
+    layer: str | None = None,
+    genes: Any = None,
+    obs: str | Sequence[str] = (),
+    layers: str | Sequence[str] = (),
+    obsm: str | Sequence[str] = (),
+    to: Form = "torch",
+    dense: bool = False,
+    dtype: Any = None,
+    device: Any = None,
+    pin_memory: bool = False,
+    rank: int | None = None,
+    world_size: int | None = None,
+    reuse_buffers: bool = False,
+) -> Loader:
+    """See :meth:`scdl_zarr.SingleCellZarrDataset.loader` and :meth:`scdl_zarr.SingleCellCollection.loader`."""
+    form = MatrixForm(to=to, dense=bool(dense))
+    if to != "torch" and (device is not None or pin_memory):
+        raise OptionError(f"device and pin_memory are for to='torch', not for to={to!r}")
+    options = LoaderOptions(
+        batch_size=as_count("batch_size", batch_size, smallest=1),
+        tail=_tail(drop_last, tail),
+        form=form,
+        prefetch=None if prefetch is None else as_count("prefetch", prefetch, smallest=0),
+        layer=layer,
+        obs=_names(obs),
+        layers=_names(layers),
+        obsm=_names(obsm),
+        genes=None if genes is None else GeneChoice.of(genes, source.gene_names()),
+        dtype=None if dtype is None else checked_dtype(_numpy_dtype(dtype)),
+        device=resolve_device(device),
+        pin_memory=bool(pin_memory),
+        reuse_buffers=bool(reuse_buffers),
+    )
+    resolve_ranks(rank, world_size)
+    rule = _rule(source, shuffle, rows, sampler, weights, _integer("seed", seed), (run_rows, window_rows), options.tail)
+    if source.remote and shuffle in (None, True) and not isinstance(rule, (Drawn, Listed)):
+        warnings.warn(
+            f"{source.path}: with shuffle=True every row is a request of its own; shuffle='window' reads runs of rows",
+            UserWarning,
+            stacklevel=3,
+        )
+    kind: Any = Loader
+    if to == "torch":
+        from scdl_zarr.loading.torch_dataset import TorchLoader as kind  # noqa: N813 - which class it is hangs on torch
+    loader: Loader = kind(source, rule, options, epoch=_integer("epoch", epoch), rank=rank, world_size=world_size)
+    _warn_of_tail(loader)
+    return loader
+
+
+def _rule(
+    source: RowSource, shuffle: Shuffle, rows: Any, sampler: Any, weights: Any, seed: int, sizes: tuple[int, int], tail: Tail
+) -> Rule:
+    if shuffle not in (None, True, False, "window") or (isinstance(shuffle, int) and not isinstance(shuffle, bool)):
+        raise OptionError(f"shuffle={shuffle!r}; choose True, 'window' or False")
+    if isinstance(sampler, str) or (sampler is not None and shuffle not in (None, False) and _is_list(sampler)):
+        if rows is not None:
+            raise OptionError("rows and sampler both choose rows; give one of them")
+        rows, sampler = sampler, None
+    if weights is not None:
+        return _mixed(source, shuffle, rows, sampler, weights, seed)
+    if sampler is not None:
+        if rows is not None:
+            raise OptionError("rows and sampler both say which rows come; give one of them")
+        if shuffle not in (None, False):
+            raise OptionError(f"shuffle={shuffle!r} with a sampler, which has an order of its own; leave shuffle out")
+        if not _is_list(sampler):
+            return Drawn(sampler, source.n_obs, seed)
+        listed = Listed(resolve_rows(sampler, source.n_obs))
+        return Rotated(listed) if tail == "drop" else listed
+    chosen = chosen_rows(source, rows)
+    n = source.n_obs if chosen is None else len(chosen)
+    rule = _plain(n, True if shuffle is None else shuffle, seed, sizes)
+    rule = Rotated(rule) if isinstance(rule, Stored) and tail == "drop" else rule
+    return rule if chosen is None else Chosen(rule, chosen)
+
+
+def _plain(n: int, shuffle: Shuffle, seed: int, sizes: tuple[int, int]) -> Rule:
+    if shuffle != "window":
+        return Shuffled(n=n, seed=seed) if shuffle else Stored(n=n)
+    run, window = as_count("run_rows", sizes[0], smallest=1), as_count("window_rows", sizes[1], smallest=1)
+    if window < run:
+        raise OptionError(f"window_rows={window} holds no run of run_rows={run}; a window mixes several runs")
+    return Windowed(n=n, seed=seed, run_rows=run, window_rows=-(-window // run) * run)
+
+
+def _mixed(source: RowSource, shuffle: Shuffle, rows: Any, sampler: Any, weights: Any, seed: int) -> Rule:
+    if not isinstance(source, CollectionRows):
+        raise OptionError("weights mix the datasets of a collection; a dataset is one")
+    if rows is not None or sampler is not None or shuffle not in (None, True):
+        raise OptionError("weights give an order of their own; leave shuffle, rows and sampler out")
+    return Mixed.of(source.sizes, source.weights(weights), n=source.n_obs, seed=seed)
+
+
+def _is_list(sampler: Any) -> bool:
+    """Whether it is a list of rows, and no sampler that draws one."""
+    torch = sys.modules.get("torch")
+    tensor = torch is not None and isinstance(sampler, torch.Tensor)
+    return tensor or isinstance(sampler, (list, tuple, range, slice, np.ndarray)) or hasattr(sampler, "to_numpy")
+
+
+def _tail(drop_last: Any, tail: Any) -> Tail:
+    if drop_last and tail not in (None, "drop"):
+        raise OptionError(f"drop_last=True and tail={tail!r} contradict each other; give one of them")
+    found: Tail = "drop" if drop_last else "uneven" if tail is None else tail
+    if found not in TAILS:
+        raise OptionError(f"tail={tail!r}; choose {', '.join(map(repr, TAILS))}")
+    return found
+
+
+def _warn_of_tail(loader: Loader) -> None:
+    """Say what surprises: no batch at all, or ranks that have fewer of them than others."""
+    try:
+        counts = (
+            [len(loader)] if loader.world_size == 1 else sorted({loader.batches_of(0), loader.batches_of(loader.world_size - 1)})
+        )
+    except TypeError:  # a sampler without a length
+        return
+    if counts == [0] and len(loader.rule):
+        warnings.warn(
+            f"{len(loader.rule)} rows fill no batch of {loader.batch_size} rows on each of {loader.world_size} ranks, and what "
+            "is left over is dropped: there are no batches",
+            UserWarning,
+            stacklevel=4,
+        )
+    elif len(counts) > 1:
+        warnings.warn(
+            f"the last rows are fewer than the ranks: some ranks have {counts[0]} batches and others {counts[1]}; training that "
+            "waits for all ranks (DistributedDataParallel) needs drop_last=True or tail='pad'",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _names(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise OptionError(f"{name}={value!r}; expected an integer") from None
+
+
+def _numpy_dtype(dtype: Any) -> Any:
+    """NumPy's dtype for one of torch's."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(dtype, torch.dtype):
+        return str(dtype).removeprefix("torch.")
+    return dtype

@@ -1,0 +1,227 @@
+"""What is read together, and how it becomes batches.
+
+A unit is a few small batches, so that Python's own time is spent once for all of them; or the batches that begin in one window of
+the order, whose rows lie together in runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scdl_zarr.loading.ahead import do_ahead
+from scdl_zarr.loading.batches import LoaderBatch, MatrixForm
+from scdl_zarr.loading.dealing import Part, Tail
+from scdl_zarr.loading.device import has_pinned_memory, pack, pinned_memory
+from scdl_zarr.reading.batch import RowBatch
+from scdl_zarr.reading.buffers import BufferPool, BufferSource, Lease, ReusedBuffers
+from scdl_zarr.reading.first_use import FIRST_USE
+from scdl_zarr.reading.plan import Int64Array
+
+if TYPE_CHECKING:
+    from scdl_zarr.loading.genes import GeneChoice
+    from scdl_zarr.loading.labels import Label
+    from scdl_zarr.loading.orders import Order
+    from scdl_zarr.loading.progress import Progress
+    from scdl_zarr.loading.sources import RowSource
+
+__all__ = ["LoaderOptions", "UnitPlan", "UnitReader", "cut_rows"]
+
+UNIT_BYTES = 8 << 20  # read together, where batches are smaller
+AHEAD_BYTES = 256 << 20  # beyond which no more than one unit waits
+LARGEST_KEPT_BYTES = 1 << 32
+SPARSE_BYTES = 8  # of a stored value: float32 and int32
+
+Made = tuple[LoaderBatch, int]  # and its stored values
+Unit = tuple[deque[Made], Lease | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderOptions:
+    """What a loader gives, and how; see :meth:`SingleCellZarrDataset.loader`."""
+
+    batch_size: int
+    tail: Tail
+    form: MatrixForm
+    prefetch: int | None = None
+    layer: str | None = None
+    obs: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    obsm: tuple[str, ...] = ()
+    genes: GeneChoice | None = None
+    dtype: np.dtype[Any] | None = None
+    device: Any = None  # of torch; None for the host
+    pin_memory: bool = False
+    reuse_buffers: bool = False
+
+    @property
+    def matrices(self) -> tuple[str | None, ...]:
+        """X (None, or the layer in its place) and the layers."""
+        return (self.layer, *self.layers)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether batches are made in page-locked memory."""
+        wanted = self.pin_memory or (self.device is not None and self.device.type == "cuda")
+        return wanted and has_pinned_memory()
+
+    def read_dtype(self, stored: np.dtype[Any] | None) -> np.dtype[Any] | None:
+        """The dtype that values are read in: as narrow as they are stored, where a device widens them."""
+        narrow = stored is not None and stored.kind in "iu" and stored.itemsize <= 2
+        return stored if narrow and self.device is not None else self.dtype
+
+    def matrix(self, batch: RowBatch, memory: BufferSource) -> Any:
+        """X or a layer, as it is handed out, or as it crosses to the device."""
+        if self.device is None:
+            return self.form.matrix(batch, memory)
+        narrow = batch.data.dtype.kind in "iu" and batch.data.dtype.itemsize <= 2
+        dtype = self.dtype or (np.dtype(np.float32) if narrow else batch.data.dtype)
+        return pack(batch, dtype, memory, dense=self.form.dense)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitPlan:
+    """How much is read together, and how much ahead."""
+
+    batch_bytes: int  # about
+    batches: int  # in a unit, about
+    depth: int  # units that are read ahead of the one in use
+    threads: int
+    window: int  # of the order; 0: none
+
+    @classmethod
+    def of(cls, options: LoaderOptions, source: RowSource, *, window: int, world_size: int) -> UnitPlan:
+        """The plan for an order with windows of so many rows, of which this rank has its share."""
+        n_vars = source.n_vars if options.genes is None else options.genes.n
+        per_row = sum(source.values_per_row(name) * SPARSE_BYTES for name in options.matrices)
+        if options.form.dense and options.device is None:
+            per_row += n_vars * 4 * len(options.matrices)
+        batch_bytes = max(int(options.batch_size * per_row), 1)
+        batches = max(1, UNIT_BYTES // batch_bytes)
+        if window:
+            batches = max(1, window // (options.batch_size * world_size))
+        if options.prefetch is None:
+            depth = int(min(max(AHEAD_BYTES // (batch_bytes * batches), 1), 2 * source.threads))
+        else:
+            depth = -(-options.prefetch // batches)
+        threads = 0 if options.prefetch == 0 else source.threads
+        return cls(batch_bytes=batch_bytes, batches=batches, depth=depth, threads=threads, window=window)
+
+    @property
+    def held_bytes(self) -> int:
+        """About what is held at once: units ahead, those being read, and the one in use."""
+        return self.batch_bytes * self.batches * (self.depth + 2 if self.threads else 1)
+
+    def buffers(self, options: LoaderOptions) -> BufferPool | ReusedBuffers:
+        """Where batches get their memory from."""
+        make: Callable[..., Any] = pinned_memory if options.pinned else np.empty
+        if options.reuse_buffers:
+            return ReusedBuffers(make)
+        each = len(options.matrices) * (self.batches if options.form.dense or options.device is not None else 1)
+        return BufferPool(kept=2 * each * (self.depth + 3), largest_bytes=LARGEST_KEPT_BYTES, make=make)
+
+    def group(self, parts: Iterator[Part]) -> Iterator[list[Part]]:
+        """Batches that are read together."""
+        unit = list[Part]()
+        for part in parts:
+            full = (
+                part.start // self.window != unit[0].start // self.window if self.window and unit else len(unit) >= self.batches
+            )
+            if full and unit:
+                yield unit
+                unit = []
+            unit.append(part)
+        if unit:
+            yield unit
+
+
+class UnitReader:
+    """Reads the units of one epoch."""
+
+    def __init__(
+        self,
+        source: RowSource,
+        options: LoaderOptions,
+        order: Order,
+        progress: Progress,
+        labels: dict[str, Label],
+        memory: BufferPool | ReusedBuffers,
+    ) -> None:
+        self._source, self._options, self._order, self._progress = source, options, order, progress
+        self._labels, self._memory = labels, memory
+        self._categories = {name: label.categories for name, label in labels.items() if label.categories is not None}
+        self._read_before = False  # what is compiled or imported at first is there
+
+    def batches(self, plan: UnitPlan, counts: deque[int]) -> Generator[LoaderBatch, None, None]:
+        """The batches that are left, in order; the stored values of each are appended to `counts`."""
+        tasks = (functools.partial(self._make, unit) for unit in plan.group(self._progress.parts()))
+        for batches, lease in do_ahead(tasks, threads=plan.threads, depth=plan.depth):
+            while batches:
+                batch, values = batches.popleft()
+                counts.append(values)
+                yield batch
+                del batch  # its memory is free once the consumer has let go of it
+            if lease is not None:
+                lease.give_back()
+
+    def _make(self, unit: list[Part], helpers: ThreadPoolExecutor | None) -> Unit:
+        began = time.perf_counter()
+        lease = self._memory.lease() if isinstance(self._memory, ReusedBuffers) else None
+        memory = self._memory if isinstance(self._memory, BufferPool) else lease
+        assert memory is not None
+        positions = np.concatenate([np.arange(part.start, part.stop) for part in unit])
+        if unit[-1].padding:
+            positions %= self._progress.deal.n
+        rows = self._order.take(positions)
+        if self._read_before:
+            made = self._read(unit, rows, memory, helpers)
+        else:
+            with FIRST_USE:
+                made = self._read(unit, rows, memory, helpers)
+            self._read_before = True
+        self._progress.meter.add_read(time.perf_counter() - began)
+        return made, lease
+
+    def _read(
+        self, unit: Sequence[Part], rows: Int64Array, memory: BufferSource, helpers: ThreadPoolExecutor | None
+    ) -> deque[Made]:
+        options, source, array = self._options, self._source, self._options.form.array
+        matrices = {}
+        for name in options.matrices:
+            found = source.read(rows, name, options.read_dtype(source.stored_dtype(name)), memory, helpers)
+            matrices[name] = found if options.genes is None else options.genes.apply(found, source.path)
+        obsm: dict[str, npt.NDArray[Any]] = {name: source.read_obsm(name, rows) for name in options.obsm}
+        labels = {name: label.take(rows) for name, label in self._labels.items()}
+        made: deque[Made] = deque()
+        stop = 0
+        for part in unit:
+            start, stop = stop, stop + part.stop - part.start
+            cut = {name: cut_rows(batch, start, stop) for name, batch in matrices.items()}
+            batch = LoaderBatch(
+                X=options.matrix(cut[options.layer], memory),
+                rows=rows[start:stop],
+                obs={name: array(values[start:stop]) for name, values in labels.items()},
+                categories=self._categories,
+                layers={name: options.matrix(cut[name], memory) for name in options.layers},
+                obsm={name: array(values[start:stop]) for name, values in obsm.items()},
+                padding=part.padding,
+            )
+            made.append((batch, len(cut[options.layer].data)))
+        return made
+
+
+def cut_rows(batch: RowBatch, start: int, stop: int) -> RowBatch:
+    """Some neighbouring rows of a batch, sharing its memory."""
+    if start == 0 and stop == len(batch):
+        return batch
+    low, high = batch.indptr[start], batch.indptr[stop]
+    indptr = batch.indptr[start : stop + 1] - low
+    return RowBatch(batch.data[low:high], batch.indices[low:high], indptr, batch.shape[1], batch.rows[start:stop])
