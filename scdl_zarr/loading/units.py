@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LoaderOptions", "UnitPlan", "UnitReader", "cut_rows"]
 
-UNIT_BYTES = 8 << 20  # read together, where batches are smaller
+UNIT_BYTES = 16 << 20  # read together, where batches are smaller
 AHEAD_BYTES = 256 << 20  # beyond which no more than one unit waits
 LARGEST_KEPT_BYTES = 1 << 32
 SPARSE_BYTES = 8  # of a stored value: float32 and int32

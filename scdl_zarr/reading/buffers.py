@@ -18,6 +18,7 @@ __all__ = ["BufferPool", "BufferSource", "Lease", "ReusedBuffers"]
 SMALLEST_BYTES = 1 << 16  # what malloc hands out without asking the system
 LARGEST_BYTES = 1 << 26
 KEPT = 4  # buffers a dtype
+LARGE = 1 << 20  # elements: the more rows, the less their number of values varies
 
 
 class BufferSource(Protocol):
@@ -65,13 +66,18 @@ class BufferPool:
                 return base[:n]
             if sys.getrefcount(base) > 2 or len(base) > 4 * n:
                 known.append(base)
-        base = self._new(n + n // 4, dtype)
+        base = self._new(_roomy(n), dtype)
         known.append(base)
         return base[:n]
 
     def _new(self, n: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         made: npt.NDArray[Any] = self._make(n, dtype)
         return made
+
+
+def _roomy(n: int) -> int:
+    """Room for a batch that is a little larger than this one."""
+    return n + n // (4 if n < LARGE else 16)
 
 
 class ReusedBuffers:
@@ -98,7 +104,7 @@ class ReusedBuffers:
                 break
             if len(base) >= n:
                 return base  # one that is too small is let go: a larger one takes its place
-        made: npt.NDArray[Any] = self._make(n + n // 4, dtype)
+        made: npt.NDArray[Any] = self._make(_roomy(n), dtype)
         return made
 
     def push(self, base: npt.NDArray[Any]) -> None:
