@@ -17,9 +17,18 @@ from tests.test_architecture import modules
 ROOT = Path(__file__).parent.parent
 
 
+# modules that need more than the package's own dependencies
+EXTRAS = {"loading.torch_dataset": "torch", "lightning": "lightning"}
+
+
 def readme_cells() -> list[str]:
     """The README's Python cells, in order."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return cells_of("README.md")
+
+
+def cells_of(document: str) -> list[str]:
+    """A document's Python cells, in order."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
 # what anndata 0.12 says to whoever writes a store
@@ -36,6 +45,14 @@ def test_readme_cells_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert isinstance(names["data"], scdl_zarr.SingleCellZarrDataset)
 
 
+def test_the_cells_about_training_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for cell in cells_of("docs/training.md"):
+        exec(compile(cell, "docs/training.md", "exec"), names)
+
+
 def test_readme_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / target).exists(), target
@@ -43,6 +60,8 @@ def test_readme_links_lead_somewhere() -> None:
 
 @pytest.mark.parametrize("module", [name for name in sorted(modules()) if name not in ("", "__main__", "__init__")])
 def test_docstring_examples(module: str, real_store: Path, real_h5ad: Path, tmp_path: Path) -> None:
+    if module in EXTRAS:
+        pytest.importorskip(EXTRAS[module])
     found = importlib.import_module(f"scdl_zarr.{module}")
     names = {"scdl_zarr": scdl_zarr, "demo": scdl_zarr.open(real_store), "demo_h5ad": real_h5ad, "target": tmp_path / "s.zarr"}
     result = doctest.testmod(found, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
