@@ -718,7 +718,7 @@ class SingleCellZarrDataset:
         """What a loader reads this dataset through."""
         from scdl_zarr.loading.sources import DatasetRows
 
-        return DatasetRows(self, self._reader, threads=self._threads(), remote=self._location.path is None)
+        return DatasetRows(self, self._reader, threads=self._threads(), remote=self._location.remote is not None)
 
     def to_anndata(self, rows: Any = None, genes: Any = None) -> anndata.AnnData:
         """Rows and genes in memory as AnnData: values, obs, var, layers, obsm and obsp.

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.errors import CorruptStoreError, MissingDependencyError, OptionError
+from scdl_zarr.loading.compiled import run_kernel
 from scdl_zarr.reading.batch import RowBatch, import_torch
 from scdl_zarr.reading.buffers import BufferSource
 from scdl_zarr.reading.plan import Int64Array
@@ -141,9 +142,7 @@ def dense_rows(batch: RowBatch, pool: BufferSource) -> npt.NDArray[Any]:
     out = pool.take(n * width, batch.data.dtype).reshape(n, width)
     if batch.data.dtype not in (np.float32, np.float64):  # sums of integers are checked, and float16 is not compiled
         return batch.to_dense(out)
-    from scdl_zarr.loading.kernels import spread
-
-    bad = spread(batch.data, batch.indices, batch.indptr, out)
+    bad = run_kernel("spread", batch.data, batch.indices, batch.indptr, out)
     if bad >= 0:
         raise CorruptStoreError(f"gene id {batch.indices[bad]} is out of range for {width} genes")
     return out

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.errors import CorruptStoreError, FeatureNameError, OptionError
+from scdl_zarr.loading.compiled import run_kernel
 from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.gene_lists import listed_genes
 from scdl_zarr.reading.plan import resolve_rows
@@ -73,15 +74,13 @@ class GeneChoice:
 
     def apply(self, batch: RowBatch, where: str) -> RowBatch:
         """The batch with the chosen genes only, in new arrays; rows are sorted where the order of the genes changed."""
-        from scdl_zarr.loading.kernels import choose_genes, count_chosen
-
         indptr = np.zeros(len(batch) + 1, np.int64)
-        bad = count_chosen(batch.indices, batch.indptr, self.place, indptr[1:])
+        bad = run_kernel("count_chosen", batch.indices, batch.indptr, self.place, indptr[1:])
         if bad >= 0:
             raise CorruptStoreError(f"{where}: gene id {batch.indices[bad]} is out of range for {len(self.place)} genes")
         np.cumsum(indptr, out=indptr)
         data, ids = np.empty(indptr[-1], batch.data.dtype), np.empty(indptr[-1], np.int32)
-        choose_genes(batch.data, batch.indices, batch.indptr, self.place, self.rising, indptr, data, ids)
+        run_kernel("choose_genes", batch.data, batch.indices, batch.indptr, self.place, self.rising, indptr, data, ids)
         return RowBatch(data, ids, indptr, self.n, batch.rows)
 
 

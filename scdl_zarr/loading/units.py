@@ -23,7 +23,6 @@ from scdl_zarr.loading.dealing import Part, Tail
 from scdl_zarr.loading.device import has_pinned_memory, pack, pinned_memory
 from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.buffers import BufferPool, BufferSource, Lease, ReusedBuffers
-from scdl_zarr.reading.first_use import FIRST_USE
 from scdl_zarr.reading.plan import Int64Array
 
 if TYPE_CHECKING:
@@ -158,7 +157,6 @@ class UnitReader:
         self._source, self._options, self._order, self._progress = source, options, order, progress
         self._labels, self._memory = labels, memory
         self._categories = {name: label.categories for name, label in labels.items() if label.categories is not None}
-        self._read_before = False  # what is compiled or imported at first is there
 
     def batches(self, plan: UnitPlan, counts: deque[int]) -> Generator[LoaderBatch, None, None]:
         """The batches that are left, in order; the stored values of each are appended to `counts`."""
@@ -181,12 +179,7 @@ class UnitReader:
         if unit[-1].padding:
             positions %= self._progress.deal.n
         rows = self._order.take(positions)
-        if self._read_before:
-            made = self._read(unit, rows, memory, helpers)
-        else:
-            with FIRST_USE:
-                made = self._read(unit, rows, memory, helpers)
-            self._read_before = True
+        made = self._read(unit, rows, memory, helpers)
         self._progress.meter.add_read(time.perf_counter() - began)
         return made, lease
 
