@@ -142,9 +142,9 @@ def explain(loader: Loader, *, measure: bool) -> Explanation:
 
 
 def _measured(loader: Loader) -> float | None:
-    """Rows a second of a few batches, the first unit apart, by a loader of its own."""
+    """Rows a second of a few batches, the first unit apart if there are more, by a loader of its own."""
     own = loader.copy()
-    skipped = own.plan().batches
+    skipped = min(own.plan().batches, len(own) // 2)
     run = iter(own)
     try:
         for _ in islice(run, skipped):
@@ -161,7 +161,9 @@ def _measured(loader: Loader) -> float | None:
 
 def _mixing(rule: Rule, together: int) -> tuple[float | None, str]:
     """From how many runs a step's rows come, and the words for it."""
-    inner = getattr(rule, "rule", rule)
+    inner = rule
+    while hasattr(inner, "rule"):  # of chosen rows, or begun elsewhere
+        inner = inner.rule
     if not isinstance(inner, Windowed):
         return None, WORDS[str(inner.describe()["rule"])]
     runs = max(1, min(inner.window_rows, inner.n) // inner.run_rows)

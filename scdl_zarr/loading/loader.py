@@ -153,7 +153,13 @@ class Loader:
 
     def plan(self) -> UnitPlan:
         """How much is read together, and how much ahead."""
-        return UnitPlan.of(self.options, self.source, window=self.rule.window_rows, world_size=self.world_size)
+        return UnitPlan.of(self.options, self.source, n=self._length(), window=self.rule.window_rows, world_size=self.world_size)
+
+    def _length(self) -> int | None:
+        try:
+            return len(self.rule)
+        except TypeError:  # a sampler that does not know how many rows it draws
+            return None
 
     def deal(self, n: int, begin: int = 0) -> Deal:
         """How an epoch of `n` rows is dealt out, from a position of its order on."""

@@ -269,19 +269,19 @@ class Listed:
     window_rows = 0
 
     def __init__(self, rows: Int64Array) -> None:
-        self._rows = rows
+        self.rows = rows
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def epoch(self, _number: int) -> Listed:
         return self
 
     def take(self, positions: Int64Array) -> Int64Array:
-        return self._rows[positions]
+        return self.rows[positions]
 
     def describe(self) -> dict[str, Any]:
-        return {"rule": "listed", "rows": digest_rows(self._rows)}
+        return {"rule": "listed", "rows": digest_rows(self.rows)}
 
 
 @dataclass(frozen=True, slots=True)

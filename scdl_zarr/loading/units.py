@@ -97,8 +97,8 @@ class UnitPlan:
     window: int  # of the order; 0: none
 
     @classmethod
-    def of(cls, options: LoaderOptions, source: RowSource, *, window: int, world_size: int) -> UnitPlan:
-        """The plan for an order with windows of so many rows, of which this rank has its share."""
+    def of(cls, options: LoaderOptions, source: RowSource, *, n: int | None, window: int, world_size: int) -> UnitPlan:
+        """The plan for an order of `n` rows (None: not known) with windows of so many, of which this rank has its share."""
         n_vars = source.n_vars if options.genes is None else options.genes.n
         per_row = sum(source.values_per_row(name) * SPARSE_BYTES for name in options.matrices)
         if options.form.dense and options.device is None:
@@ -107,6 +107,8 @@ class UnitPlan:
         batches = max(1, UNIT_BYTES // batch_bytes)
         if window:
             batches = max(1, window // (options.batch_size * world_size))
+        if n is not None:
+            batches = min(batches, max(1, -(-n // (options.batch_size * world_size))))
         if options.prefetch is None:
             depth = int(min(max(AHEAD_BYTES // (batch_bytes * batches), 1), 2 * source.threads))
         else:
