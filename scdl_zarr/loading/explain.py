@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +18,7 @@ __all__ = ["Explanation", "explain"]
 
 LOOKED_AT_ROWS = 1 << 16  # no more row pointers than that are read
 MEASURED_SECONDS = 0.5
+SKIPPED_SHARE = 4  # of an epoch, what is read ahead may be no more than a quarter
 VALUE_BYTES = 8  # a float32 and an int32
 
 
@@ -142,17 +142,18 @@ def explain(loader: Loader, *, measure: bool) -> Explanation:
 
 
 def _measured(loader: Loader) -> float | None:
-    """Rows a second of a few batches, the first unit apart if there are more, by a loader of its own."""
-    own = loader.copy()
-    skipped = min(own.plan().batches, len(own) // 2)
+    """Rows a second of some batches, by a loader of its own; of a long epoch without the time until the first unit is there."""
+    own, rows = loader.copy(), 0
+    plan, began = own.plan(), time.perf_counter()
+    skipped = plan.batches if len(own) > SKIPPED_SHARE * plan.batches * (plan.depth + 2) else 0
     run = iter(own)
     try:
-        for _ in islice(run, skipped):
-            pass
-        began, rows = time.perf_counter(), 0
-        for batch in run:
-            rows += len(batch)
-            if time.perf_counter() - began > MEASURED_SECONDS:
+        for k, batch in enumerate(run):
+            if k >= skipped:
+                rows += len(batch)
+            elif k == skipped - 1:
+                began = time.perf_counter()
+            if rows and time.perf_counter() - began > MEASURED_SECONDS:
                 break
         return rows / (time.perf_counter() - began) if rows else None
     finally:
