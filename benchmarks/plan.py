@@ -28,6 +28,11 @@ VAR_BLOCKS = (1, 100, 1000)
 BLOCK_CELLS, BLOCK_GENES = 4, 64
 PAIR_BATCH = 256
 PROFILES = ("fast", "compact", "archive", "narrow")
+SCDL_LOADER, SCDL_NARROW_LOADER = "BioNeMo-SCDL, DataLoader", "BioNeMo-SCDL with uint16 values, DataLoader"
+ANNBATCH_SINGLE, SCDATASET_SINGLE = "annbatch, single rows", "scDataset, single rows"
+EXACT_PEERS = (SCDL_LOADER, SCDL_NARROW_LOADER, ANNBATCH_SINGLE, SCDATASET_SINGLE, f"{SCDATASET_SINGLE} and 16 batches at once")
+ANNBATCH_CHUNKS, ANNBATCH_PRELOADED, ANNBATCH_BATCH = (128, 512, 4096), 16_384, 4096
+MANY_ROWS = 10**9  # of orders, for which there is no store
 SCDL, ANNBATCH, SCDATASET, CURRENT, OWN = "scdl", "annbatch", "scdataset", "current", "own"
 
 
@@ -41,6 +46,7 @@ class Grid:
     single_rows: int = 4_096
     passes: int = 3
     seconds: float = 5.0
+    loader_seconds: float = 3.0
     limited_seconds: float = 10.0
     threads: tuple[int, ...] = (1, 2)
     batches: tuple[int, ...] = (64, 1024)
@@ -59,6 +65,7 @@ class Grid:
             single_rows=32,
             passes=1,
             seconds=0.2,
+            loader_seconds=0.2,
             limited_seconds=0.2,
             files=2,
             many_cells=40,
@@ -117,6 +124,11 @@ def cases(grid: Grid) -> tuple[Case, ...]:
         *_other_readers(grid),
         *_cold(grid),
         *_training(grid),
+        *_loader_exact(grid),
+        *_loader_windows(grid),
+        *_loader_waiting(grid),
+        *_loader_dense(grid),
+        *_loader_seek(grid),
         *_single(grid),
         *_in_order(grid),
         *_conversion(grid),
@@ -264,8 +276,8 @@ def _cold(grid: Grid) -> list[Case]:
 def _training(grid: Grid) -> list[Case]:
     section, batch = "Training: shuffled batches, no workers, warm", grid.batches[0]
     peers: list[tuple[str, str, str, str, dict[str, Any], int]] = [
-        ("BioNeMo-SCDL, DataLoader", "scdl", SCDL, "scdl", {"task": "loader"}, batch),
-        ("BioNeMo-SCDL with uint16 values, DataLoader", "scdl", SCDL, "scdl uint16", {"task": "loader"}, batch),
+        (SCDL_LOADER, "scdl", SCDL, "scdl", {"task": "loader"}, batch),
+        (SCDL_NARROW_LOADER, "scdl", SCDL, "scdl uint16", {"task": "loader"}, batch),
         (
             "annbatch, 256-row chunks",
             "annbatch_loader",
@@ -283,7 +295,7 @@ def _training(grid: Grid) -> list[Case]:
             4096,
         ),
         (
-            "annbatch, single rows",
+            ANNBATCH_SINGLE,
             "annbatch_loader",
             ANNBATCH,
             "annbatch",
@@ -304,6 +316,15 @@ def _training(grid: Grid) -> list[Case]:
             SCDATASET,
             "",
             {"block_rows": 1024, "batches_fetched": 1024},
+            batch,
+        ),
+        (SCDATASET_SINGLE, "scdataset_loader", SCDATASET, "", {"block_rows": 1, "batches_fetched": 1024}, batch),
+        (
+            f"{SCDATASET_SINGLE} and 16 batches at once",
+            "scdataset_loader",
+            SCDATASET,
+            "",
+            {"block_rows": 1, "batches_fetched": 16},
             batch,
         ),
     ]
@@ -331,6 +352,139 @@ def _training(grid: Grid) -> list[Case]:
         for threads in grid.threads
     ]
     return [*ours, *found]
+
+
+def _loader(grid: Grid, name: str, section: str, options: dict[str, Any], against: tuple[str, ...], **named: Any) -> Case:
+    """A case of ``data.loader`` over the store of profile `fast`."""
+    return Case(
+        name=name,
+        section=section,
+        module="benchmarks.ours.loading",
+        parameters=_parameters(**{"task": "epochs", "seconds": grid.loader_seconds, "loader": options, **named}),
+        store="fast",
+        against=against,
+    )
+
+
+def _loader_exact(grid: Grid) -> list[Case]:
+    """Every row drawn on its own, beside all who do that, and beside the memory map over epochs of the same kind."""
+    section, batch = "loader: exact shuffle, warm", grid.batches[0]
+    found = []
+    for threads in grid.threads:
+        mapped = f"memory map, shuffled epochs, batches of {batch}, {threads_text(threads)}"
+        found.append(
+            Case(
+                name=mapped,
+                section=section,
+                module="benchmarks.references.memory_map",
+                parameters=_parameters(task="epochs", batch=batch, threads=threads, seconds=grid.loader_seconds),
+                store="memory map",
+            )
+        )
+        references = (mapped, map_name(batch, threads))
+        peers = tuple(f"{name}, batches of {batch}" for name in EXACT_PEERS)
+        for form, text in (("torch", "torch CSR"), ("numpy", "NumPy")):
+            name = f"loader({batch}), {text}, {threads_text(threads)}"
+            against = (*references, *peers) if form == "torch" else references
+            found.append(_loader(grid, name, section, {"to": form, "shuffle": True}, against, batch=batch, threads=threads))
+    return found
+
+
+def _loader_windows(grid: Grid) -> list[Case]:
+    """annbatch's chunks and what it preloads, as runs and windows."""
+    section, batch, threads = "loader: windows, warm", ANNBATCH_BATCH, grid.threads[-1]
+    peers = {chunk: f"annbatch, {chunk:,}-row chunks, {ANNBATCH_PRELOADED:,} rows preloaded" for chunk in ANNBATCH_CHUNKS}
+    exact, found = f"loader({batch}), exact, {threads_text(threads)}", []
+    for chunk, peer in peers.items():
+        found.append(
+            Case(
+                name=peer,
+                section=section,
+                module="benchmarks.peers.annbatch_loader",
+                parameters=_parameters(
+                    task="load",
+                    chunk_rows=chunk,
+                    chunks=ANNBATCH_PRELOADED // chunk,
+                    batch=batch,
+                    seconds=grid.loader_seconds,
+                ),
+                environment=ANNBATCH,
+                store="annbatch",
+            )
+        )
+        name = f"loader({batch}), runs of {chunk:,}, windows of {ANNBATCH_PRELOADED:,}, {threads_text(threads)}"
+        options = {"to": "torch", "shuffle": "window", "run_rows": chunk, "window_rows": ANNBATCH_PRELOADED}
+        found.append(_loader(grid, name, section, options, (peer, exact), batch=batch, threads=threads))
+    options = {"to": "torch", "shuffle": True}
+    return [*found, _loader(grid, exact, section, options, tuple(peers.values()), batch=batch, threads=threads)]
+
+
+def _loader_waiting(grid: Grid) -> list[Case]:
+    """A model that takes 2 ms a batch: on another device, and on a core of this processor."""
+    section, batch, threads = "loader: waiting, a model of 2 ms a batch, warm", grid.batches[0], grid.threads[-1]
+    return [
+        _loader(
+            grid,
+            f"loader({batch}), {threads_text(threads)}, a model that {text}",
+            section,
+            {"to": "torch", "shuffle": True},
+            (),
+            task="waiting",
+            seconds=2 * grid.loader_seconds,
+            model=model,
+            batch=batch,
+            threads=threads,
+        )
+        for model, text in (("sleep", "sleeps"), ("matmul", "multiplies"))
+    ]
+
+
+def _loader_dense(grid: Grid) -> list[Case]:
+    """Batches of all genes, beside NumPy that has the values already, and beside NumPy that reads them first."""
+    section, batch = "loader: dense batches of all genes, warm", grid.batches[0]
+
+    def scatter(name: str, task: str, threads: int, **named: Any) -> Case:
+        return Case(
+            name=name,
+            section=section,
+            module="benchmarks.references.dense_rows",
+            parameters=_parameters(task=task, rows=grid.rows, batch=batch, threads=threads, seconds=grid.loader_seconds, **named),
+            store="fast",
+        )
+
+    held = f"np.zeros and scatter of rows in memory, batches of {batch}"
+    let_go = f"{held}, each let go of first"
+    found = [scatter(held, "memory", 1), scatter(let_go, "memory", 1, hold=False)]
+    for threads in grid.threads:
+        read = f"read_rows({batch}), np.zeros and scatter, {threads_text(threads)}"
+        name = f"loader({batch}), dense torch, {threads_text(threads)}"
+        options = {"to": "torch", "dense": True, "shuffle": True}
+        found.append(scatter(read, "read_rows", threads))
+        found.append(_loader(grid, name, section, options, (held, let_go, read), batch=batch, threads=threads))
+    return found
+
+
+def _loader_seek(grid: Grid) -> list[Case]:
+    """What a place in a very large order costs, and that nothing grows with its size."""
+    section, bulk = "loader: seek and memory, no store", grid.batches[0]
+
+    def seeking(name: str, task: str, against: tuple[str, ...] = (), **named: Any) -> Case:
+        parameters = _parameters(task=task, bulk=bulk, **named)
+        return Case(
+            name=name, section=section, module="benchmarks.ours.seeking", parameters=parameters, cache="none", against=against
+        )
+
+    found = []
+    for order, text in (("exact", "exact order"), ("window", "windows")):
+        common: dict[str, Any] = {"order": order, "order_rows": MANY_ROWS}
+        found.append(
+            seeking(f"places in an order of 10^9 rows, {text}", "seek", seeks=grid.single_rows, passes=grid.passes, **common)
+        )
+        found.append(seeking(f"going on in an order of 10^9 rows, {text}", "state", **common))
+    few = "memory beyond the values, 10^5 rows"
+    for name, rows in ((few, 10**5), ("memory beyond the values, 10^9 rows", MANY_ROWS)):
+        found.append(seeking(name, "memory", (few,) if name != few else (), order_rows=rows, batches=grid.rows // 16))
+    return found
 
 
 def _single(grid: Grid) -> list[Case]:
@@ -649,12 +803,35 @@ def checks(grid: Grid) -> tuple[Check, ...]:
             (f"ours, {profile}", "benchmarks.ours.reading", {"task": "read_rows", "threads": 2}, OWN, profile)
             for profile in PROFILES
         ),
+        (
+            "ours, loader, dense",
+            "benchmarks.ours.loading",
+            {"threads": 2, "loader": {"to": "torch", "dense": True}},
+            OWN,
+            "fast",
+        ),
+        ("np.zeros and scatter", "benchmarks.references.dense_rows", {"task": "memory", "threads": 2}, OWN, "fast"),
         ("TensorStore", "benchmarks.peers.tensorstore_rows", {}, CURRENT, "fast"),
         ("anndata, backed H5AD", "benchmarks.peers.anndata_rows", {"task": "h5ad"}, CURRENT, ""),
         ("anndata, Zarr", "benchmarks.peers.anndata_rows", {"task": "zarr"}, CURRENT, "anndata zarr"),
     ]
     every: list[tuple[str, str, dict[str, Any], str, str]] = [
         ("ours, DataLoader", "benchmarks.ours.reading", {"task": "loader", "threads": 1}, OWN, "fast"),
+        *(
+            (
+                f"ours, loader, {text}",
+                "benchmarks.ours.loading",
+                {"threads": 2, "loader": {"to": form, **options}},
+                OWN,
+                "fast",
+            )
+            for text, form, options in (
+                ("torch CSR", "torch", {"shuffle": True}),
+                ("NumPy", "numpy", {"shuffle": True}),
+                ("windows", "torch", {"shuffle": "window", "run_rows": 128, "window_rows": ANNBATCH_PRELOADED}),
+            )
+        ),
+        ("memory map, shuffled epochs", "benchmarks.references.memory_map", {"task": "epochs", "threads": 2}, OWN, "memory map"),
         ("BioNeMo-SCDL", "benchmarks.peers.scdl", {"task": "loader"}, SCDL, "scdl"),
         ("BioNeMo-SCDL, uint16", "benchmarks.peers.scdl", {"task": "loader"}, SCDL, "scdl uint16"),
         (

@@ -24,14 +24,17 @@ __all__ = [
     "answer",
     "call_rows",
     "drawn_rows",
+    "epoch_figures",
     "find_wrong_lookup",
     "not_measured",
     "pace",
+    "pace_epochs",
     "peak_mb",
     "random_rows",
     "resident_mb",
     "row_rate",
     "seconds_a_call",
+    "shuffled_batches",
     "single_rows",
     "var_table",
 ]
@@ -39,6 +42,7 @@ __all__ = [
 Params = dict[str, Any]
 Figures = dict[str, Any]
 Read = Callable[[Any], tuple[Any, Any]]  # row numbers -> (values, gene ids)
+Begin = Callable[[], Iterable[tuple[int, int]]]  # an epoch: rows and stored values of each batch
 
 REPEATED_ROWS = 8
 NEEDED_TO_START = 2  # rows read before a cold measurement, so that imports and compilation are not part of it
@@ -91,6 +95,41 @@ def pace(batches: Iterable[int], *, seconds: float, window: int = 1) -> float:
         if done % window == 0 and time.perf_counter() - began > seconds:
             break
     return done / (time.perf_counter() - began)
+
+
+def pace_epochs(begin: Begin, *, seconds: float, window: int = 1, epochs: int | None = None) -> Figures:
+    """Rows and stored values per second of epoch after epoch, or of so many of them.
+
+    It stops after `seconds`, where a whole number of windows of an epoch was delivered, or at its end; see :func:`pace`.
+    """
+    rows, values, done = 0, 0, 0
+    began = time.perf_counter()
+    while epochs is None or done < epochs:
+        within = 0
+        for size, stored in begin():
+            rows, values, within = rows + size, values + stored, within + size
+            if within % window == 0 and time.perf_counter() - began > seconds:
+                break
+        done += 1
+        if time.perf_counter() - began > seconds:
+            break
+    took = time.perf_counter() - began
+    return {"rows/s": rows / took, "values/s": values / took}
+
+
+def epoch_figures(reader: Callable[[], Begin], seconds: float) -> Figures:
+    """A reader begins an epoch, so that imports and compilation are over; then a fresh one's first epoch, and its later ones."""
+    pace_epochs(reader(), seconds=0.0, epochs=1)
+    begin = reader()
+    first = pace_epochs(begin, seconds=seconds, epochs=1)
+    return {**pace_epochs(begin, seconds=seconds), "rows/s, first epoch": first["rows/s"]}
+
+
+def shuffled_batches(n_obs: int, batch: int, rng: Any) -> Iterator[Any]:
+    """The row numbers of an epoch's batches: every row once, in random order."""
+    order = rng.permutation(n_obs)
+    for k in range(0, n_obs, batch):
+        yield order[k : k + batch]
 
 
 def read_in_batches(read: Read, rows: Any, batch: int) -> Iterator[int]:

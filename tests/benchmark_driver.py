@@ -38,7 +38,7 @@ elif "out" in asked:
     (out / "data.npy").write_bytes(b"four")
     print(json.dumps({{"s": 2.0, "MB peak": 3.0}}))
 else:
-    print(json.dumps({{"rows/s": 10.0, "µs a row": 5.0, "µs a lookup": 5.0, "ms": 1.0, "MB": 1.0}}))
+    print(json.dumps({{"rows/s": 10.0, "values/s": 10.0, "µs a row": 5.0, "µs a lookup": 5.0, "ms": 1.0, "MB": 1.0}}))
 """
 
 
@@ -77,7 +77,7 @@ def main(folder: Path, cells: int) -> None:
         raise NoEnvironmentError(f"no {environment.name} today")
 
     os.fsync = lambda _descriptor: None  # type: ignore[assignment]  # as the tests do
-    grid = dataclasses.replace(Grid.toy(), seconds=0.02, limited_seconds=0.02)
+    grid = dataclasses.replace(Grid.toy(), seconds=0.02, loader_seconds=0.02, limited_seconds=0.02)
     settings = Settings(grid=grid, folder=folder, source=source)
     write(run_all(settings, execute=in_process, make_environment=make_environment, say=lambda _: None), settings)
 

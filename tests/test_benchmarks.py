@@ -22,11 +22,23 @@ from benchmarks.__main__ import main
 from benchmarks.atlas import make_atlas
 from benchmarks.commands import TARGET, run_command
 from benchmarks.execution import Results, Settings, run_all
+from benchmarks.ours import loading, seeking
 from benchmarks.plan import Case, Grid, cases, checks, more_is_better, rotated, selected, summarise
-from benchmarks.process import Tally, drawn_rows, find_wrong_lookup, pace, var_table
+from benchmarks.process import (
+    Tally,
+    drawn_rows,
+    epoch_figures,
+    find_wrong_lookup,
+    pace,
+    pace_epochs,
+    shuffled_batches,
+    var_table,
+)
+from benchmarks.references.dense_rows import scattered
 from benchmarks.report import as_json, as_markdown
 from benchmarks.spawn import Command, run_process
 from scdl_zarr.bionemo import VariableFeatureIndex
+from scdl_zarr.loading.making import make_loader
 
 ROOT = Path(__file__).parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -130,7 +142,21 @@ def test_everything_that_is_measured_is_checked_or_only_timed() -> None:
     """A reader whose sums nobody compares could be fast by reading something else."""
     compared = {(check.module, check.store) for check in checks(Grid())}
     reading = {(case.module, case.store) for case in cases(Grid()) if {"batch", "rows"} <= dict(case.parameters).keys()}
-    assert reading <= compared
+    epochs = {
+        (case.module, case.store) for case in cases(Grid()) if case.section.startswith(("Training", "loader:")) and case.store
+    }
+    assert reading | epochs <= compared
+
+
+def test_each_form_of_the_loaders_batches_is_checked() -> None:
+    def forms(parameters: Any) -> tuple[Any, ...]:
+        options = dict(parameters).get("loader", {})
+        return options.get("to"), options.get("dense", False), options.get("shuffle") == "window"
+
+    ours = "benchmarks.ours.loading"
+    measured = {forms(case.parameters) for case in cases(Grid()) if case.module == ours}
+    assert len(measured) == 4
+    assert measured == {forms(check.parameters) for check in checks(Grid()) if check.module == ours}
 
 
 def test_rotation_keeps_every_case_and_moves_each() -> None:
@@ -147,6 +173,11 @@ def test_selection_brings_along_what_a_case_is_compared_with() -> None:
     found = {case.name for case in selected(cases(Grid()), "convert, 1 worker*")}
     assert "bare inflate of the HDF5 chunks, 1 thread" in found
     assert "bare inflate of the HDF5 chunks, 2 threads" not in found
+    loader = selected(cases(Grid()), "loader*")
+    of_loader = [case for case in loader if case.section.startswith("loader: ")]
+    brought = {case.name for case in loader} - {case.name for case in of_loader}
+    assert brought == {name for case in of_loader for name in case.against} - {case.name for case in of_loader}
+    assert {case.environment for case in loader} == {"own", "scdl", "annbatch", "scdataset"}
     assert selected(cases(Grid()), None) == cases(Grid())
     assert selected(cases(Grid()), "no such case") == ()
 
@@ -186,6 +217,97 @@ def test_pace_stops_only_at_whole_windows() -> None:
 
     assert pace(batches(), seconds=0.0, window=8) > 0
     assert len(taken) == 4
+
+
+def test_epochs_follow_one_another_until_the_time_is_over() -> None:
+    begun: list[int] = []
+
+    def begin() -> Any:
+        begun.append(0)
+        for _ in range(5):
+            begun[-1] += 1
+            yield 4, 40
+
+    found = pace_epochs(begin, seconds=0.0, window=12)
+    assert begun == [3], "it stops only at whole windows"
+    assert found["values/s"] == pytest.approx(10 * found["rows/s"])
+    begun.clear()
+    pace_epochs(begin, seconds=0.0, window=1000)
+    assert begun == [5], "the end of an epoch is the end of a window"
+    begun.clear()
+    pace_epochs(begin, seconds=60.0, epochs=3)
+    assert begun == [5, 5, 5]
+    begun.clear()
+    pace_epochs(begin, seconds=0.02)
+    assert len(begun) > 1
+
+
+def test_the_first_epoch_is_that_of_a_fresh_reader() -> None:
+    epochs: list[int] = []
+
+    def reader() -> Any:
+        epochs.append(0)
+
+        def begin() -> Any:
+            epochs[-1] += 1
+            yield 4, 40
+
+        return begin
+
+    assert list(epoch_figures(reader, 0.01)) == ["rows/s", "values/s", "rows/s, first epoch"]
+    assert epochs[0] == 1 and len(epochs) == 2 and epochs[1] > 1
+
+
+def test_an_epoch_of_batches_has_every_row_once() -> None:
+    rng = np.random.default_rng(0)
+    first, second = (list(shuffled_batches(10, 4, rng)) for _ in range(2))
+    assert [len(rows) for rows in first] == [4, 4, 2]
+    assert sorted(np.concatenate(first)) == sorted(np.concatenate(second)) == list(range(10))
+    assert np.concatenate(first).tolist() != np.concatenate(second).tolist()
+
+
+def test_scattered_rows_are_the_rows(real_anndata: ad.AnnData) -> None:
+    matrix = real_anndata.X[drawn_rows(real_anndata.n_obs, 7)]
+    assert np.array_equal(scattered(matrix), matrix.toarray())
+
+
+# ---- our loader
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_loader_that_gives_other_rows_is_found_out(dense: bool, real_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = {"store": str(real_store), "threads": 1, "batch": 64, "rows": 100, "check": True, "task": "epochs"}
+    params["loader"] = {"to": "numpy", "dense": dense}
+    assert "wrong" not in loading.measure(params)
+
+    def twice(_order: Any, positions: Any) -> Any:
+        return np.zeros_like(positions)
+
+    monkeypatch.setattr(
+        "scdl_zarr.loading.orders.Listed.take" if dense else "scdl_zarr.loading.orders.KeyedPermutation.take", twice
+    )
+    assert "wrong" in loading.measure(params)
+
+
+def test_what_a_loader_holds_beyond_the_values_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = {"task": "memory", "bulk": 64, "batches": 20, "order_rows": 10**9}
+    found = seeking.measure(params)
+    assert set(found) == {"KB peak, exact", "KB peak, window"}
+    held: list[Any] = []
+
+    def greedy(source: Any, *given: Any, **options: Any) -> Any:
+        held.append(np.arange(10**6))
+        return make_loader(source, *given, **options)
+
+    monkeypatch.setattr(seeking, "make_loader", greedy)
+    assert seeking.measure(params)["KB peak, exact"] > found["KB peak, exact"] + 7_000
+
+
+def test_a_state_is_that_of_the_end_of_an_epoch() -> None:
+    common = {"order_rows": 10**6, "bulk": 64, "seeks": 2, "passes": 1}
+    for order in seeking.RULES:
+        assert seeking.measure({"task": "state", "order": order, **common})["bytes, state"] > 60
+        assert all(took > 0 for took in seeking.measure({"task": "seek", "order": order, **common}).values())
 
 
 # ---- environments
@@ -446,6 +568,7 @@ def test_a_toy_run_measures_every_case_that_it_can(toy_run: Path) -> None:
         import torch  # noqa: F401
     except ImportError:
         absent |= {case.name for case in cases(Grid.toy()) if case.name.startswith(("DataLoader", "data[i], chunk"))}
+        absent |= {case.name for case in cases(Grid.toy()) if dict(case.parameters).get("loader", {}).get("to") == "torch"}
     optional = {"read_rows, anndata's Zarr store, batches of 64", "get_row(i), chunk in the cache", "data[i], chunk in the cache"}
     assert absent <= written["not measured"].keys() <= absent | optional, written["not measured"]
     for name, case in written["cases"].items():
@@ -464,7 +587,8 @@ def test_a_toy_run_checks_what_it_measures_and_says_where(toy_run: Path) -> None
     assert said.pop("scDataset") == "not checked: no scdataset today"
     assert said.pop("ours, anndata's Zarr store").startswith(("agrees", "not checked: NotAStoreError"))
     if "torch" not in written["environments"]["own"]:
-        del said["ours, DataLoader"]
+        for reader in ("DataLoader", "loader, torch CSR", "loader, windows", "loader, dense"):
+            del said[f"ours, {reader}"]
     assert set(said.values()) == {"agrees with the source"}
     assert written["machine"]["cores"] >= 1
     assert written["environments"]["scdl"] == {"a-peer": "1.0"}

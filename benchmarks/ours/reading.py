@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import scdl_zarr
-from benchmarks.process import Figures, Params, Tally, answer, not_measured, pace, random_rows, single_rows
+from benchmarks.process import Figures, Params, Tally, answer, not_measured, pace_epochs, random_rows, single_rows
 
 __all__ = ["measure"]
 
@@ -62,8 +63,13 @@ def loader(params: Params) -> Figures:
         for batch in batches:
             tally.add(batch.values().numpy(), batch.col_indices().numpy())
         return tally.figures()
-    pace((batch.shape[0] for batch in batches), seconds=params["seconds"] / 10)
-    return {"rows/s": pace((batch.shape[0] for batch in batches), seconds=params["seconds"])}
+
+    def begin() -> Iterator[tuple[int, int]]:
+        for batch in batches:
+            yield batch.shape[0], len(batch.values())
+
+    pace_epochs(begin, seconds=params["seconds"] / 10)
+    return pace_epochs(begin, seconds=params["seconds"])
 
 
 def one_row(params: Params) -> Figures:

@@ -8,6 +8,9 @@ Settings, and where they are published:
 * 256 rows a chunk, 32 chunks preloaded, as in the full run of its paper's benchmark:
   https://github.com/theislab/annbatch_paper/blob/d1aeebb2303a1327808d96484a374cb5d62190f5/benchmark_loading/run_benchmarks_full_dataset.py
   (its read-me shows 32 rows a chunk and 256 chunks; both preload 8,192 rows), in batches of 4,096 there and of 64 here and there
+* 16,384 rows preloaded, as its Loader does by default (32 chunks of 512 rows), in chunks of 128, 512 and 4,096 rows and batches
+  of 4,096, as in the sweep over chunk sizes of its paper's revision:
+  https://github.com/theislab/annbatch_paper/blob/2e37780e53598af35181e58d5354111b79a76887/revision/scripts/30_throughput_sweeps.py
 * chunks of one row, the only setting in which every row is drawn on its own ("perfect random sampling ... at a performance
   penalty", says the Loader's documentation: https://annbatch.readthedocs.io/en/stable/generated/annbatch.Loader.html)
 
@@ -22,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.process import Figures, Params, Tally, answer, pace, peak_mb
+from benchmarks.process import Figures, Params, Tally, answer, pace_epochs, peak_mb
 
 __all__ = ["measure"]
 
@@ -50,7 +53,7 @@ def convert(params: Params) -> Figures:
 
 
 def load(params: Params) -> Figures:
-    """An epoch in random order, or as much of it as the time allows."""
+    """Epochs in random order, as much of them as the time allows."""
     import anndata as ad
     import numpy as np
     import pandas as pd
@@ -60,26 +63,28 @@ def load(params: Params) -> Figures:
         matrix = ad.io.sparse_dataset(group["X"])
         return ad.AnnData(X=matrix, obs=pd.DataFrame(index=pd.RangeIndex(matrix.shape[0]).astype(str)))
 
-    def batches() -> Iterator[Any]:
-        loader = Loader(
-            batch_size=params["batch"],
-            chunk_size=params["chunk_rows"],
-            preload_nchunks=params["chunks"],
-            shuffle=True,
-            preload_to_gpu=False,
-            to=None,
-            rng=np.random.default_rng(0),
-        )
-        for batch in loader.use_collection(DatasetCollection(params["store"]), load_adata=only_x):
-            yield batch["X"]
+    loader = Loader(
+        batch_size=params["batch"],
+        chunk_size=params["chunk_rows"],
+        preload_nchunks=params["chunks"],
+        shuffle=True,
+        preload_to_gpu=False,
+        to=None,
+        rng=np.random.default_rng(0),
+    ).use_collection(DatasetCollection(params["store"]), load_adata=only_x)
+
+    def begin() -> Iterator[tuple[int, int]]:
+        for batch in loader:
+            yield batch["X"].shape[0], batch["X"].nnz
 
     if params.get("check"):
         tally = Tally()
-        for matrix in batches():
-            tally.add(matrix.data, matrix.indices)
+        for batch in loader:
+            tally.add(batch["X"].data, batch["X"].indices)
         return tally.figures()
     window = params["chunk_rows"] * params["chunks"]
-    return {"rows/s": pace((matrix.shape[0] for matrix in batches()), seconds=params["seconds"], window=window)}
+    pace_epochs(begin, seconds=params["seconds"] / 10, window=window)
+    return pace_epochs(begin, seconds=params["seconds"], window=window)
 
 
 if __name__ == "__main__":

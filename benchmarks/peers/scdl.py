@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from benchmarks.process import (
     drawn_rows,
     find_wrong_lookup,
     not_measured,
-    pace,
+    pace_epochs,
     peak_mb,
     resident_mb,
     seconds_a_call,
@@ -127,8 +128,13 @@ def loader(params: Params) -> Figures:
         for batch in batches:
             tally.add(batch.values().numpy(), batch.col_indices().numpy())
         return tally.figures()
-    pace((batch.shape[0] for batch in batches), seconds=params["seconds"] / 10)
-    return {"rows/s": pace((batch.shape[0] for batch in batches), seconds=params["seconds"])}
+
+    def begin() -> Iterator[tuple[int, int]]:
+        for batch in batches:
+            yield batch.shape[0], len(batch.values())
+
+    pace_epochs(begin, seconds=params["seconds"] / 10)
+    return pace_epochs(begin, seconds=params["seconds"])
 
 
 def one_row(params: Params) -> Figures:

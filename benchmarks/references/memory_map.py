@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import h5py
 import numba as nb
 import numpy as np
 
-from benchmarks.process import Figures, Params, answer, peak_mb, random_rows
+from benchmarks.process import Figures, Params, Tally, answer, epoch_figures, peak_mb, random_rows, shuffled_batches
 
 __all__ = ["make_maps", "measure"]
 
@@ -98,13 +98,34 @@ def open_maps(path: str, threads: int) -> Callable[[Any], tuple[Any, Any]]:
 
 
 def measure(params: Params) -> Figures:
-    """Random rows, as every competitor reads them; or the maps are made."""
+    """Random rows, as every competitor reads them, or epochs of them; or the maps are made."""
     if params.get("task") == "make":
         began = time.perf_counter()
         make_maps(Path(params["source"]), Path(params["out"]))
         return {"s": time.perf_counter() - began, "MB peak": peak_mb()}
     n_obs = os.path.getsize(Path(params["store"]) / "indptr") // 8 - 1
+    if params.get("task") == "epochs":
+        return epochs(n_obs, params)
     return random_rows(lambda: open_maps(params["store"], params["threads"]), n_obs, params)
+
+
+def epochs(n_obs: int, params: Params) -> Figures:
+    """Every row once, in random order, batch by batch: what a loader does that shuffles exactly."""
+
+    def batches(read: Callable[[Any], tuple[Any, Any]], rng: Any) -> Iterator[tuple[Any, Any, Any]]:
+        for rows in shuffled_batches(n_obs, params["batch"], rng):
+            yield rows, *read(rows)
+
+    def reader() -> Callable[[], Iterator[tuple[int, int]]]:
+        read, rng = open_maps(params["store"], params["threads"]), np.random.default_rng(0)
+        return lambda: ((len(rows), len(data)) for rows, data, _ in batches(read, rng))
+
+    if not params.get("check"):
+        return epoch_figures(reader, params["seconds"])
+    tally = Tally()
+    for _, data, indices in batches(open_maps(params["store"], params["threads"]), np.random.default_rng(0)):
+        tally.add(data, indices)
+    return tally.figures()
 
 
 if __name__ == "__main__":
