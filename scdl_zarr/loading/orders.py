@@ -281,25 +281,24 @@ class MixedOrder:
         return rows
 
 
+@dataclass(frozen=True, slots=True)
 class Listed:
     """Rows as the caller lists them, 8 bytes each."""
 
-    window_rows = 0
-
-    def __init__(self, rows: Int64Array) -> None:
-        self._rows = rows
+    rows: Int64Array
+    window_rows: int = field(default=0, init=False)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def epoch(self, _number: int) -> Listed:
         return self
 
     def take(self, positions: Int64Array) -> Int64Array:
-        return self._rows[positions]
+        return self.rows[positions]
 
     def describe(self) -> dict[str, Any]:
-        return {"rule": "listed", "rows": digest_rows(self._rows)}
+        return {"rule": "listed", "rows": digest_rows(self.rows)}
 
 
 @dataclass(frozen=True, slots=True)
