@@ -15,6 +15,7 @@ import scipy.sparse as sp
 import scdl_zarr
 from scdl_zarr import SingleCellZarrDataset
 from scdl_zarr.loading.batches import LoaderBatch
+from scdl_zarr.reading.batch import RowBatch
 from tests.toys import csr
 
 ROWS, GENES = 203, 40
@@ -93,3 +94,34 @@ def as_dense(values: Any) -> npt.NDArray[Any]:
         dense = values.to_dense()
         return dense if isinstance(dense, np.ndarray) else dense.numpy()
     return np.asarray(values.numpy())
+
+
+class EndlessRows:
+    """A source of rows with one value each, that are nowhere: it says what was read of them."""
+
+    path, n_vars, remote = "nowhere", 4, False
+
+    def __init__(self, n: int, *, threads: int = 2, values_per_row: float = 1000.0) -> None:
+        self.n_obs, self.threads = n, threads
+        self.read_rows = list[int]()  # how many each time
+        self._values_per_row = values_per_row
+
+    def identify(self) -> str:
+        return f"endless {self.n_obs}"
+
+    def require(self, _layers: Any, _obsm: Any) -> None:
+        pass
+
+    def read(self, rows: Any, _layer: Any, _dtype: Any, _pool: Any, _helpers: Any) -> RowBatch:
+        n = len(rows)
+        self.read_rows.append(n)
+        return RowBatch(rows.astype(np.float32), np.zeros(n, np.int32), np.arange(n + 1, dtype=np.int64), 4, rows)
+
+    def values_per_row(self, _layer: Any) -> float:
+        return self._values_per_row
+
+    def stored_dtype(self, _layer: Any) -> None:
+        return None
+
+    def readers(self, _layer: Any) -> list[Any]:
+        return []

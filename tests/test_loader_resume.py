@@ -6,7 +6,6 @@ import json
 import shutil
 import tracemalloc
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,10 @@ from scdl_zarr.loading.loader import Loader
 from scdl_zarr.loading.orders import Rule, Shuffled, Windowed
 from scdl_zarr.loading.state import STATE_VERSION, LoaderState
 from scdl_zarr.loading.units import LoaderOptions
-from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.csr import CsrReader
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.storage.schema import ATTRIBUTE
-from tests.loader_stores import ROWS, SIZES, annotated, make_store, rows_of
+from tests.loader_stores import ROWS, SIZES, EndlessRows, annotated, make_store, rows_of
 from tests.stores_of_others import write_by_node
 from tests.test_loader import surprises
 from tests.toys import examples
@@ -497,31 +495,6 @@ def test_a_store_says_enough_of_itself(data: SingleCellZarrDataset) -> None:
 
 
 # ---- large orders
-
-
-class EndlessRows:
-    """A source of rows with one value each, that are nowhere."""
-
-    path, n_vars, threads, remote = "nowhere", 4, 2, False
-
-    def __init__(self, n: int) -> None:
-        self.n_obs = n
-
-    def identify(self) -> str:
-        return f"endless {self.n_obs}"
-
-    def require(self, _layers: Any, _obsm: Any) -> None:
-        pass
-
-    def read(self, rows: Any, _layer: Any, _dtype: Any, _pool: Any, _helpers: ThreadPoolExecutor | None) -> RowBatch:
-        n = len(rows)
-        return RowBatch(rows.astype(np.float32), np.zeros(n, np.int32), np.arange(n + 1, dtype=np.int64), 4, rows)
-
-    def values_per_row(self, _layer: Any) -> float:
-        return 1000.0
-
-    def stored_dtype(self, _layer: Any) -> None:
-        return None
 
 
 @pytest.mark.parametrize("prefetch", [0, None])
