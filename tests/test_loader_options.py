@@ -9,6 +9,10 @@ from scdl_zarr.loading.making import make_loader
 
 
 def test_the_defaults_of_the_method_are_those_of_the_room_below() -> None:
-    outside = {name: p.default for name, p in inspect.signature(SingleCellZarrDataset.loader).parameters.items() if name != "self"}
-    inside = {name: p.default for name, p in inspect.signature(make_loader).parameters.items() if name not in ("source", "weights")}
+    outside = {
+        name: p.default for name, p in inspect.signature(SingleCellZarrDataset.loader).parameters.items() if name != "self"
+    }
+    inside = {
+        name: p.default for name, p in inspect.signature(make_loader).parameters.items() if name not in ("source", "weights")
+    }
     assert outside == inside

@@ -116,12 +116,12 @@ def explain(loader: Loader, *, measure: bool) -> Explanation:
         rows, batches = rows + len(wanted), batches + len(unit)
         if rows >= LOOKED_AT_ROWS or (rows * 8 >= LOOKED_AT_ROWS and batches >= 8):
             break
-    each = max(batches, 1)
+    each, own_batches = max(batches, 1), deal.batches(loader.rank)
     labels = loader.labels.values()
     runs, mixing = _mixing(loader.rule, options.batch_size * loader.world_size)
     return Explanation(
         rows=n,
-        batches=deal.batches(loader.rank),
+        batches=own_batches,
         dropped=deal.rest if options.tail == "drop" else 0,
         batch_rows=options.batch_size,
         batch_values=values / each / len(options.matrices),
@@ -129,9 +129,9 @@ def explain(loader: Loader, *, measure: bool) -> Explanation:
         decoded_bytes=decoded / each if known else None,
         stored_bytes=stored / each if known else None,
         amplification=decoded / max(needed, 1) if known else None,
-        unit_batches=plan.batches,
+        unit_batches=min(plan.batches, own_batches),
         units_ahead=plan.depth if plan.threads else 0,
-        held_bytes=plan.held_bytes,
+        held_bytes=min(plan.held_bytes, plan.batch_bytes * own_batches),
         threads=plan.threads,
         obs_bytes=sum(label.values.nbytes for label in labels),
         order_bytes=_order_bytes(loader.rule),

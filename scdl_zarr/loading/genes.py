@@ -49,7 +49,8 @@ class GeneChoice:
         FeatureNameError
             A name is there twice among the genes of the store; the message has its places.
         """
-        wanted = genes if isinstance(genes, (str, slice, np.ndarray)) or hasattr(genes, "__fspath__") else list(genes)
+        as_is = isinstance(genes, (str, slice, np.ndarray)) or hasattr(genes, "__fspath__") or not hasattr(genes, "__iter__")
+        wanted = genes if as_is else list(genes)
         by_name = isinstance(wanted, str) or hasattr(wanted, "__fspath__") or _holds_text(wanted)
         place = np.full(len(names), -1, np.int32)
         if not by_name:
@@ -80,7 +81,9 @@ class GeneChoice:
             raise CorruptStoreError(f"{where}: gene id {batch.indices[bad]} is out of range for {len(self.place)} genes")
         np.cumsum(indptr, out=indptr)
         data, ids = np.empty(indptr[-1], batch.data.dtype), np.empty(indptr[-1], np.int32)
-        run_kernel("choose_genes", batch.data, batch.indices, batch.indptr, self.place, self.rising, indptr, data, ids)
+        # values are only copied, and of float16 nothing is compiled
+        values, out = (array.view(np.uint16) if array.dtype == np.float16 else array for array in (batch.data, data))
+        run_kernel("choose_genes", values, batch.indices, batch.indptr, self.place, self.rising, indptr, out, ids)
         return RowBatch(data, ids, indptr, self.n, batch.rows)
 
 

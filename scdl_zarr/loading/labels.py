@@ -103,7 +103,9 @@ def join_labels(name: str, parts: list[Label]) -> Label:
     union = pd.Index([])
     for part in coded:
         assert part.categories is not None
-        union = union.append(part.categories.difference(union, sort=False))
+        new = part.categories.difference(union, sort=False)
+        if len(new):
+            union = union.append(new) if len(union) else new
     width = np.min_scalar_type(-len(union) - 1)
     codes = []
     for part in coded:

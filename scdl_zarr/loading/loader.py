@@ -124,7 +124,8 @@ class Loader:
     def __repr__(self) -> str:
         kind = self.rule.describe()["rule"]
         ranks = f"rank {self.rank} of {self.world_size}"
-        return f"Loader({self.source.path!r}: {len(self.rule)} rows, {kind}, batches of {self.batch_size}, {ranks})"
+        n = operator.length_hint(self.rule, self.source.n_obs)
+        return f"Loader({self.source.path!r}: {n} rows, {kind}, batches of {self.batch_size}, {ranks})"
 
     # ---- epochs
 
@@ -204,8 +205,9 @@ class Loader:
         """
         found = LoaderState.parse(state)
         found.require(*self.identify())
-        if found.position and found.position > len(self.rule):
-            raise OptionError(f"this state is at row {found.position} of an epoch, which has {len(self.rule)}")
+        n = operator.length_hint(self.rule, found.position)  # a sampler may have no length
+        if found.position > n:
+            raise OptionError(f"this state is at row {found.position} of an epoch, which has {n}")
         self._pending, self._epoch, self._progress = found, found.epoch, None
 
     def identify(self) -> tuple[str, str]:
@@ -282,7 +284,7 @@ class LoaderRun(Iterator[LoaderBatch]):
         try:
             batch = next(self._batches)
         except StopIteration:
-            progress.over = True
+            progress.over = not progress.left  # after an error, or close(), nothing comes either
             progress.meter.end()
             raise
         except BaseException:  # the traceback keeps this object; its threads are to end now
@@ -305,6 +307,7 @@ class LoaderRun(Iterator[LoaderBatch]):
     def close(self) -> None:
         """Stop: no further batch comes, and the threads end."""
         self._batches.close()
+        self._progress.meter.end()
 
     def __del__(self) -> None:
         if hasattr(self, "_batches"):

@@ -61,17 +61,20 @@ def make_loader(
     form = MatrixForm(to=to, dense=bool(dense))
     if to != "torch" and (device is not None or pin_memory):
         raise OptionError(f"device and pin_memory are for to='torch', not for to={to!r}")
+    wanted = None if dtype is None else checked_dtype(_numpy_dtype(dtype))
+    if to == "scipy" and not dense and wanted == np.float16:
+        raise OptionError("SciPy holds no sparse float16; choose dense=True, to='numpy' or dtype='float32'")
     options = LoaderOptions(
         batch_size=as_count("batch_size", batch_size, smallest=1),
         tail=_tail(drop_last, tail),
         form=form,
         prefetch=None if prefetch is None else as_count("prefetch", prefetch, smallest=0),
         layer=layer,
-        obs=_names(obs),
-        layers=_names(layers),
-        obsm=_names(obsm),
+        obs=_names("obs", obs),
+        layers=_names("layers", layers),
+        obsm=_names("obsm", obsm),
         genes=None if genes is None else GeneChoice.of(genes, source.gene_names()),
-        dtype=None if dtype is None else checked_dtype(_numpy_dtype(dtype)),
+        dtype=wanted,
         device=resolve_device(device),
         pin_memory=bool(pin_memory),
         reuse_buffers=bool(reuse_buffers),
@@ -176,8 +179,18 @@ def _warn_of_tail(loader: Loader) -> None:
         )
 
 
-def _names(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+def _names(option: str, names: Any) -> tuple[str, ...]:
+    """Names given as one, or as a list; None is none."""
+    if names is None or isinstance(names, str):
+        return () if names is None else (names,)
+    try:
+        found = tuple(dict.fromkeys(names))
+    except TypeError:
+        found = (names,)
+    odd = [name for name in found if not isinstance(name, str)]
+    if odd:
+        raise OptionError(f"{option}={names!r:.200}; expected a name, or a list of names")
+    return found
 
 
 def _integer(name: str, value: Any) -> int:

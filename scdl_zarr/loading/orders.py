@@ -29,6 +29,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from scdl_zarr.errors import OptionError
 from scdl_zarr.reading.permutation import KeyedPermutation
@@ -201,8 +202,12 @@ class Mixed:
     @classmethod
     def of(cls, sizes: Iterable[int], weights: Iterable[float], *, n: int, seed: int) -> Mixed:
         """The rule for weights of any sum; each that is not zero has at least one position in 65,536."""
-        sizes, given = tuple(sizes), np.array(tuple(weights), np.float64)
-        if len(given) != len(sizes):
+        sizes, weights = tuple(sizes), tuple(weights)
+        try:
+            given = np.array(weights, np.float64)
+        except (TypeError, ValueError):
+            raise OptionError(f"weights are {list(weights)}; expected numbers of zero or more, not all zero") from None
+        if given.shape != (len(sizes),):
             raise OptionError(f"{len(given)} weights for {len(sizes)} stores")
         if not np.isfinite(given).all() or (given < 0).any() or not given.sum() > 0:
             raise OptionError(f"weights are {given.tolist()}; expected numbers of zero or more, not all zero")
@@ -238,6 +243,7 @@ class MixedOrder:
         self._rule, self._epoch = rule, epoch
         self._starts = np.concatenate([[0], np.cumsum(rule.sizes)[:-1]]).astype(np.int64)
         self._stops = np.cumsum(rule.shares)
+        self._dealt: dict[int, tuple[npt.NDArray[Any], Int64Array]] = {}  # of the block that was asked for last
 
     def __len__(self) -> int:
         return self._rule.n
@@ -245,14 +251,26 @@ class MixedOrder:
     def take(self, positions: Int64Array) -> Int64Array:
         rule, rows = self._rule, np.empty_like(positions)
         for block, mine in _groups(positions // MIXED_BLOCK):
-            places = KeyedPermutation(n=MIXED_BLOCK, seed=rule.seed, stream=stream_of("places", self._epoch, block))
-            drawn = places.take(positions[mine] - block * MIXED_BLOCK)  # a store's share is a range of these numbers
-            stores = np.searchsorted(self._stops, drawn, side="right")
-            for store, own in _groups(stores):
-                share = rule.shares[store]
-                number = block * share + drawn[own] - (self._stops[store] - share)  # of all that this store gives
+            stores, numbers = self._deal(block)
+            within = positions[mine] - block * MIXED_BLOCK
+            for store, own in _groups(stores[within]):
+                number = block * rule.shares[store] + numbers[within[own]]  # of all that this store gives
                 rows[mine[own]] = self._starts[store] + self._nth(store, number)
         return rows
+
+    def _deal(self, block: int) -> tuple[npt.NDArray[Any], Int64Array]:
+        """For each position of a block: whose it is, and how many of the same store come before it there."""
+        known = self._dealt.get(block)
+        if known is None:
+            places = KeyedPermutation(n=MIXED_BLOCK, seed=self._rule.seed, stream=stream_of("places", self._epoch, block))
+            drawn = places.rows(0, MIXED_BLOCK)  # a store's share is a range of these numbers
+            stores = np.searchsorted(self._stops, drawn, side="right")
+            numbers = np.empty(MIXED_BLOCK, np.int64)
+            for store, own in _groups(stores):
+                numbers[own] = np.arange(self._rule.shares[store])
+            known = stores.astype(np.min_scalar_type(len(self._rule.sizes))), numbers
+            self._dealt = {block: known}
+        return known
 
     def _nth(self, store: int, numbers: Int64Array) -> Int64Array:
         """A store's own rows; after all of them another permutation of them follows."""
@@ -263,13 +281,12 @@ class MixedOrder:
         return rows
 
 
+@dataclass(frozen=True, slots=True)
 class Listed:
     """Rows as the caller lists them, 8 bytes each."""
 
-    window_rows = 0
-
-    def __init__(self, rows: Int64Array) -> None:
-        self.rows = rows
+    rows: Int64Array
+    window_rows: int = field(default=0, init=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -373,6 +390,10 @@ class Drawn:
                 f"sampler={type(sampler).__name__} deals rows out to ranks, which the loader does itself; give the sampler of "
                 "all rows that it stands for"
             )
+        if not hasattr(sampler, "__iter__"):
+            raise OptionError(f"sampler={sampler!r:.200}; expected rows, or a sampler that draws them")
+        if hasattr(sampler, "__next__"):
+            raise OptionError(f"sampler={sampler!r:.200} can be iterated only once; give a list of its rows")
         self._sampler, self._n_rows, self._seed = sampler, n_rows, seed
 
     def __len__(self) -> int:

@@ -193,11 +193,13 @@ class CollectionRows:
     def weights(self, weights: Mapping[str, float] | Sequence[float]) -> list[float]:
         """A weight for each dataset: those of a list, or by name, where a dataset that is not named has none."""
         if not isinstance(weights, Mapping):
+            if not hasattr(weights, "__iter__"):
+                raise OptionError(f"weights={weights!r}; expected numbers of zero or more, one for each dataset")
             return list(weights)
         unknown = [name for name in weights if name not in self._parts]
         if unknown:
             raise OptionError(f"weights name {unknown[0]!r}, which is none of the datasets: {', '.join(self._parts)}")
-        return [float(weights.get(name, 0.0)) for name in self._parts]
+        return [weights.get(name, 0.0) for name in self._parts]
 
     def identify(self) -> str:
         return digest_facts({"parts": [part.identify() for part in self._parts.values()]})
