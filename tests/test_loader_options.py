@@ -9,10 +9,8 @@ from scdl_zarr.loading.making import make_loader
 
 
 def test_the_defaults_of_the_method_are_those_of_the_room_below() -> None:
-    outside = {
-        name: p.default for name, p in inspect.signature(SingleCellZarrDataset.loader).parameters.items() if name != "self"
+    outside = inspect.signature(SingleCellZarrDataset.loader).parameters
+    inside = inspect.signature(make_loader).parameters
+    assert {name: p.default for name, p in outside.items() if name != "self"} == {
+        name: p.default for name, p in inside.items() if name not in ("source", "weights")
     }
-    inside = {
-        name: p.default for name, p in inspect.signature(make_loader).parameters.items() if name not in ("source", "weights")
-    }
-    assert outside == inside
