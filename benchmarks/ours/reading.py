@@ -68,7 +68,7 @@ def loader(params: Params) -> Figures:
         for batch in batches:
             yield batch.shape[0], len(batch.values())
 
-    pace_epochs(begin, seconds=params["seconds"] / 10)
+    pace_epochs(begin, seconds=params["seconds"], epochs=1)
     return pace_epochs(begin, seconds=params["seconds"])
 
 
