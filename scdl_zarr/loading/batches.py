@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -102,7 +103,7 @@ class MatrixForm:
         if self.to not in FORMS:
             raise OptionError(f"to={self.to!r}; choose {', '.join(map(repr, FORMS))}")
         if self.to == "torch":
-            import_torch()
+            _say_nothing_of_beta()
         if self.to == "cupy":
             import_cupy()
 
@@ -146,6 +147,14 @@ def dense_rows(batch: RowBatch, pool: BufferSource) -> npt.NDArray[Any]:
     if bad >= 0:
         raise CorruptStoreError(f"gene id {batch.indices[bad]} is out of range for {width} genes")
     return out
+
+
+def _say_nothing_of_beta() -> None:
+    """Torch warns once per process, at its first CSR tensor, which otherwise were one of a thread in the background."""
+    torch = import_torch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), size=(0, 0))
 
 
 def import_cupy() -> Any:
