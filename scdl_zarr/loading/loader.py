@@ -44,7 +44,8 @@ class Loader:
     """Batches of rows, epoch after epoch.  :meth:`SingleCellZarrDataset.loader` makes one.
 
     Each ``iter()`` is an epoch of its own, with the next number; one that follows :meth:`load_state_dict` goes on where the state
-    was saved.  ``len()`` is the number of batches that this rank has in a whole epoch.
+    was saved.  (Training frameworks at times call ``iter()`` and use another one: an epoch of which no batch was asked is not
+    counted.)  ``len()`` is the number of batches that this rank has in a whole epoch.
 
     Notes
     -----
@@ -117,6 +118,11 @@ class Loader:
         """Batches of this rank in a whole epoch."""
         return self.batches_of(self.rank)
 
+    @property
+    def left(self) -> int:
+        """Batches of this rank that are still to come in the epoch that is under way, or comes next."""
+        return self.deal(len(self.rule), self._state().position).batches(self.rank)
+
     def batches_of(self, rank: int) -> int:
         """Batches of any rank in a whole epoch."""
         return self.deal(len(self.rule)).batches(rank)
@@ -169,7 +175,9 @@ class Loader:
     def _begin(self, worker: Worker | None) -> LoaderState:
         """Where the next run begins."""
         if self._pending is None:
-            return replace(self._fresh(), epoch=self._next_epoch(worker))
+            if worker is None and self._progress is not None and self._progress.untouched:
+                return self._progress.begun
+            return self._fresh()
         state = self._pending
         mine = (worker.number, worker.count) if worker is not None else ()
         if state.worker and (state.worker[:2] != mine or state.worker[4:] != (self.batch_size, self.world_size)):
@@ -179,9 +187,6 @@ class Loader:
                 "that can go on with it; a loader without workers saves states for any number of ranks"
             )
         return state
-
-    def _next_epoch(self, _worker: Worker | None) -> int:
-        return self._epoch
 
     # ---- stopping and going on
 
@@ -233,7 +238,9 @@ class Loader:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {**self.__dict__, "_labels": None, "_progress": None, "_memory": None}
-        kept["_ranks"] = resolve_ranks(*self._ranks)  # another process may know nothing of them
+        ranks = resolve_ranks(*self._ranks)
+        if ranks != (0, 1):  # another process may know nothing of them; of none, it may yet come to know
+            kept["_ranks"] = ranks
         if self._progress is not None:
             state = self._progress.state()
             kept["_epoch"], kept["_pending"] = state.epoch, state if state.position or state.worker else None

@@ -45,6 +45,11 @@ class Progress:
         return self.begun.worker[2] if self.begun.worker else 0
 
     @property
+    def untouched(self) -> bool:
+        """Nothing was handed out, nor found to be missing."""
+        return not self.delivered and not self.over
+
+    @property
     def left(self) -> int:
         """Batches still to come, here."""
         return max(self._own() - self.before - self.delivered, 0)
@@ -57,14 +62,15 @@ class Progress:
 
     def state(self) -> LoaderState:
         """Where to go on after what was handed out."""
-        position = self.deal.after(self.delivered)
-        if self.over or (not self.left and self.worker is not None) or (position >= self.deal.n and self.worker is None):
-            return replace(self.begun, epoch=self.begun.epoch + 1, position=0, drawn="", worker=())
-        if self.worker is None:
-            return replace(self.begun, position=position)
-        deal, delivered = self.deal, self.before + self.delivered
-        facts = (self.worker.number, self.worker.count, delivered, deal.begin, deal.batch_size, deal.world_size)
-        return replace(self.begun, position=deal.begin, worker=facts)
+        deal = self.deal
+        if self.worker is not None:  # also at its end: other workers may have batches of this epoch left
+            delivered = self.before + self.delivered
+            facts = (self.worker.number, self.worker.count, delivered, deal.begin, deal.batch_size, deal.world_size)
+            return replace(self.begun, position=deal.begin, worker=facts)
+        position = deal.after(self.delivered)
+        if self.over or position >= deal.n:
+            return replace(self.begun, epoch=self.begun.epoch + 1, position=0, drawn="")
+        return replace(self.begun, position=position)
 
     def _own(self) -> int:
         """Batches that are this process's own, from where the deal begins."""

@@ -1,19 +1,23 @@
 """A loader that ``torch.utils.data.DataLoader`` takes as an ``IterableDataset``, in one process or in several workers.
 
-A worker process begins each iteration with a copy of the loader as its parent has it, and the parent is not told that one has
+A worker process begins each iteration with a copy of the loader as its parent had it, and the parent is not told that one has
 begun.  Which epoch it is, the workers find out together: of the number that torch draws for each iteration, the same for all its
 workers, they keep a log in shared memory.
 
 ::
 
-    header   epoch of the first entry that counts | its place        parent: set_epoch, load_state_dict
-    log      iteration a | iteration b | ...                         each worker: my iteration is there, or I write it at the end
-                                                                     (all workers of an iteration write the same at one place)
+    header   epoch and position of an iteration | its place in the log     parent: set_epoch, load_state_dict
+    taken    worker 0: its last place | worker 1 | ...                     each worker for itself
+    log      iteration a | iteration b | ...                               each worker: my iteration is there, after the last one
+                                                                           that I took; or I write it at the end (all workers of
+                                                                           an iteration write the same at one place)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from multiprocessing.context import get_spawning_popen
 from typing import Any, SupportsIndex
 
 import torch
@@ -26,59 +30,89 @@ from scdl_zarr.loading.processes import Worker, this_worker
 
 __all__ = ["TorchLoader"]
 
+WORKERS = 1 << 10
 ITERATIONS = 1 << 14  # that the log holds
-EPOCH, PLACE, HEADER = 0, 1, 2
+EPOCH, POSITION, PLACE, HEADER = 0, 1, 2, 3
 
 
 class TorchLoader(Loader, IterableDataset[LoaderBatch]):  # type: ignore[misc]  # torch is not typed here
     """A :class:`Loader` that also is a torch ``IterableDataset``: ``DataLoader(loader, batch_size=None, num_workers=2)``.
 
-    Batches come in the loader's order, whatever the number of workers.
+    Batches come in the loader's order, whatever the number of workers.  What they deliver, the loader itself is not told: its
+    own ``state_dict()`` stays where it was, and torchdata's ``StatefulDataLoader`` asks the workers.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._log = torch.zeros(HEADER + ITERATIONS, dtype=torch.int64).share_memory_()
+        self._share()
+
+    def _share(self) -> None:
+        self._shared = torch.zeros(HEADER + WORKERS + ITERATIONS, dtype=torch.int64).share_memory_()
         self._iterations = 0  # in this process, if it is a worker
-        self._mark(self._epoch)
+        self._loaded = False  # a state, in this process, if it is a worker
+        self._mark()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = super().__getstate__()
+        if get_spawning_popen() is None:  # no child that is to share it
+            del kept["_shared"]
+        return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "_shared" not in state:
+            self._share()
 
     def set_epoch(self, epoch: SupportsIndex) -> None:
         super().set_epoch(epoch)
-        self._mark(self._state().epoch)
+        self._mark()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         if this_worker() is None:
-            self._mark(self._state().epoch)
+            self._mark()
+        else:
+            self._loaded = True
 
     def __iter__(self) -> LoaderRun:
         worker = this_worker()
         if worker is None:
             run = super().__iter__()
-            self._mark(self._epoch)
+            self._mark()
             return run
-        place = self._place(worker)
-        if self._pending is not None and self._pending.worker:  # it came to this worker alone; the next epoch follows it
-            self._log[EPOCH], self._log[PLACE] = self._pending.epoch, place
-        elif place != int(self._log[PLACE]):
-            self._pending = None  # the epoch that the parent went on with is over
-        self._epoch = int(self._log[EPOCH]) + place - int(self._log[PLACE])
+        if self.options.device is not None:
+            raise OptionError(
+                f"device={str(self.options.device)!r} in a worker of a DataLoader, whose batches go through the host's memory; "
+                "leave device out and move batches with batch.to(device)"
+            )
+        self._memory = None  # the parent's may be page-locked, which no child of a fork can have
+        place, shared = self._place(worker), self._shared
+        if self._loaded and self._pending is not None:  # so it came to all workers; the next epoch follows it
+            shared[EPOCH], shared[POSITION], shared[PLACE] = self._pending.epoch, self._pending.position, place
+        elif self._pending is None or not self._pending.worker:
+            position = int(shared[POSITION]) if place == int(shared[PLACE]) else 0
+            self._epoch = int(shared[EPOCH]) + place - int(shared[PLACE])
+            known = self._fresh() if self._pending is None or self._pending.epoch != self._epoch else self._pending
+            self._pending = replace(known, position=position, drawn=known.drawn if position == known.position else "")
+        self._loaded = False
         return super().__iter__()
 
     def _place(self, worker: Worker) -> int:
         """The place of this iteration in the log."""
         key = (worker.seed + 0x9E3779B97F4A7C15 * self._iterations) % (1 << 63) or 1
         self._iterations += 1
-        log = self._log[HEADER:]
-        filled = int((log != 0).sum())
-        known = (log[:filled] == key).nonzero()
-        if len(known):
-            return int(known[0, 0])
-        if filled == ITERATIONS:
+        taken, log = self._shared[HEADER : HEADER + WORKERS], self._shared[HEADER + WORKERS :]
+        number, filled = worker.number % WORKERS, int((log != 0).sum())
+        begin = int(taken[number])  # one further than the last place that this worker took: whoever seeds torch draws keys again
+        known = (log[begin:filled] == key).nonzero()
+        place = begin + int(known[0, 0]) if len(known) else filled
+        if place == ITERATIONS:
             raise OptionError(f"after {ITERATIONS} epochs in workers of a DataLoader, make the loader anew")
-        log[filled] = key
-        return filled
+        log[place], taken[number] = key, place + 1
+        return place
 
-    def _mark(self, epoch: int) -> None:
-        """The next iteration of workers gives this epoch."""
-        self._log[EPOCH], self._log[PLACE] = epoch, int((self._log[HEADER:] != 0).sum())
+    def _mark(self) -> None:
+        """The next iteration of workers gives what this loader would give next."""
+        shared, state = self._shared, self._pending
+        shared[PLACE] = int((shared[HEADER + WORKERS :] != 0).sum())
+        shared[EPOCH], shared[POSITION] = (self._epoch, 0) if state is None else (state.epoch, state.position)
