@@ -112,7 +112,7 @@ class MatrixForm:
         if self.dense:
             return self.array(dense_rows(batch, pool))
         if self.to == "torch":
-            return sparse_tensor(batch)
+            return sparse_tensor(batch, pool)
         if self.to == "scipy":
             return batch.to_scipy()
         if self.to == "cupy":
@@ -126,11 +126,12 @@ class MatrixForm:
         return import_cupy().asarray(values) if self.to == "cupy" else values
 
 
-def sparse_tensor(batch: RowBatch) -> Any:
+def sparse_tensor(batch: RowBatch, pool: BufferSource) -> Any:
     """A CSR tensor that shares the batch's memory; both kinds of index have the dtype that the batch's ids have."""
     torch = import_torch()
     narrow = batch.indices.dtype == np.int32 and len(batch.data) < 1 << 31
-    pointers = batch.indptr.astype(np.int32) if narrow else batch.indptr
+    pointers = pool.take(len(batch.indptr), np.dtype(np.int32 if narrow else np.int64))
+    pointers[:] = batch.indptr
     ids = batch.indices if narrow else batch.indices.astype(np.int64, copy=False)
     return torch.sparse_csr_tensor(
         torch.from_numpy(pointers), torch.from_numpy(ids), torch.from_numpy(batch.data), size=batch.shape, check_invariants=False

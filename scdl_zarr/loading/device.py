@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from scdl_zarr.errors import OptionError
 from scdl_zarr.loading.batches import LoaderBatch
+from scdl_zarr.loading.processes import this_worker
 from scdl_zarr.reading.batch import RowBatch, import_torch
 from scdl_zarr.reading.buffers import BufferSource
 
@@ -96,10 +98,13 @@ def _signed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return values.view(np.int16) if values.dtype == np.uint16 else values
 
 
-def unpack(packed: PackedRows, device: Any) -> Any:
-    """The rows on the device: CSR with indices of one dtype, or dense (a gene stored twice in a row is summed)."""
+def unpack(packed: PackedRows, device: Any, *, non_blocking: bool = False) -> Any:
+    """The rows on the device: CSR with indices of one dtype, or dense (a gene stored twice in a row is summed).
+
+    With `non_blocking`, copies may be under way when this returns, and the packed rows have to stay as they are until then.
+    """
     torch = import_torch()
-    values, ids, pointers = (part.to(device, non_blocking=True) for part in (packed.values, packed.ids, packed.pointers))
+    values, ids, pointers = (part.to(device, non_blocking=non_blocking) for part in (packed.values, packed.ids, packed.pointers))
     if packed.unsigned_values:
         values = values.to(torch.int32) & 0xFFFF
     values = values.to(packed.dtype)
@@ -118,35 +123,46 @@ def unpack(packed: PackedRows, device: Any) -> Any:
 
 
 def feed(batches: Generator[LoaderBatch, None, None], device: Any) -> Generator[LoaderBatch, None, None]:
-    """Batches on the device; copies of the next one are under way while one is used."""
-    if device.type != "cuda":
-        for batch in batches:
-            yield _moved(batch, device)
-        return
-    torch = import_torch()
-    with torch.cuda.device(device):
-        yield from _feed_cuda(batches, device, torch)
+    """Batches on the device; copies of the next one are under way while one is used.
+
+    Closing it, or an error in it, closes `batches`.
+    """
+    with closing(batches):
+        if device.type == "cuda":
+            yield from _feed_cuda(batches, device, import_torch())
+            return
+        for batch in batches:  # what else keeps host memory while it copies is not known: wait for each
+            yield _moved(batch, device, non_blocking=False)
 
 
-def _feed_cuda(batches: Iterable[LoaderBatch], device: Any, torch: Any) -> Iterator[LoaderBatch]:
+def _feed_cuda(batches: Iterable[LoaderBatch], device: Any, torch: Any) -> Generator[LoaderBatch, None, None]:
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     stream = torch.cuda.Stream(device)
     ahead: deque[tuple[LoaderBatch, LoaderBatch, Any]] = deque()  # as it was in host memory, on the device, when it is there
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            moved = _moved(batch, device)
-            done = torch.cuda.Event()
-            done.record(stream)
-        ahead.append((batch, moved, done))
-        if len(ahead) > 1:
+    try:
+        for batch in batches:
+            with torch.cuda.stream(stream):  # and no longer: while this generator waits, the consumer's own is the current one
+                moved = _moved(batch, device, non_blocking=True)
+                done = torch.cuda.Event()
+                done.record(stream)
+            ahead.append((batch, moved, done))
+            del batch, moved
+            if len(ahead) > 1:
+                yield _handed_out(*ahead.popleft(), device, torch)
+        while ahead:
             yield _handed_out(*ahead.popleft(), device, torch)
-    while ahead:
-        yield _handed_out(*ahead.popleft(), device, torch)
+    finally:
+        for _, _, done in ahead:  # copies that nobody will see still read from host memory
+            done.synchronize()
 
 
 def _handed_out(host: LoaderBatch, moved: LoaderBatch, done: Any, device: Any, torch: Any) -> LoaderBatch:
     current = torch.cuda.current_stream(device)
     current.wait_event(done)
-    done.synchronize()  # pinned memory is used again once nothing refers to it, and the copy must be over by then
+    # Pinned memory is used again once nothing refers to it, and the copy must be over by then.  It began when the batch before
+    # this one was handed out, and waits for nothing that the model does.
+    done.synchronize()
     del host
     _each_tensor(moved, lambda tensor: tensor.record_stream(current))
     return moved
@@ -164,9 +180,11 @@ def _each_tensor(batch: LoaderBatch, act: Callable[[Any], None]) -> None:
             act(value)
 
 
-def _moved(batch: LoaderBatch, device: Any) -> LoaderBatch:
+def _moved(batch: LoaderBatch, device: Any, *, non_blocking: bool) -> LoaderBatch:
     def moved(value: Any) -> Any:
-        return unpack(value, device) if isinstance(value, PackedRows) else value.to(device, non_blocking=True)
+        if isinstance(value, PackedRows):
+            return unpack(value, device, non_blocking=non_blocking)
+        return value.to(device, non_blocking=non_blocking)
 
     return LoaderBatch(
         X=moved(batch.X),
@@ -180,5 +198,5 @@ def _moved(batch: LoaderBatch, device: Any) -> LoaderBatch:
 
 
 def has_pinned_memory() -> bool:
-    """Whether there is a device that reads page-locked memory."""
-    return bool(import_torch().cuda.is_available())
+    """Whether there is a device that reads page-locked memory (of this process: what workers make goes to another one)."""
+    return this_worker() is None and bool(import_torch().cuda.is_available())

@@ -17,6 +17,8 @@ from scdl_zarr.reading.plan import resolve_rows
 if TYPE_CHECKING:
     import pandas as pd
 
+    from scdl_zarr.reading.buffers import BufferSource
+
 __all__ = ["GeneChoice"]
 
 
@@ -73,14 +75,15 @@ class GeneChoice:
         kept = place[place >= 0]
         return cls(place=place, n=len(listed), rising=bool((np.diff(kept) > 0).all()))
 
-    def apply(self, batch: RowBatch, where: str) -> RowBatch:
-        """The batch with the chosen genes only, in new arrays; rows are sorted where the order of the genes changed."""
+    def apply(self, batch: RowBatch, where: str, pool: BufferSource) -> RowBatch:
+        """The batch with the chosen genes only, in memory of the pool; rows are sorted where the order of the genes changed."""
         indptr = np.zeros(len(batch) + 1, np.int64)
         bad = run_kernel("count_chosen", batch.indices, batch.indptr, self.place, indptr[1:])
         if bad >= 0:
             raise CorruptStoreError(f"{where}: gene id {batch.indices[bad]} is out of range for {len(self.place)} genes")
         np.cumsum(indptr, out=indptr)
-        data, ids = np.empty(indptr[-1], batch.data.dtype), np.empty(indptr[-1], np.int32)
+        n = int(indptr[-1])
+        data, ids = pool.take(n, batch.data.dtype), pool.take(n, np.dtype(np.int32))
         # values are only copied, and of float16 nothing is compiled
         values, out = (array.view(np.uint16) if array.dtype == np.float16 else array for array in (batch.data, data))
         run_kernel("choose_genes", values, batch.indices, batch.indptr, self.place, self.rising, indptr, out, ids)

@@ -73,9 +73,18 @@ class LoaderOptions:
         return wanted and has_pinned_memory()
 
     def read_dtype(self, stored: np.dtype[Any] | None) -> np.dtype[Any] | None:
-        """The dtype that values are read in: as narrow as they are stored, where a device widens them."""
-        narrow = stored is not None and stored.kind in "iu" and stored.itemsize <= 2
-        return stored if narrow and self.device is not None else self.dtype
+        """The dtype that values are read in: as narrow as they are stored, where a device widens them (and loses nothing)."""
+        if self.device is None or stored is None or stored.kind not in "iu" or stored.itemsize > 2:
+            return self.dtype
+        return stored if np.can_cast(stored, self.dtype or np.float32) else self.dtype
+
+    def placed(self, values: npt.NDArray[Any], memory: BufferSource) -> npt.NDArray[Any]:
+        """Values that were made elsewhere, in page-locked memory if batches are: a copy from any other waits for its stream."""
+        if not self.pinned:
+            return values
+        found = memory.take(values.size, values.dtype).reshape(values.shape)
+        found[...] = values
+        return found
 
     def matrix(self, batch: RowBatch, memory: BufferSource) -> Any:
         """X or a layer, as it is handed out, or as it crosses to the device."""
@@ -124,7 +133,7 @@ class UnitPlan:
     def buffers(self, options: LoaderOptions) -> BufferPool | ReusedBuffers:
         """Where batches get their memory from."""
         make: Callable[..., Any] = pinned_memory if options.pinned else np.empty
-        if options.reuse_buffers:
+        if options.reuse_buffers and options.device is None:  # copies to a device may last longer than their turn
             return ReusedBuffers(make)
         each = len(options.matrices) * (self.batches if options.form.dense or options.device is not None else 1)
         return BufferPool(kept=2 * each * (self.depth + 3), largest_bytes=LARGEST_KEPT_BYTES, make=make)
@@ -192,9 +201,9 @@ class UnitReader:
         matrices = {}
         for name in options.matrices:
             found = source.read(rows, name, options.read_dtype(source.stored_dtype(name)), memory, helpers)
-            matrices[name] = found if options.genes is None else options.genes.apply(found, source.path)
-        obsm: dict[str, npt.NDArray[Any]] = {name: source.read_obsm(name, rows) for name in options.obsm}
-        labels = {name: label.take(rows) for name, label in self._labels.items()}
+            matrices[name] = found if options.genes is None else options.genes.apply(found, source.path, memory)
+        obsm = {name: options.placed(source.read_obsm(name, rows), memory) for name in options.obsm}
+        labels = {name: options.placed(label.take(rows), memory) for name, label in self._labels.items()}
         made: deque[Made] = deque()
         stop = 0
         for part in unit:
