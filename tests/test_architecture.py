@@ -34,6 +34,7 @@ FLOORS = {
     "bionemo": 6,
     "cli": 6,
     "demo": 6,
+    "lightning": 6,
 }
 # what a module may use of the package itself: its version, nothing else
 PACKAGE_FACTS = {"__version__"}
