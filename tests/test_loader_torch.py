@@ -254,6 +254,10 @@ def test_an_epoch_of_which_nothing_was_asked_is_not_counted(data: SingleCellZarr
     loader.load_state_dict(loader.state_dict())
     iter(loader)
     assert begun + rows_of(loader) == epochs(data, [1])[0]
+    first, second = iter(loader), iter(loader)
+    found = rows_of([next(second)]), rows_of([next(first)])
+    assert found == (epochs(data, [2])[0][:BATCH], epochs(data, [3])[0][:BATCH])
+    assert loader.epoch == 3 and rows_of(loader) == epochs(data, [4])[0]
 
 
 def test_no_thread_is_left(data: SingleCellZarrDataset) -> None:
@@ -275,7 +279,7 @@ def several_epochs(batches: Any, n: int) -> Iterator[tuple[int, list[int]]]:
             yield number, batch.rows.tolist()
 
 
-STOPS = [0, 1, 2, 3, 12, 13, 14, 15, 27, 28, 29]  # batches, of epochs with 14
+STOPS = [0, 1, 12, 13, 14, 15, 28]  # batches, of epochs with 14
 
 
 @pytest.mark.parametrize(("workers", "stops"), [(0, range(30)), (2, STOPS), (3, [1, 13, 14, 16])], ids=["0", "2", "3"])

@@ -44,8 +44,8 @@ class Loader:
     """Batches of rows, epoch after epoch.  :meth:`SingleCellZarrDataset.loader` makes one.
 
     Each ``iter()`` is an epoch of its own, with the next number; one that follows :meth:`load_state_dict` goes on where the state
-    was saved.  (Training frameworks at times call ``iter()`` and use another one: an epoch of which no batch was asked is not
-    counted.)  ``len()`` is the number of batches that this rank has in a whole epoch.
+    was saved.  (Training frameworks at times call ``iter()`` and use another one: an epoch begins when its first batch is asked
+    for.)  ``len()`` is the number of batches that this rank has in a whole epoch.
 
     Notes
     -----
@@ -143,20 +143,25 @@ class Loader:
 
     def __iter__(self) -> LoaderRun:
         """Begin the next epoch, or go on with the one of a loaded state."""
-        worker = this_worker()
-        begun = self._begin(worker)
+        worker, last = this_worker(), self._progress
+        again = last if worker is None and self._pending is None and last is not None and not last.claimed[0] else None
+        begun = self._begin(worker) if again is None else again.begun
         order = self.rule.epoch(begun.epoch)
         if isinstance(self.rule, Drawn):
             begun = _drawn(begun, order)
         begin = begun.worker[3] if begun.worker else begun.position
         progress = Progress(begun=begun, deal=self.deal(len(order), begin), rank=self.rank, worker=worker)
+        if again is not None:
+            progress.claimed = again.claimed
         self._epoch, self._pending, self._progress = begun.epoch + 1, None, progress
         plan, counts = self.plan(), deque[int]()
         if self._memory is None:
             self._memory = plan.buffers(self.options)
         reader = UnitReader(self.source, self.options, order, progress, self.labels, self._memory)
         batches = reader.batches(plan, counts)
-        return LoaderRun(progress, batches if self.options.device is None else feed(batches, self.options.device), counts)
+        if self.options.device is not None:
+            batches = feed(batches, self.options.device)
+        return LoaderRun(self, progress, batches, counts)
 
     def plan(self) -> UnitPlan:
         """How much is read together, and how much ahead."""
@@ -175,8 +180,6 @@ class Loader:
     def _begin(self, worker: Worker | None) -> LoaderState:
         """Where the next run begins."""
         if self._pending is None:
-            if worker is None and self._progress is not None and self._progress.untouched:
-                return self._progress.begun
             return self._fresh()
         state = self._pending
         mine = (worker.number, worker.count) if worker is not None else ()
@@ -279,13 +282,20 @@ class LoaderRun(Iterator[LoaderBatch]):
     Nothing else refers to it but who iterates, so that its threads end once that lets go of it.
     """
 
-    def __init__(self, progress: Progress, batches: Generator[LoaderBatch, None, None], counts: deque[int]) -> None:
-        self._progress, self._batches, self._counts = progress, batches, counts
+    def __init__(
+        self, loader: Loader, progress: Progress, batches: Generator[LoaderBatch, None, None], counts: deque[int]
+    ) -> None:
+        self._loader, self._progress, self._batches, self._counts = loader, progress, batches, counts
 
     def __iter__(self) -> LoaderRun:
         return self
 
     def __next__(self) -> LoaderBatch:
+        if not self._progress.claim():
+            other = iter(self._loader)
+            other._progress.claim()
+            self._progress, self._batches, self._counts = other._progress, other._batches, other._counts
+            del other._batches  # they are this one's
         progress = self._progress
         waited = progress.meter.begin_wait()
         try:

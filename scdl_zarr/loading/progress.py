@@ -29,6 +29,10 @@ class Progress:
         Batches handed out since.
     over
         There are no more.
+    claimed
+        Whether a batch was asked for: one list for all runs that began at the same place, of which only one goes on there.
+    mine
+        Of this one.
     """
 
     begun: LoaderState
@@ -37,6 +41,8 @@ class Progress:
     worker: Worker | None = None
     delivered: int = 0
     over: bool = False
+    claimed: list[bool] = field(default_factory=lambda: [False])
+    mine: bool = False
     meter: Meter = field(default_factory=Meter)
 
     @property
@@ -44,10 +50,12 @@ class Progress:
         """Batches of this worker that were handed out before it began."""
         return self.begun.worker[2] if self.begun.worker else 0
 
-    @property
-    def untouched(self) -> bool:
-        """Nothing was handed out, nor found to be missing."""
-        return not self.delivered and not self.over
+    def claim(self) -> bool:
+        """Take the epoch, at the first batch that is asked for; False where another run that began there has it."""
+        if not self.mine and self.claimed[0]:
+            return False
+        self.claimed[0] = self.mine = True
+        return True
 
     @property
     def left(self) -> int:
