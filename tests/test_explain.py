@@ -141,7 +141,7 @@ def test_columns_of_obs_are_held(tmp_path: Path) -> None:
 def test_what_is_held_is_bounded_by_the_epoch(data: SingleCellZarrDataset) -> None:
     loader = data.loader(20, to="numpy")
     told, plan = loader.explain(measure=False), loader.plan()
-    assert told.unit_batches == 25 < plan.batches
+    assert told.unit_batches == 25 == plan.batches
     assert told.held_bytes == 25 * plan.batch_bytes == 25 * 20 * PER_ROW * 8
     assert told.threads == 2 and told.units_ahead == plan.depth
     alone = data.loader(20, to="numpy", prefetch=0).explain(measure=False)
@@ -171,6 +171,15 @@ def test_the_order_is_told_in_words(data: SingleCellZarrDataset, options: dict[s
     assert words in told.mixing and words in str(told)
     assert "None" not in str(told) and "rotated" not in str(told)
     assert loader.epoch == 0 and len(rows_of(loader)) == told.rows  # it is where it was
+
+
+def test_a_sampler_without_a_length(data: SingleCellZarrDataset) -> None:
+    class Endless:
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(100))
+
+    told = data.loader(20, sampler=Endless(), to="numpy").explain()
+    assert (told.rows, told.batches) == (100, 5) and told.rows_per_second is not None
 
 
 def test_how_well_windows_mix(data: SingleCellZarrDataset) -> None:
@@ -240,12 +249,12 @@ def test_the_rate_is_measured_apart(data: SingleCellZarrDataset, monkeypatch: py
 
 
 @pytest.mark.parametrize("kind", ["empty", "few"])
-def test_nothing_to_read_is_nothing_to_measure(tmp_path: Path, kind: str) -> None:
+def test_stores_of_few_rows_are_told_of(tmp_path: Path, kind: str) -> None:
     matrix = sp.csr_matrix((0, 5), dtype=np.float32) if kind == "empty" else encoded_rows(3, 5, 2)
     data = scdl_zarr.convert(write_h5ad(tmp_path / "a.h5ad", matrix), tmp_path / "a.zarr", progress=False)
     for options in ({}, {"shuffle": False}, {"shuffle": "window"}):
         told = data.loader(20, to="numpy", **options).explain()
-        assert told.rows_per_second is None and told.rows == matrix.shape[0]
+        assert (told.rows_per_second is None) == (kind == "empty") and told.rows == matrix.shape[0]
         assert str(told)
 
 
