@@ -264,34 +264,47 @@ def test_ctrl_c_ends_the_threads_and_then_the_process(store: Path) -> None:
 # ---- errors of the background
 
 
+@pytest.mark.parametrize("together", [1, 4, 1000])
 @pytest.mark.parametrize("prefetch", [0, 1, None])
 @pytest.mark.parametrize("part", ["data", "indices"])
 def test_a_damaged_chunk_is_an_error_at_its_batch(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, prefetch: int | None
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, prefetch: int | None, together: int
 ) -> None:
-    monkeypatch.setattr(units, "UNIT_BYTES", 1)
+    monkeypatch.setattr(units, "UNIT_BYTES", together * 20 * 10 * 8)
     copied = shutil.copytree(store, tmp_path / "copy.zarr")
     damage(copied, part, 25)  # values 2500 to 2600: rows 250 to 259
     data = scdl_zarr.open(copied, threads=2)
-    loader = data.loader(20, False, to="scipy", prefetch=prefetch)
-    found = list[int]()
-    with pytest.raises(CorruptStoreError, match=f"chunk 25 of X/{part}"):
-        for batch in loader:
-            assert (MATRIX[batch.rows] != batch.X).nnz == 0
-            found += batch.rows.tolist()
-    assert found == list(range(240))
-    assert loader.state_dict()["position"] == 240
+    for options in ({}, {"reuse_buffers": True}):
+        loader = data.loader(20, False, to="scipy", prefetch=prefetch, **options)  # type: ignore[arg-type]
+        assert loader.plan().batches == min(together, ROWS // 20)
+        found = list[int]()
+        with pytest.raises(CorruptStoreError, match=f"chunk 25 of X/{part}"):
+            for batch in loader:
+                assert (MATRIX[batch.rows] != batch.X).nnz == 0
+                found += batch.rows.tolist()
+        assert found == list(range(240))
+        assert loader.state_dict()["position"] == 240
     whole = data.loader(20, False, to="numpy", rows=[row for row in range(ROWS) if not 250 <= row < 260])
     assert len(rows_of(whole)) == ROWS - 10  # all others can be read
 
 
-def test_units_of_several_batches_fail_together_and_never_give_wrong_values(store: Path, tmp_path: Path) -> None:
-    copied = shutil.copytree(store, tmp_path / "copy.zarr")
-    damage(copied, "data", 25)
-    loader = scdl_zarr.open(copied).loader(20, to="scipy")
-    with pytest.raises(CorruptStoreError, match="chunk 25 of X/data"):
-        for batch in loader:
-            assert (MATRIX[batch.rows] != batch.X).nnz == 0
+def test_what_can_be_read_after_all_is_handed_out(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a connection that broke."""
+    data, failures = scdl_zarr.open(store), [1]
+    read = CsrReader.read
+
+    def once(self: CsrReader, rows: Any, *arguments: Any, **options: Any) -> Any:
+        if len(rows) == ROWS and failures.pop():
+            raise ConnectionError
+        return read(self, rows, *arguments, **options)
+
+    monkeypatch.setattr(CsrReader, "read", once)
+    loader = data.loader(20, to="scipy")
+    found = list[int]()
+    for batch in loader:
+        assert (MATRIX[batch.rows] != batch.X).nnz == 0
+        found += batch.rows.tolist()
+    assert sorted(found) == list(range(ROWS)) and failures == []
 
 
 def test_an_error_in_a_label_or_form_surfaces_too(data: SingleCellZarrDataset, monkeypatch: pytest.MonkeyPatch) -> None:
