@@ -24,10 +24,12 @@ from scdl_zarr import SingleCellCollection, SingleCellZarrDataset
 from scdl_zarr.errors import FeatureNameError, InexactValueError, OptionError, RowIndexError
 from scdl_zarr.loading.batches import LoaderBatch
 from scdl_zarr.loading.loader import Loader
+from scdl_zarr.loading.making import make_loader
 from scdl_zarr.reading.csr import CsrReader
 from scdl_zarr.reading.permutation import KeyedPermutation
 from tests.loader_stores import GENES, ROWS, SIZES, annotated, as_dense, count_matrix, make_store, rows_of
-from tests.toys import examples, write_h5ad
+from tests.stores_of_others import in_memory, write_by_node
+from tests.toys import encoded_rows, examples, write_h5ad
 
 
 @pytest.fixture(scope="module")
@@ -586,6 +588,37 @@ def test_weights_mix_the_stores_of_a_collection(collection: tuple[SingleCellColl
     for more in ({"shuffle": "window"}, {"shuffle": False}, {"rows": [1]}, {"sampler": [1]}):
         with pytest.raises(OptionError, match="an order of their own"):
             stores.loader(7, weights=[1, 1, 1], to="numpy", **more)
+
+
+# ---- stores of other programs
+
+
+@pytest.mark.parametrize("encoding", ["csr_matrix", "csc_matrix", "array"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_stores_of_other_programs(tmp_path: Path, encoding: str, dense: bool) -> None:
+    matrix = encoded_rows(150, 30, 6)
+    data = scdl_zarr.open(write_by_node(tmp_path / "a.zarr", matrix, encoding=encoding))
+    found = list[int]()
+    for batch in data.loader(16, dense=dense, obs="number", genes=slice(None, None, -1), to="scipy"):
+        assert np.array_equal(as_dense(batch.X), matrix[batch.rows].toarray()[:, ::-1])
+        assert batch.obs["number"].tolist() == batch.rows.tolist()
+        found += batch.rows.tolist()
+    assert sorted(found) == list(range(150))
+
+
+def test_a_store_in_memory_is_read_as_any(data: SingleCellZarrDataset, made: ad.AnnData) -> None:
+    for batch in scdl_zarr.open(in_memory(Path(data.path))).loader(50, to="scipy"):
+        assert_csr_equal(batch.X, made.X[batch.rows])
+
+
+def test_shuffling_a_remote_store_row_by_row_is_warned_of(data: SingleCellZarrDataset) -> None:
+    source = data.row_source()
+    source.remote = True
+    with pytest.warns(UserWarning, match="every row is a request of its own; shuffle='window' reads runs") as caught:
+        make_loader(source, 50, to="numpy")
+    assert len(caught) == 1
+    for options in ({"shuffle": "window"}, {"shuffle": False}, {"sampler": [1, 2]}):
+        make_loader(source, 50, to="numpy", **options)
 
 
 # ---- what it is given

@@ -145,8 +145,8 @@ def _measured(loader: Loader) -> float | None:
     """Rows a second of some batches, by a loader of its own; of a long epoch without the time until the first unit is there."""
     own, rows = loader.copy(), 0
     plan, began = own.plan(), time.perf_counter()
-    skipped = plan.batches if len(own) > SKIPPED_SHARE * plan.batches * (plan.depth + 2) else 0
     run = iter(own)
+    skipped = plan.batches if len(run) > SKIPPED_SHARE * plan.batches * (plan.depth + 2) else 0
     try:
         for k, batch in enumerate(run):
             if k >= skipped:

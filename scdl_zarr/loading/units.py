@@ -40,7 +40,7 @@ LARGEST_KEPT_BYTES = 1 << 32
 SPARSE_BYTES = 8  # of a stored value: float32 and int32
 
 Made = tuple[LoaderBatch, int]  # and its stored values
-Unit = tuple[deque[Made], Lease | None]
+Unit = tuple[deque[Made], Lease | None, Exception | None]  # batches, their memory, what was wrong with the one after them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +172,7 @@ class UnitReader:
     def batches(self, plan: UnitPlan, counts: deque[int]) -> Generator[LoaderBatch, None, None]:
         """The batches that are left, in order; the stored values of each are appended to `counts`."""
         tasks = (functools.partial(self._make, unit) for unit in plan.group(self._progress.parts()))
-        for batches, lease in do_ahead(tasks, threads=plan.threads, depth=plan.depth):
+        for batches, lease, error in do_ahead(tasks, threads=plan.threads, depth=plan.depth):
             while batches:
                 batch, values = batches.popleft()
                 counts.append(values)
@@ -180,6 +180,8 @@ class UnitReader:
                 del batch  # its memory is free once the consumer has let go of it
             if lease is not None:
                 lease.give_back()
+            if error is not None:
+                raise error
 
     def _make(self, unit: list[Part], helpers: ThreadPoolExecutor | None) -> Unit:
         began = time.perf_counter()
@@ -190,9 +192,29 @@ class UnitReader:
         if unit[-1].padding:
             positions %= self._progress.deal.n
         rows = self._order.take(positions)
-        made = self._read(unit, rows, memory, helpers)
+        error = None
+        try:
+            made = self._read(unit, rows, memory, helpers)
+        except Exception:
+            if len(unit) == 1:
+                raise
+            made, error = self._read_singly(unit, rows, memory, helpers)
         self._progress.meter.add_read(time.perf_counter() - began)
-        return made, lease
+        return made, lease, error
+
+    def _read_singly(
+        self, unit: Sequence[Part], rows: Int64Array, memory: BufferSource, helpers: ThreadPoolExecutor | None
+    ) -> tuple[deque[Made], Exception | None]:
+        """The batches before the first one that cannot be read, and why it cannot."""
+        made: deque[Made] = deque()
+        stop = 0
+        for part in unit:
+            start, stop = stop, stop + part.stop - part.start
+            try:
+                made += self._read([part], rows[start:stop], memory, helpers)
+            except Exception as error:
+                return made, error
+        return made, None
 
     def _read(
         self, unit: Sequence[Part], rows: Int64Array, memory: BufferSource, helpers: ThreadPoolExecutor | None
