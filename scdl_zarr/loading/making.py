@@ -123,9 +123,9 @@ def _rule(
 
 
 def _plain(n: int, shuffle: Shuffle, seed: int, sizes: tuple[int, int]) -> Rule:
+    run, window = as_count("run_rows", sizes[0], smallest=1), as_count("window_rows", sizes[1], smallest=1)
     if shuffle != "window":
         return Shuffled(n=n, seed=seed) if shuffle else Stored(n=n)
-    run, window = as_count("run_rows", sizes[0], smallest=1), as_count("window_rows", sizes[1], smallest=1)
     if window < run:
         raise OptionError(f"window_rows={window} holds no run of run_rows={run}; a window mixes several runs")
     return Windowed(n=n, seed=seed, run_rows=run, window_rows=-(-window // run) * run)

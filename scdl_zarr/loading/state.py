@@ -18,9 +18,7 @@ __all__ = ["LoaderState", "digest_facts", "identify_store"]
 
 STATE_VERSION = 1
 # what a rewritten copy may have otherwise and hold the same rows in the same order
-NOT_OF_ROWS = frozenset(
-    {"chunk_values", "dtype", "dtype_tolerance", "layers", "obsm", "obsp", "profile", "shard_values", "uns", "varm", "width"}
-)
+NOT_OF_ROWS = frozenset({"chunk_values", "dtype", "dtype_tolerance", "profile", "shard_values", "width"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ UNIT_BYTES = 16 << 20  # read together, where batches are smaller
 AHEAD_BYTES = 256 << 20  # beyond which no more than one unit waits
 LARGEST_KEPT_BYTES = 1 << 32
 SPARSE_BYTES = 8  # of a stored value: float32 and int32
+ROW_BYTES, BATCH_BYTES = 32, 1 << 12  # what a row and a batch cost beside that, as if it were bytes
 
 Made = tuple[LoaderBatch, int]  # and its stored values
 Unit = tuple[deque[Made], Lease | None, Exception | None]  # batches, their memory, what was wrong with the one after them
@@ -113,7 +114,7 @@ class UnitPlan:
         if options.form.dense and options.device is None:
             per_row += n_vars * 4 * len(options.matrices)
         batch_bytes = max(int(options.batch_size * per_row), 1)
-        batches = max(1, UNIT_BYTES // batch_bytes)
+        batches = max(1, UNIT_BYTES // (batch_bytes + options.batch_size * ROW_BYTES + BATCH_BYTES))
         if window:
             batches = max(1, window // (options.batch_size * world_size))
         if n is not None:
