@@ -23,6 +23,7 @@ import scdl_zarr
 from scdl_zarr import RowBatch
 from scdl_zarr.errors import InexactValueError, OptionError
 from scdl_zarr.loading import device as device_module
+from scdl_zarr.loading import loader as loader_module
 from scdl_zarr.loading import units
 from scdl_zarr.loading.batches import LoaderBatch, MatrixForm
 from scdl_zarr.loading.units import LoaderOptions
@@ -172,18 +173,43 @@ def test_all_of_a_batch_is_in_pinned_memory(
 
     monkeypatch.setattr(units, "has_pinned_memory", lambda: True)
     monkeypatch.setattr(units, "pinned_memory", pinned_memory)
+    monkeypatch.setattr(loader_module, "feed", lambda batches, _device: batches)  # as they are before they are moved
+    _, store, matrix = stored
+    loader = scdl_zarr.open(store).loader(BATCH, obs="kind", layers="again", obsm="X_two", **options)
+    loader.options = replace(loader.options, device=torch.device("cuda"))
+    for batch in loader:
+        parts = [batch.obs["kind"], batch.obsm["X_two"]]
+        for packed in (batch.X, batch.layers["again"]):
+            parts += [packed.values, packed.ids, packed.pointers]
+        places = [(memory.ctypes.data, memory.ctypes.data + memory.nbytes) for memory in pinned]
+        assert all(any(begin <= part.data_ptr() < end for begin, end in places) for part in parts if part.numel())
+        unpacked = device_module.unpack(batch.X, CPU)
+        assert same_rows(unpacked, matrix[batch.rows][:, options.get("genes", slice(None))].toarray())
+
+
+@pytest.mark.parametrize("options", [{}, {"dense": True}, {"reuse_buffers": True}])
+def test_what_is_handed_out_pinned_is_in_memory_of_torch(
+    options: dict[str, Any], stored: tuple[str, Path, sp.csr_matrix], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It alone knows of copies that the user began, and may be under way when the batch is let go of."""
+    made: list[Any] = []
+
+    def pin_memory(tensor: Any) -> Any:
+        made.append(tensor.clone())
+        return made[-1]
+
+    monkeypatch.setattr(units, "has_pinned_memory", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     _, store, matrix = stored
     loader = scdl_zarr.open(store).loader(BATCH, pin_memory=True, obs="kind", layers="again", obsm="X_two", **options)
     for batch in loader:
         parts = [batch.obs["kind"], batch.obsm["X_two"]]
         for values in (batch.X, batch.layers["again"]):
-            if values.layout == torch.sparse_csr:
-                parts += [values.crow_indices(), values.col_indices(), values.values()]
-            else:
-                parts.append(values)
-        places = [(memory.ctypes.data, memory.ctypes.data + memory.nbytes) for memory in pinned]
-        assert all(any(begin <= part.data_ptr() < end for begin, end in places) for part in parts if part.numel())
-        assert same_rows(batch.X, matrix[batch.rows][:, options.get("genes", slice(None))].toarray())
+            sparse = values.layout == torch.sparse_csr
+            parts += [values.crow_indices(), values.col_indices(), values.values()] if sparse else [values]
+        places = {tensor.data_ptr() for tensor in made}
+        assert all(part.data_ptr() in places for part in parts)
+        assert same_rows(batch.X, matrix[batch.rows].toarray())
 
 
 def test_buffers_are_not_overwritten_while_copies_to_a_device_may_run(stored: tuple[str, Path, sp.csr_matrix]) -> None:

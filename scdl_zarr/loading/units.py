@@ -21,6 +21,7 @@ from scdl_zarr.loading.ahead import do_ahead
 from scdl_zarr.loading.batches import LoaderBatch, MatrixForm
 from scdl_zarr.loading.dealing import Part, Tail
 from scdl_zarr.loading.device import has_pinned_memory, pack, pinned_memory
+from scdl_zarr.loading.processes import this_worker
 from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.buffers import BufferPool, BufferSource, Lease, ReusedBuffers
 from scdl_zarr.reading.plan import Int64Array
@@ -69,9 +70,16 @@ class LoaderOptions:
 
     @property
     def pinned(self) -> bool:
-        """Whether batches are made in page-locked memory."""
-        wanted = self.pin_memory or (self.device is not None and self.device.type == "cuda")
-        return wanted and has_pinned_memory()
+        """Whether batches are made in page-locked memory, from which they are copied here, and which is used again after that."""
+        return self.device is not None and self.device.type == "cuda" and has_pinned_memory()
+
+    @property
+    def hands_out_pinned(self) -> bool:
+        """Whether batches are handed out in page-locked memory.
+
+        That is torch's own, which waits for copies that are under way before it is used again; of ours nobody would know.
+        """
+        return self.pin_memory and self.device is None and has_pinned_memory()
 
     def read_dtype(self, stored: np.dtype[Any] | None) -> np.dtype[Any] | None:
         """The dtype that values are read in: as narrow as they are stored, where a device widens them (and loses nothing)."""
@@ -134,7 +142,8 @@ class UnitPlan:
     def buffers(self, options: LoaderOptions) -> BufferPool | ReusedBuffers:
         """Where batches get their memory from."""
         make: Callable[..., Any] = pinned_memory if options.pinned else np.empty
-        if options.reuse_buffers and options.device is None:  # copies to a device may last longer than their turn
+        # copies to a device may last longer than their turn, and so does the way from a worker to another process
+        if options.reuse_buffers and options.device is None and this_worker() is None:
             return ReusedBuffers(make)
         each = len(options.matrices) * (self.batches if options.form.dense or options.device is not None else 1)
         return BufferPool(kept=2 * each * (self.depth + 3), largest_bytes=LARGEST_KEPT_BYTES, make=make)
@@ -228,7 +237,7 @@ class UnitReader:
         obsm = {name: options.placed(source.read_obsm(name, rows), memory) for name in options.obsm}
         labels = {name: options.placed(label.take(rows), memory) for name, label in self._labels.items()}
         made: deque[Made] = deque()
-        stop = 0
+        stop, pin = 0, options.hands_out_pinned
         for part in unit:
             start, stop = stop, stop + part.stop - part.start
             cut = {name: cut_rows(batch, start, stop) for name, batch in matrices.items()}
@@ -241,7 +250,7 @@ class UnitReader:
                 obsm={name: array(values[start:stop]) for name, values in obsm.items()},
                 padding=part.padding,
             )
-            made.append((batch, len(cut[options.layer].data)))
+            made.append((batch.pin_memory() if pin else batch, len(cut[options.layer].data)))
         return made
 
 

@@ -95,20 +95,28 @@ class ReusedBuffers:
         return Lease(self)
 
     def pop(self, n: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """A whole buffer of at least `n` elements."""
+        """A whole buffer of at least `n` elements, and not of many times as many, or all would grow as large as the largest."""
+        if n * dtype.itemsize < SMALLEST_BYTES:
+            return self._new(n, dtype)
         idle = self._idle.setdefault(dtype, deque())
         for _ in range(len(idle)):
             try:
                 base = idle.popleft()
             except IndexError:
                 break
-            if len(base) >= n:
-                return base  # one that is too small is let go: a larger one takes its place
-        made: npt.NDArray[Any] = self._make(_roomy(n), dtype)
+            if n <= len(base) <= 4 * n:
+                return base
+            if len(base) > 4 * n:
+                idle.append(base)  # one that is too small is let go: a larger one takes its place
+        return self._new(_roomy(n), dtype)
+
+    def _new(self, n: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        made: npt.NDArray[Any] = self._make(n, dtype)
         return made
 
     def push(self, base: npt.NDArray[Any]) -> None:
-        self._idle.setdefault(base.dtype, deque()).append(base)
+        if base.nbytes >= SMALLEST_BYTES:
+            self._idle.setdefault(base.dtype, deque()).append(base)
 
 
 class Lease:
