@@ -25,6 +25,7 @@ from scdl_zarr.errors import FeatureNameError, InexactValueError, OptionError, R
 from scdl_zarr.loading.batches import LoaderBatch
 from scdl_zarr.loading.loader import Loader
 from scdl_zarr.loading.making import make_loader
+from scdl_zarr.reading.buffers import ReusedBuffers
 from scdl_zarr.reading.csr import CsrReader
 from scdl_zarr.reading.permutation import KeyedPermutation
 from tests.loader_stores import GENES, ROWS, SIZES, annotated, as_dense, count_matrix, make_store, rows_of
@@ -509,6 +510,33 @@ def test_memory_of_batches_is_used_again_once_they_are_gone(tmp_path: Path) -> N
     assert len(places) <= 8  # of 20 batches
 
 
+def test_reused_buffers_are_not_all_as_large_as_the_largest() -> None:
+    """Whatever is asked for between large ones, in however many units at once."""
+    rng = np.random.default_rng(0)
+    owner = ReusedBuffers()
+    for _ in range(40):
+        leases = [owner.lease() for _ in range(3)]
+        for lease in leases:
+            for n in (1 << 20, *[1 << 15] * int(rng.integers(1, 30)), *[65] * 5, 1 << 20):
+                found = lease.take(n, np.dtype(np.int32))
+                assert len(found) == n and (found.base if found.base is not None else found).size <= 4 * n
+        for lease in rng.permutation(np.array(leases, object)):
+            lease.give_back()
+    made = list[int]()
+
+    def make(n: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        made.append(n)
+        return np.empty(n, dtype)
+
+    owner = ReusedBuffers(make)
+    for _ in range(5):
+        lease = owner.lease()
+        for n in (1 << 20, *[1 << 15] * 9, 1 << 20):
+            lease.take(n, np.dtype(np.int32))
+        lease.give_back()
+    assert made.count((1 << 20) + (1 << 16)) == 2  # the large ones are used again
+
+
 # ---- several stores
 
 
@@ -617,7 +645,7 @@ def test_shuffling_a_remote_store_row_by_row_is_warned_of(data: SingleCellZarrDa
     with pytest.warns(UserWarning, match="every row is a request of its own; shuffle='window' reads runs") as caught:
         make_loader(source, 50, to="numpy")
     assert len(caught) == 1
-    for options in ({"shuffle": "window"}, {"shuffle": False}, {"sampler": [1, 2]}):
+    for options in ({"shuffle": "window"}, {"shuffle": False}, {"sampler": [1, 2]}, {"sampler": range(60), "drop_last": True}):
         make_loader(source, 50, to="numpy", **options)
 
 
@@ -724,6 +752,18 @@ def test_two_runs_of_one_loader_do_not_disturb_each_other(data: SingleCellZarrDa
         found[0] += a.rows.tolist()
         found[1] += b.rows.tolist()
     assert found == expected
+
+
+def test_of_runs_that_begin_at_one_place_the_one_that_is_used_counts(data: SingleCellZarrDataset) -> None:
+    expected = rows_of(data.loader(20, to="numpy"))
+    for used in range(2):
+        loader = data.loader(20, to="numpy")
+        runs = iter(loader), iter(loader)
+        begun = rows_of(next(runs[used]) for _ in range(3))
+        assert loader.state_dict() == runs[used].state_dict() and loader.left == 8 and loader.stats().batches == 3
+        resumed = data.loader(20, to="numpy")
+        resumed.load_state_dict(loader.state_dict())
+        assert begun + rows_of(resumed) == expected
 
 
 def test_a_store_without_rows_or_values_has_no_surprises(tmp_path: Path) -> None:

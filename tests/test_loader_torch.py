@@ -21,6 +21,7 @@ import pytest
 import scdl_zarr
 from scdl_zarr import SingleCellZarrDataset
 from scdl_zarr.errors import OptionError
+from scdl_zarr.reading.buffers import BufferPool, ReusedBuffers
 from tests.ranks import preload_server
 from tests.toys import encoded_rows, write_h5ad
 
@@ -222,6 +223,14 @@ def test_workers_have_no_pinned_memory(data: SingleCellZarrDataset) -> None:
             assert rows_of(data.loader(BATCH, pin_memory=True, obs="kind")) == epochs(data, [0])[0]
 
 
+def test_workers_reuse_no_buffers(data: SingleCellZarrDataset) -> None:
+    """A batch waits in a queue, to be copied to the other process, while the next one is made."""
+    loader = data.loader(BATCH, reuse_buffers=True)
+    assert isinstance(loader.plan().buffers(loader.options), ReusedBuffers)
+    with as_worker(0, 1):
+        assert isinstance(loader.plan().buffers(loader.options), BufferPool)
+
+
 def test_the_log_of_iterations_is_bounded(data: SingleCellZarrDataset) -> None:
     loader = data.loader(BATCH)
     with pytest.MonkeyPatch.context() as patch:
@@ -248,6 +257,7 @@ def test_an_epoch_of_which_nothing_was_asked_is_not_counted(data: SingleCellZarr
     loader = data.loader(BATCH)
     iter(loader)
     iter(loader)
+    assert rows_of(in_workers(data.loader(BATCH), 1)) == rows_of(in_workers(loader, 1)) == epochs(data, [0])[0]
     assert rows_of(loader) == epochs(data, [0])[0]
     iterator = iter(loader)
     begun = rows_of(next(iterator) for _ in range(2))

@@ -79,7 +79,7 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        """The epoch of the batch that comes next."""
+        """The epoch that is under way, or was left by ``break``; else the one that comes next."""
         return self._state().epoch
 
     @property
@@ -162,6 +162,11 @@ class Loader:
         if self.options.device is not None:
             batches = feed(batches, self.options.device)
         return LoaderRun(self, progress, batches, counts)
+
+    def follow(self, progress: Progress) -> None:
+        """Of several runs that began at the same place this one goes on: what it delivers is what counts."""
+        if self._progress is not None and self._progress.claimed is progress.claimed:
+            self._progress = progress
 
     def plan(self) -> UnitPlan:
         """How much is read together, and how much ahead."""
@@ -291,11 +296,8 @@ class LoaderRun(Iterator[LoaderBatch]):
         return self
 
     def __next__(self) -> LoaderBatch:
-        if not self._progress.claim():
-            other = iter(self._loader)
-            other._progress.claim()
-            self._progress, self._batches, self._counts = other._progress, other._batches, other._counts
-            del other._batches  # they are this one's
+        if not self._progress.mine:
+            self._begin()
         progress = self._progress
         waited = progress.meter.begin_wait()
         try:
@@ -312,6 +314,15 @@ class LoaderRun(Iterator[LoaderBatch]):
         progress.delivered += 1
         progress.meter.count(len(batch), self._counts.popleft())
         return batch
+
+    def _begin(self) -> None:
+        """Take the epoch, or the next one where another run has it."""
+        if not self._progress.claim():
+            other = iter(self._loader)
+            other._progress.claim()
+            self._progress, self._batches, self._counts = other._progress, other._batches, other._counts
+            del other._batches  # they are this one's
+        self._loader.follow(self._progress)
 
     def __len__(self) -> int:
         """Batches that are left."""

@@ -81,7 +81,7 @@ def make_loader(
     )
     resolve_ranks(rank, world_size)
     rule = _rule(source, shuffle, rows, sampler, weights, _integer("seed", seed), (run_rows, window_rows), options.tail)
-    if source.remote and shuffle in (None, True) and not isinstance(rule, (Drawn, Listed)):
+    if source.remote and shuffle in (None, True) and not isinstance(rule, (Drawn, Listed, Rotated)):
         warnings.warn(
             f"{source.path}: with shuffle=True every row is a request of its own; shuffle='window' reads runs of rows",
             UserWarning,

@@ -27,6 +27,7 @@ from scdl_zarr.errors import OptionError
 from scdl_zarr.loading.batches import LoaderBatch
 from scdl_zarr.loading.loader import Loader, LoaderRun
 from scdl_zarr.loading.processes import Worker, this_worker
+from scdl_zarr.loading.progress import Progress
 
 __all__ = ["TorchLoader"]
 
@@ -97,6 +98,11 @@ class TorchLoader(Loader, IterableDataset[LoaderBatch]):  # type: ignore[misc]  
         self._loaded = False
         return super().__iter__()
 
+    def follow(self, progress: Progress) -> None:
+        super().follow(progress)
+        if this_worker() is None and self._progress is progress:
+            self._mark()
+
     def _place(self, worker: Worker) -> int:
         """The place of this iteration in the log."""
         key = (worker.seed + 0x9E3779B97F4A7C15 * self._iterations) % (1 << 63) or 1
@@ -114,5 +120,7 @@ class TorchLoader(Loader, IterableDataset[LoaderBatch]):  # type: ignore[misc]  
     def _mark(self) -> None:
         """The next iteration of workers gives what this loader would give next."""
         shared, state = self._shared, self._pending
+        if state is None and self._progress is not None and not self._progress.claimed[0]:
+            state = self._progress.begun  # nothing was asked for
         shared[PLACE] = int((shared[HEADER + WORKERS :] != 0).sum())
         shared[EPOCH], shared[POSITION] = (self._epoch, 0) if state is None else (state.epoch, state.position)
