@@ -14,7 +14,7 @@
     ├── CorruptStoreError         ValueError          the bytes contradict their checksums or each other
     ├── StoreReplacedError        OSError             another store lies now where this one was opened (errno is ESTALE)
     ├── StoreUnreachableError     ConnectionError     an object store or server did not answer, also not after retries
-    ├── ForkedProcessError        RuntimeError        a library that does not survive a fork is needed in a forked child
+    ├── ForkedProcessError        RuntimeError        what does not survive a fork (a library, threads) is needed in a child
     ├── SourceError               ValueError          a source file cannot be converted
     ├── InexactValueError         ValueError          a value does not survive the dtype that was asked for
     ├── OptionError               ValueError          an argument outside what a call accepts
@@ -113,7 +113,7 @@ class StoreUnreachableError(ScdlZarrError, ConnectionError):
 
 
 class ForkedProcessError(ScdlZarrError, RuntimeError):
-    """A library is needed that hangs in the child of a fork once its parent has used it."""
+    """What is needed does not survive a fork: a library that the parent has used, or threads that it has."""
 
 
 class SourceError(ScdlZarrError, ValueError):

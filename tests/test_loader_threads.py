@@ -29,6 +29,8 @@ from scdl_zarr.loading.batches import LoaderBatch, MatrixForm
 from scdl_zarr.loading.loader import Loader
 from scdl_zarr.loading.orders import Shuffled
 from scdl_zarr.loading.units import LoaderOptions
+from scdl_zarr.reading import mapped
+from scdl_zarr.reading.buffers import BufferPool
 from scdl_zarr.reading.csr import CsrReader
 from tests.loader_stores import EndlessRows, rows_of
 from tests.test_mapped import damage
@@ -121,6 +123,28 @@ def test_by_letting_go(data: SingleCellZarrDataset, end: str) -> None:
         assert reading() == []
     finally:
         gc.enable()
+
+
+def test_by_letting_go_in_one_of_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a collection of garbage may, which runs in any thread."""
+    said: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    held: list[Any] = []
+    go_on, gone = threading.Event(), threading.Event()
+
+    def let_go(_pool: Any) -> None:
+        go_on.wait(30)
+        held.clear()
+        gone.set()
+
+    held.append(do_ahead(iter([lambda _: None, let_go]), threads=1, depth=1))
+    next(held[0])
+    go_on.set()
+    assert gone.wait(30)
+    deadline = time.monotonic() + 30
+    while reading() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert (reading(), said) == ([], [])
 
 
 def test_by_an_exception_thrown_into_the_consumer(data: SingleCellZarrDataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +248,30 @@ def test_an_interpreter_ends_with_a_live_iterator(store: Path, code: str) -> Non
         assert "Fatal" not in ended.stderr
     else:
         assert ended.stderr == ""
+
+
+FORKS = """
+import os, warnings
+from scdl_zarr.errors import ForkedProcessError
+warnings.simplefilter("ignore")  # of a fork with threads
+run = iter(data.loader(20, to="numpy", prefetch=1))
+next(run)
+child = os.fork()
+if not child:
+    try:
+        list(run)
+    except ForkedProcessError as error:
+        os._exit(7 if "call iter() on the loader in the child" in str(error) and not list(run) else 2)
+    os._exit(1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(list(run)))
+"""
+
+
+def test_a_child_that_goes_on_with_its_parents_batches_is_told_so(store: Path) -> None:
+    """Its threads are in the parent: it would wait for ever."""
+    command = [sys.executable, "-c", PREPARED + FORKS, str(store)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "7 29\n", "")
 
 
 INTERRUPTED = """
@@ -376,6 +424,16 @@ def test_work_ahead_is_handed_out_in_order(durations: list[int], threads: int, d
     after = len(begun)
     time.sleep(0.002)
     assert len(begun) == after and reading() == []
+
+
+def test_a_pool_that_is_closed_meanwhile_is_done_without(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what is read while an epoch is left is read twice: together, and after that error once more, batch by batch."""
+    monkeypatch.setattr(mapped, "SPLIT_VALUES", 1)
+    data = scdl_zarr.open(store, threads=2)
+    with ThreadPoolExecutor(1) as pool:
+        pass
+    found = data.row_source().read(np.arange(ROWS), None, None, BufferPool(), pool)
+    assert (found.to_scipy() != MATRIX).nnz == 0
 
 
 def test_threads_read_side_by_side() -> None:

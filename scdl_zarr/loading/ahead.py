@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from scdl_zarr.errors import ForkedProcessError
+
 __all__ = ["do_ahead"]
+
+THREADS = "scdl-zarr-loader"
 
 Result = TypeVar("Result")
 
@@ -27,24 +33,38 @@ def do_ahead(tasks: Iterator[Callable[[ThreadPoolExecutor | None], Result]], *, 
     Raises
     ------
     Whatever a task raises, when its turn comes.  The tasks before it were handed out.
+    ForkedProcessError
+        It was begun in another process, and its threads are there.
 
     Notes
     -----
     Closing the generator (which leaving a ``for`` loop does) begins no further task, waits for those that are running, and ends
-    the threads.
+    the threads; a thread of these waits for none, which might be itself.
     """
     if not threads:
         for task in tasks:
             yield task(None)
         return
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="scdl-zarr-loader")
+    pool, process = ThreadPoolExecutor(threads, thread_name_prefix=THREADS), os.getpid()
     begun: deque[Future[Result]] = deque()
     try:
         for task in tasks:
             begun.append(pool.submit(task, pool))
             if len(begun) > depth:
                 yield begun.popleft().result()
+                _require_process(process)
         while begun:
             yield begun.popleft().result()
+            _require_process(process)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        if os.getpid() == process:
+            pool.shutdown(wait=not threading.current_thread().name.startswith(THREADS), cancel_futures=True)
+
+
+def _require_process(process: int) -> None:
+    """Nothing would ever come: the threads of a pool do not survive a fork."""
+    if os.getpid() != process:
+        raise ForkedProcessError(
+            f"these batches were begun in process {process}, whose threads read them, and are asked for in its child; "
+            "call iter() on the loader in the child"
+        )

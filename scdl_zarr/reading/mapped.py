@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -329,8 +330,11 @@ class MappedColumns:
                     return
                 self._gather(maps, plan, order, kinds, outputs)
 
-        helpers = [pool.submit(work) for _ in range(min(self._threads, len(shares)) - 1)]
+        helpers = []
         try:
+            with suppress(RuntimeError):  # a pool that is being closed takes no more: this thread does it alone
+                for _ in range(min(self._threads, len(shares)) - 1):
+                    helpers.append(pool.submit(work))  # noqa: PERF401 - those that were begun are waited for, also after an error
             work()
         finally:
             shares.clear()  # after an error; else there is nothing left
