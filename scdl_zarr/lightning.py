@@ -92,8 +92,18 @@ class SingleCellDataModule(LightningDataModule):  # type: ignore[misc]  # Lightn
         self._training = {"shuffle": shuffle, "seed": seed}
         self._drop_last, self._storage_options = drop_last, storage_options
         self._parts = {"train": train, "val": val, "test": test, "predict": predict}
-        if val is None:  # Lightning validates where this method is another one than its own
+        self._hide_val()
+
+    def _hide_val(self) -> None:
+        if self._parts["val"] is None:  # Lightning validates where this method is another one than its own
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "val_dataloader"}  # by name it is ours again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._hide_val()
 
     def setup(self, stage: str) -> None:  # noqa: ARG002 - Lightning's hook
         """Open what was given as a path."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -199,6 +201,16 @@ def test_what_was_not_told_is_an_error(data: SingleCellZarrDataset, tmp_path: Pa
         SingleCellDataModule().train_dataloader()
     with pytest.raises(OptionError, match="device, tail: the data module and its trainer say that"):
         SingleCellDataModule(data, tail="pad", device="cpu")
+
+
+@pytest.mark.parametrize("val", [None, "split == 'val'"])
+def test_a_copy_of_a_module_validates_where_it_does(data: SingleCellZarrDataset, tmp_path: Path, val: str | None) -> None:
+    """Strategies that spawn processes pickle it."""
+    module = module_of(data, val=val)
+    for copied in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        model = Model()
+        trainer_of(tmp_path, max_epochs=1).fit(model, datamodule=copied)
+        assert flat(model.rows["train"]) == flat(order(data, [0])) and bool(model.rows["val"]) == (val is not None)
 
 
 def test_ranks_are_the_trainers(data: SingleCellZarrDataset) -> None:
