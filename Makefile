@@ -13,10 +13,12 @@ unexport PYTHONDONTWRITEBYTECODE
 # tests of what does not depend on the versions of zarr, anndata and pandas: one Python is enough
 OF_ONE_VERSION := test_apart.py test_bad_input.py test_benchmark_command.py test_benchmarks.py test_bionemo.py \
 	test_bionemo_joining.py test_bionemo_readme.py test_cli.py test_collection.py test_crash.py test_csc_sources.py \
-	test_dense_sources.py test_exactness.py test_executors.py test_filters.py test_finding.py test_forged_chunks.py \
-	test_interpreter_end.py test_kernels.py test_leftovers.py test_lost_parts.py test_mapped.py test_memory.py \
-	test_permutation.py test_plan.py test_progress.py test_ragged.py test_recent.py test_remote_views.py \
-	test_row_selection.py test_scdl_readme.py test_scdl_weaknesses.py test_targets.py
+	test_dealing.py test_dense_sources.py test_exactness.py test_executors.py test_explain.py test_filters.py test_finding.py \
+	test_forged_chunks.py test_interpreter_end.py test_kernels.py test_leftovers.py test_lightning.py test_loader_gpu.py \
+	test_loader_options.py test_loader_ranks.py test_loader_resume.py test_loader_threads.py test_loader_torch.py \
+	test_lost_parts.py test_mapped.py test_memory.py test_orders.py test_permutation.py test_plan.py test_progress.py \
+	test_ragged.py test_recent.py test_remote_views.py test_row_selection.py test_scdl_readme.py test_scdl_weaknesses.py \
+	test_targets.py
 
 .PHONY: environments demo test slow lint test-py312 test-py312-all kills test-scdl notebooks benchmark clean full
 

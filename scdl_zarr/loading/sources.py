@@ -13,6 +13,7 @@ from scdl_zarr.errors import FeatureNameError, OptionError
 from scdl_zarr.loading.labels import Label, join_labels, make_label
 from scdl_zarr.loading.state import digest_facts, identify_store
 from scdl_zarr.reading.buffers import BufferSource
+from scdl_zarr.reading.carrying import Carrier
 from scdl_zarr.reading.plan import Int64Array, resolve_rows
 
 if TYPE_CHECKING:
@@ -20,27 +21,17 @@ if TYPE_CHECKING:
 
     from scdl_zarr.reading.batch import RowBatch
     from scdl_zarr.reading.csr import CsrReader
-    from scdl_zarr.reading.row_arrays import LazyArrays
-    from scdl_zarr.reading.tables import LazyTable
 
 __all__ = ["CollectionRows", "DatasetRows", "RowSource", "chosen_rows"]
 
 
-class Data(Protocol):
+class Data(Carrier, Protocol):
     """What is taken from a dataset."""
 
-    @property
-    def path(self) -> str: ...
     @property
     def n_obs(self) -> int: ...
     @property
     def n_vars(self) -> int: ...
-    @property
-    def layers(self) -> list[str]: ...
-    @property
-    def obsm(self) -> LazyArrays: ...
-    @property
-    def obs(self) -> LazyTable: ...
     @property
     def var_names(self) -> pd.Index: ...
     @property

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from scdl_zarr.reading.row_arrays import LazyArrays
     from scdl_zarr.reading.tables import LazyTable
 
-__all__ = ["read_batch"]
+__all__ = ["Carrier", "read_batch"]
 
 Names = str | Sequence[str]
 
