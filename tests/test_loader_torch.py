@@ -414,6 +414,19 @@ def test_samplers_draw_one_order_in_all_workers(kind: str, data: SingleCellZarrD
     assert [rows_of(batches) for _ in range(2)] == expected
 
 
+def test_torchs_own_generator_is_seeded_by_the_loader(data: SingleCellZarrDataset) -> None:
+    """Its seed is another one in every process."""
+    kept, found = torch.get_rng_state(), []
+    try:
+        for seed in range(2):
+            torch.manual_seed(seed)
+            sampler = torch_data.RandomSampler(range(N_OBS), generator=torch.default_generator)
+            found.append(rows_of(data.loader(BATCH, sampler=sampler)))
+    finally:
+        torch.set_rng_state(kept)
+    assert found[0] == found[1] and sorted(found[0]) == list(range(N_OBS))
+
+
 def test_a_sampler_goes_on_from_a_state(data: SingleCellZarrDataset) -> None:
     expected = rows_of(data.loader(BATCH, sampler=SAMPLERS["weighted"]()))
     loader = data.loader(BATCH, sampler=SAMPLERS["weighted"]())

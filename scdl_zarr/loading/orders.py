@@ -421,12 +421,14 @@ def _seeded(key: int, own: Any) -> Iterator[None]:
     """The generators that a sampler may draw from, seeded, and put back."""
     kept_python, kept_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what samplers of others draw from
     torch = sys.modules.get("torch")
-    generators = [torch.default_generator, *([own] if isinstance(own, torch.Generator) else [])] if torch is not None else []
+    generators = [] if torch is None else [torch.default_generator]
+    if torch is not None and isinstance(own, torch.Generator) and own is not torch.default_generator:
+        generators.append(own)
     kept = [(generator, generator.get_state()) for generator in generators]
     random.seed(key)
     np.random.seed(key % (1 << 32))  # noqa: NPY002
     for generator in generators:
-        generator.manual_seed((key + (generator.initial_seed() if generator is own else 0)) % (1 << 63))
+        generator.manual_seed((key + (0 if generator is generators[0] else generator.initial_seed())) % (1 << 63))
     try:
         yield
     finally:
