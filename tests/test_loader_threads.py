@@ -326,6 +326,8 @@ def test_a_damaged_chunk_is_an_error_at_its_batch(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, prefetch: int | None, together: int
 ) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", together * 20 * 10 * 8)
+    monkeypatch.setattr(units, "ROW_BYTES", 0)
+    monkeypatch.setattr(units, "BATCH_BYTES", 0)
     copied = shutil.copytree(store, tmp_path / "copy.zarr")
     damage(copied, part, 25)  # values 2500 to 2600: rows 250 to 259
     data = scdl_zarr.open(copied, threads=2)
