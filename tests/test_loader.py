@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -699,7 +700,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), WRONG, ids=[repr(options) for options, _, _ in WRONG])
+@pytest.mark.parametrize(
+    ("options", "error", "message"), WRONG, ids=[re.sub(" at 0x[0-9a-f]+", "", repr(options)) for options, _, _ in WRONG]
+)
 def test_wrong_options_are_refused_before_anything_is_read(
     data: SingleCellZarrDataset, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
