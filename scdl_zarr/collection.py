@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import shutil
@@ -375,6 +376,9 @@ class SingleCellCollection:
         from scdl_zarr.loading.making import make_loader
         from scdl_zarr.loading.sources import CollectionRows
 
+        unknown = set(options) - set(inspect.signature(make_loader).parameters)
+        if unknown:
+            raise TypeError(f"loader() got an unexpected keyword argument {min(unknown)!r}")
         parts = {name: data.row_source() for name, data in self._datasets.items()}
         return make_loader(
             CollectionRows(str(self._folder), parts, self.read_rows, self._gene_names),

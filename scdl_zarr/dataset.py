@@ -621,11 +621,11 @@ class SingleCellZarrDataset:
             Rows in the order that they are to come in: a list or array, or a ``torch.utils.data.Sampler``, which draws one for
             each epoch.  With ``shuffle=True`` a list is permuted.  A query is taken as `rows`.
         seed, epoch
-            Any integers.  The order is a function of both and of nothing else.  `epoch` is the first one; each ``iter()`` is the
-            next one.
+            Integers, `epoch` below 2**62.  The order is a function of both and of nothing else.  `epoch` is the first one; each
+            ``iter()`` is the next one.
         drop_last
             Leave out what is left over at the end and does not fill a batch on every rank.  In a fixed order, epochs then begin
-            at different rows, so that other rows are left out.
+            at different rows, so that other rows are left out (a sampler's order is taken as it is).
         tail
             What becomes of it otherwise: ``"uneven"`` (the default): each row comes once, ranks share the last rows as evenly as
             it goes, and one may have a batch less; ``"pad"``: the last batches are filled up with rows from the beginning of the
@@ -656,7 +656,8 @@ class SingleCellZarrDataset:
             step j all ranks together take the next ``batch_size * world_size`` rows of one order, rank r the r-th `batch_size` of
             them.
         reuse_buffers
-            Overwrite a batch's memory once the next one was asked for.  Otherwise batches stay valid as long as they are held.
+            A batch's memory may be overwritten once the next one was asked for.  Otherwise batches stay valid as long as they
+            are held.
 
         Returns
         -------

@@ -48,7 +48,7 @@ def data(made: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) -> SingleCe
 def surprises() -> Iterator[None]:
     """Drawn options may leave ranks without batches, which is warned of."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*fill no batch|the last rows are fewer than the ranks")
+        warnings.filterwarnings("ignore", ".*fill no batch|the last rows are fewer than the ranks|no row is chosen")
         yield
 
 
@@ -172,12 +172,13 @@ def test_some_rows_are_chosen(data: SingleCellZarrDataset, made: ad.AnnData, row
         chosen = (made.obs["cell_type"] == "B") & (made.obs["n_counts"] > 300)
         expected = np.flatnonzero(chosen.to_numpy()).tolist()
         assert expected
-    assert rows_of(data.loader(4, rows=rows, shuffle=False, to="numpy")) == expected
-    shuffled = rows_of(data.loader(4, rows=rows, to="numpy"))
-    assert sorted(shuffled) == sorted(expected)
-    windows = rows_of(data.loader(4, rows=rows, shuffle="window", run_rows=2, window_rows=4, to="numpy"))
-    assert sorted(windows) == sorted(expected)
-    assert len(data.loader(4, rows=rows, to="numpy")) == -(-len(expected) // 4)
+    with surprises():
+        assert rows_of(data.loader(4, rows=rows, shuffle=False, to="numpy")) == expected
+        shuffled = rows_of(data.loader(4, rows=rows, to="numpy"))
+        assert sorted(shuffled) == sorted(expected)
+        windows = rows_of(data.loader(4, rows=rows, shuffle="window", run_rows=2, window_rows=4, to="numpy"))
+        assert sorted(windows) == sorted(expected)
+        assert len(data.loader(4, rows=rows, to="numpy")) == -(-len(expected) // 4)
 
 
 def test_a_mask_and_a_query_given_as_sampler_choose_rows(data: SingleCellZarrDataset, made: ad.AnnData) -> None:

@@ -459,3 +459,13 @@ def test_a_loader_made_before_its_process_knows_of_ranks(data: SingleCellZarrDat
             assert rows_of([next(iter(loader))]) == epochs(data, [0], rank=0, world_size=1)[0][BATCH : 2 * BATCH]
         told = pickle.dumps(before)
     assert pickle.loads(told).world_size == 2  # a worker, which torch.distributed knows nothing of
+
+
+def test_what_workers_delivered_the_loader_says_that_it_does_not_know(real_store: Path) -> None:
+    loader = scdl_zarr.open(real_store).loader(64)
+    loader.state_dict()
+    list(in_workers(loader, 1))
+    with pytest.warns(UserWarning, match="workers of a DataLoader have delivered batches"):
+        loader.state_dict()
+    loader.set_epoch(3)
+    assert loader.state_dict()["epoch"] == 3

@@ -18,7 +18,7 @@ from scdl_zarr.reading.plan import Int64Array
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["FORMS", "Form", "LoaderBatch", "MatrixForm", "import_cupy"]
+__all__ = ["FORMS", "Form", "LoaderBatch", "MatrixForm", "import_cupy", "say_nothing_of_beta"]
 
 Form = Literal["torch", "scipy", "numpy", "cupy"]
 FORMS: tuple[Form, ...] = ("torch", "scipy", "numpy", "cupy")
@@ -103,7 +103,7 @@ class MatrixForm:
         if self.to not in FORMS:
             raise OptionError(f"to={self.to!r}; choose {', '.join(map(repr, FORMS))}")
         if self.to == "torch":
-            _say_nothing_of_beta()
+            say_nothing_of_beta()
         if self.to == "cupy":
             import_cupy()
 
@@ -150,7 +150,7 @@ def dense_rows(batch: RowBatch, pool: BufferSource) -> npt.NDArray[Any]:
     return out
 
 
-def _say_nothing_of_beta() -> None:
+def say_nothing_of_beta() -> None:
     """Torch warns once per process, at its first CSR tensor, which otherwise were one of a thread in the background."""
     torch = import_torch()
     with warnings.catch_warnings():

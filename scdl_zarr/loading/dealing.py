@@ -68,6 +68,21 @@ class Deal:
         """How many batches a rank has."""
         return self.full_steps + (self.rest > 0 and self.tail != "drop" and self._tail(rank).stop > self._tail(rank).start)
 
+    def surprise(self) -> str | None:
+        """What a user would not expect of it, in words: no batch at all, or ranks that have fewer of them than others."""
+        most, fewest = self.batches(0), self.batches(self.world_size - 1)
+        if self.n > self.begin and not most:
+            return (
+                f"{self.n - self.begin} rows fill no batch of {self.batch_size} rows on each of {self.world_size} ranks, and "
+                "what is left over is dropped: there are no batches"
+            )
+        if most > fewest:
+            return (
+                f"the last rows are fewer than the ranks: some ranks have {fewest} batches and others {most}; training that "
+                "waits for all ranks (DistributedDataParallel) needs drop_last=True or tail='pad'"
+            )
+        return None
+
     def part(self, step: int, rank: int) -> Part:
         """The positions of a rank's batch."""
         if step < self.full_steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,13 @@ class GeneChoice:
                     )
                 found[name] = number
                 place[number] = new[name]
+        if listed and not found:
+            warnings.warn(
+                f"none of the {len(listed)} genes asked for, {listed[0]!r} the first, is among those of the store, such as "
+                f"{', '.join(map(repr, names[:3]))}: every column is empty",
+                UserWarning,
+                stacklevel=4,
+            )
         kept = place[place >= 0]
         return cls(place=place, n=len(listed), rising=bool((np.diff(kept) > 0).all()))
 

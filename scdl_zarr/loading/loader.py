@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
@@ -23,7 +24,7 @@ from scdl_zarr.loading.batches import LoaderBatch
 from scdl_zarr.loading.dealing import Deal
 from scdl_zarr.loading.device import feed
 from scdl_zarr.loading.orders import Drawn, Order, Rule, digest_rows
-from scdl_zarr.loading.processes import Worker, resolve_ranks, this_worker
+from scdl_zarr.loading.processes import Worker, checked_epoch, resolve_ranks, this_worker
 from scdl_zarr.loading.progress import Progress
 from scdl_zarr.loading.state import LoaderState, digest_facts
 from scdl_zarr.loading.stats import LoaderStats, Meter
@@ -137,7 +138,7 @@ class Loader:
 
     def set_epoch(self, epoch: SupportsIndex) -> None:
         """The next ``iter()`` gives this epoch, from its beginning (or where a loaded state of that epoch stopped)."""
-        number = operator.index(epoch)
+        number = checked_epoch(epoch)
         if self._pending is None or self._pending.epoch != number:
             self._epoch, self._pending, self._progress = number, None, None
 
@@ -153,6 +154,7 @@ class Loader:
         progress = Progress(begun=begun, deal=self.deal(len(order), begin), rank=self.rank, worker=worker)
         if again is not None:
             progress.claimed = again.claimed
+        progress.meter.before = self._chunks()
         self._epoch, self._pending, self._progress = begun.epoch + 1, None, progress
         plan, counts = self.plan(), deque[int]()
         if self._memory is None:
@@ -166,6 +168,12 @@ class Loader:
     def follow(self, progress: Progress) -> None:
         """Of several runs that began at the same place this one goes on: what it delivers is what counts."""
         if self._progress is not None and self._progress.claimed is progress.claimed:
+            self._progress = progress
+
+    def note(self, progress: Progress) -> None:
+        """Of runs of different epochs, one inside the other, the one that delivered last tells where this loader is."""
+        last = self._progress
+        if last is not progress and last is not None and last.claimed[0] and self._pending is None:
             self._progress = progress
 
     def plan(self) -> UnitPlan:
@@ -201,7 +209,8 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """Where this loader is, as a few numbers and texts: the batches that were delivered, not those that were read ahead.
 
-        All ranks that have had as many batches give the same state.  After ``break`` it is that of the last batch delivered; an
+        A batch counts as delivered when the loop has it, whatever becomes of it there.  All ranks that have had as many batches
+        give the same state.  After ``break`` it is that of the last batch delivered; an
         epoch that is over counts as the beginning of the next one.
         """
         return self._state().as_dict()
@@ -222,6 +231,17 @@ class Loader:
         if found.position > n:
             raise OptionError(f"this state is at row {found.position} of an epoch, which has {n}")
         self._pending, self._epoch, self._progress = found, found.epoch, None
+        if found.position:
+            self.warn_of_tail(found.position)
+
+    def warn_of_tail(self, begin: int = 0, *, stacklevel: int = 3) -> None:
+        """Warn the caller's caller where what is left from a position on has an end that a user would not expect."""
+        n = self._length()
+        said = None if n is None else self.deal(n, begin).surprise()
+        if n == 0 and self.source.n_obs:
+            said = "no row is chosen: there are no batches"
+        if said is not None:
+            warnings.warn(said, UserWarning, stacklevel=stacklevel)
 
     def identify(self) -> tuple[str, str]:
         """Digests of the store's rows and of the rule that orders them."""
@@ -259,9 +279,13 @@ class Loader:
     def stats(self) -> LoaderStats:
         """Rates, waits and cache hits of the epoch that runs, or ran last."""
         meter = Meter() if self._progress is None else self._progress.meter
+        return meter.figures(*self._chunks())
+
+    def _chunks(self) -> tuple[int, int]:
+        """Chunks that were decoded, and found in memory, since the store was opened."""
         readers = [reader for name in self.options.matrices for reader in self.source.readers(name)]
         counters = [reader.counters() for reader in readers]
-        return meter.figures(sum(found["decoded"] for found in counters), sum(found["hits"] for found in counters))
+        return sum(found["decoded"] for found in counters), sum(found["hits"] for found in counters)
 
     def explain(self, *, measure: bool = True) -> Explanation:
         """What a batch costs to read, which buffers are held, how well rows are mixed, and the rate to expect.
@@ -313,6 +337,7 @@ class LoaderRun(Iterator[LoaderBatch]):
             progress.meter.end_wait(waited)
         progress.delivered += 1
         progress.meter.count(len(batch), self._counts.popleft())
+        self._loader.note(progress)
         return batch
 
     def _begin(self) -> None:

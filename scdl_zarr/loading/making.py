@@ -17,7 +17,7 @@ from scdl_zarr.loading.device import resolve_device
 from scdl_zarr.loading.genes import GeneChoice
 from scdl_zarr.loading.loader import Loader
 from scdl_zarr.loading.orders import Chosen, Drawn, Listed, Mixed, Rotated, Rule, Shuffled, Stored, Windowed
-from scdl_zarr.loading.processes import as_count, resolve_ranks
+from scdl_zarr.loading.processes import as_count, checked_epoch, resolve_ranks
 from scdl_zarr.loading.sources import CollectionRows, RowSource, chosen_rows
 from scdl_zarr.loading.units import LoaderOptions
 from scdl_zarr.reading.exactness import checked_dtype
@@ -90,8 +90,8 @@ def make_loader(
     kind: Any = Loader
     if to == "torch":
         from scdl_zarr.loading.torch_dataset import TorchLoader as kind  # noqa: N813 - which class it is hangs on torch
-    loader: Loader = kind(source, rule, options, epoch=_integer("epoch", epoch), rank=rank, world_size=world_size)
-    _warn_of_tail(loader)
+    loader: Loader = kind(source, rule, options, epoch=checked_epoch(epoch), rank=rank, world_size=world_size)
+    loader.warn_of_tail(stacklevel=4)
     return loader
 
 
@@ -153,30 +153,6 @@ def _tail(drop_last: Any, tail: Any) -> Tail:
     if found not in TAILS:
         raise OptionError(f"tail={tail!r}; choose {', '.join(map(repr, TAILS))}")
     return found
-
-
-def _warn_of_tail(loader: Loader) -> None:
-    """Say what surprises: no batch at all, or ranks that have fewer of them than others."""
-    try:
-        counts = (
-            [len(loader)] if loader.world_size == 1 else sorted({loader.batches_of(0), loader.batches_of(loader.world_size - 1)})
-        )
-    except TypeError:  # a sampler without a length
-        return
-    if counts == [0] and len(loader.rule):
-        warnings.warn(
-            f"{len(loader.rule)} rows fill no batch of {loader.batch_size} rows on each of {loader.world_size} ranks, and what "
-            "is left over is dropped: there are no batches",
-            UserWarning,
-            stacklevel=4,
-        )
-    elif len(counts) > 1:
-        warnings.warn(
-            f"the last rows are fewer than the ranks: some ranks have {counts[0]} batches and others {counts[1]}; training that "
-            "waits for all ranks (DistributedDataParallel) needs drop_last=True or tail='pad'",
-            UserWarning,
-            stacklevel=4,
-        )
 
 
 def _names(option: str, names: Any) -> tuple[str, ...]:

@@ -9,7 +9,9 @@ from typing import Any, SupportsIndex
 
 from scdl_zarr.errors import OptionError
 
-__all__ = ["Worker", "as_count", "resolve_ranks", "this_worker"]
+__all__ = ["Worker", "as_count", "checked_epoch", "resolve_ranks", "this_worker"]
+
+LARGEST_EPOCH = 1 << 62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,17 @@ def resolve_ranks(rank: SupportsIndex | None, world_size: SupportsIndex | None) 
     if number >= count:
         raise OptionError(f"rank={number} of world_size={count}: ranks are numbered from 0")
     return number, count
+
+
+def checked_epoch(value: Any) -> int:
+    """The number of an epoch: any integer that shared memory holds."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or abs(number) >= LARGEST_EPOCH:
+        raise OptionError(f"epoch={value!r}; expected an integer below 2**62")
+    return number
 
 
 def as_count(name: str, value: Any, *, smallest: int) -> int:

@@ -24,7 +24,8 @@ class LoaderStats:
     read_seconds
         Time that threads spent reading and making batches, all together; also for batches that are not delivered yet.
     chunks_decoded, chunks_cached
-        Chunks of X and of layers that were decoded, and that were found in memory, by this dataset since it was opened.
+        Chunks of X and of layers that were decoded, and that were found in memory, since the epoch began, by whatever reads this
+        dataset; counted when a read is over.
     """
 
     batches: int = 0
@@ -65,6 +66,7 @@ class Meter:
     def __init__(self) -> None:
         self.batches = self.rows = self.values = 0
         self.wait_seconds = 0.0
+        self.before = (0, 0)  # chunks decoded, and found in memory, when the epoch began
         self._read_seconds, self._lock = 0.0, threading.Lock()
         self._began: float | None = None
         self._ended: float | None = None
@@ -98,6 +100,6 @@ class Meter:
             seconds=seconds,
             wait_seconds=self.wait_seconds,
             read_seconds=self._read_seconds,
-            chunks_decoded=decoded,
-            chunks_cached=cached,
+            chunks_decoded=max(decoded - self.before[0], 0),
+            chunks_cached=max(cached - self.before[1], 0),
         )

@@ -15,6 +15,7 @@ workers, they keep a log in shared memory.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing.context import get_spawning_popen
@@ -24,7 +25,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from scdl_zarr.errors import OptionError
-from scdl_zarr.loading.batches import LoaderBatch
+from scdl_zarr.loading.batches import LoaderBatch, say_nothing_of_beta
 from scdl_zarr.loading.loader import Loader, LoaderRun
 from scdl_zarr.loading.processes import Worker, this_worker
 from scdl_zarr.loading.progress import Progress
@@ -63,6 +64,17 @@ class TorchLoader(Loader, IterableDataset[LoaderBatch]):  # type: ignore[misc]  
         self.__dict__.update(state)
         if "_shared" not in state:
             self._share()
+        say_nothing_of_beta()  # a process of its own would say it
+
+    def state_dict(self) -> dict[str, Any]:
+        if this_worker() is None and self._filled() > int(self._shared[PLACE]):
+            warnings.warn(
+                "workers of a DataLoader have delivered batches that this loader is not told of, and its state does not have; "
+                "save that of torchdata's StatefulDataLoader, or train without workers",
+                UserWarning,
+                stacklevel=2,
+            )
+        return super().state_dict()
 
     def set_epoch(self, epoch: SupportsIndex) -> None:
         super().set_epoch(epoch)
@@ -117,10 +129,14 @@ class TorchLoader(Loader, IterableDataset[LoaderBatch]):  # type: ignore[misc]  
         log[place], taken[number] = key, place + 1
         return place
 
+    def _filled(self) -> int:
+        """How many iterations of workers the log has."""
+        return int((self._shared[HEADER + WORKERS :] != 0).sum())
+
     def _mark(self) -> None:
         """The next iteration of workers gives what this loader would give next."""
         shared, state = self._shared, self._pending
         if state is None and self._progress is not None and not self._progress.claimed[0]:
             state = self._progress.begun  # nothing was asked for
-        shared[PLACE] = int((shared[HEADER + WORKERS :] != 0).sum())
+        shared[PLACE] = self._filled()
         shared[EPOCH], shared[POSITION] = (self._epoch, 0) if state is None else (state.epoch, state.position)
