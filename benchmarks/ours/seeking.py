@@ -49,6 +49,10 @@ class RowsFromNowhere:
     def values_per_row(self, _layer: str | None) -> float:
         return VALUES_A_ROW
 
+    def readers(self, _layer: str | None) -> list[Any]:
+        """None: there is no matrix behind it."""
+        return []
+
     def stored_dtype(self, _layer: str | None) -> np.dtype[Any]:
         return self._data.dtype
 
