@@ -71,9 +71,9 @@ class Deal:
     def surprise(self) -> str | None:
         """What a user would not expect of it, in words: no batch at all, or ranks that have fewer of them than others."""
         most, fewest = self.batches(0), self.batches(self.world_size - 1)
-        if self.n > self.begin and not most:
+        if self.n and not self.begin and not most:  # of what is left of an epoch that is nothing special
             return (
-                f"{self.n - self.begin} rows fill no batch of {self.batch_size} rows on each of {self.world_size} ranks, and "
+                f"{self.n} rows fill no batch of {self.batch_size} rows on each of {self.world_size} ranks, and "
                 "what is left over is dropped: there are no batches"
             )
         if most > fewest:
