@@ -221,7 +221,7 @@ def test_converting_loads_no_more_than_it_needs(real_h5ad: Path, tmp_path: Path)
 
 def test_importing_takes_less_than_three_tenths_of_a_second() -> None:
     """Of the processor's time: on a machine that is busy with other tests the clock says nothing."""
-    script = "import time; import scdl_zarr; scdl_zarr.open; print(time.process_time())"  # the interpreter's own start included
+    script = "import time; t = time.process_time(); import scdl_zarr; scdl_zarr.open; print(time.process_time() - t)"
 
     def seconds() -> float:
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
