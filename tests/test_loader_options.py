@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.sparse as sp
 
 import scdl_zarr
 from scdl_zarr import SingleCellCollection, SingleCellZarrDataset
@@ -81,3 +85,21 @@ def test_chunks_are_counted_from_the_epoch_on(data: SingleCellZarrDataset) -> No
         list(loader)
         counts.append(loader.stats().chunks_decoded + loader.stats().chunks_cached)
     assert counts[0] and abs(counts[1] - counts[0]) <= counts[0] // 4  # not the sum of both
+
+
+def test_cupy_is_given_the_arrays_that_scipy_is_given(data: SingleCellZarrDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where CuPy is there; here something stands in for it."""
+    cupy, sparse = ModuleType("cupy"), ModuleType("cupyx.scipy.sparse")
+    cupy.asarray, sparse.csr_matrix = np.asarray, sp.csr_matrix  # type: ignore[attr-defined]
+    for name, module in {
+        "cupy": cupy,
+        "cupyx": ModuleType("cupyx"),
+        "cupyx.scipy": ModuleType("s"),
+        sparse.__name__: sparse,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    expected, found = next(iter(data.loader(64, to="scipy"))), next(iter(data.loader(64, to="cupy", obs="n_genes")))
+    assert found.rows.tolist() == expected.rows.tolist() and (found.X != expected.X).nnz == 0
+    assert found.X.indices.dtype == found.X.indptr.dtype == np.int32
+    dense = next(iter(data.loader(64, to="cupy", dense=True)))
+    assert (expected.X.toarray() == dense.X).all()
