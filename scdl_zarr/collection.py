@@ -36,7 +36,7 @@ from scdl_zarr.errors import (
     StoreNotFoundError,
 )
 from scdl_zarr.reading.batch import RowBatch, import_torch
-from scdl_zarr.reading.joining import GeneMap, join_batches, join_keys
+from scdl_zarr.reading.joining import GeneMap, join_batches, join_keys, split_rows_by_part
 from scdl_zarr.reading.plan import Int64Array, resolve_row, resolve_rows
 from scdl_zarr.resources import usable_cores
 
@@ -318,17 +318,14 @@ class SingleCellCollection:
         """
         numbers = resolve_rows(rows, self.n_obs)
         maps, union = self._joined()
-        stops = np.cumsum([data.n_obs for data in self._datasets.values()], dtype=np.int64)
-        of_store = np.searchsorted(stops, numbers, side="right")
+        stores = list(self._datasets.values())
         wanted = dtype if dtype is not None else self._common_dtype(layer)
         parts = list[tuple[Int64Array, RowBatch]]()
-        for k, data in enumerate(self._datasets.values()):
-            positions = np.flatnonzero(of_store == k)
-            if len(positions):
-                batch = data.read_rows(numbers[positions] - (stops[k] - data.n_obs), layer, wanted)
-                if not maps[k].same:
-                    maps[k].apply(batch, self._unsorted_rows(k, data, layer) if not maps[k].rising else NO_ROWS)
-                parts.append((positions, batch))
+        for k, positions, own in split_rows_by_part([data.n_obs for data in stores], numbers):
+            batch = stores[k].read_rows(own, layer, wanted)
+            if not maps[k].same:
+                maps[k].apply(batch, self._unsorted_rows(k, stores[k], layer) if not maps[k].rising else NO_ROWS)
+            parts.append((positions, batch))
         return join_batches(parts, numbers, len(union), wanted)
 
     def get_row(self, index: SupportsIndex) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

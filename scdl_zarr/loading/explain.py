@@ -6,13 +6,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from scdl_zarr.loading.orders import Rule, Windowed
+from scdl_zarr.loading.units import positions_of
 
 if TYPE_CHECKING:
     from scdl_zarr.loading.loader import Loader
-    from scdl_zarr.reading.plan import Int64Array
 
 __all__ = ["Explanation", "explain"]
 
@@ -102,8 +100,7 @@ def explain(loader: Loader, *, measure: bool) -> Explanation:
     values = rows = chunks = decoded = stored = needed = batches = 0
     known = True
     for unit in units:
-        positions = np.concatenate([np.arange(part.start, part.stop) for part in unit]) % max(n, 1)
-        wanted: Int64Array = order.take(positions)
+        wanted = order.take(positions_of(unit, n))
         for name in options.matrices:
             for reader, own in source.locate(name, wanted):
                 total, cost = reader.cost(own)

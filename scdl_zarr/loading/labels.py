@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from scdl_zarr.reading.plan import Int64Array
 
-__all__ = ["Label", "join_labels", "make_label"]
+__all__ = ["Label", "categories_of", "join_labels", "make_label"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,11 @@ class Label:
         """The numbers of some rows, codes as int64 (what losses expect of classes)."""
         found = self.values[rows]
         return found if self.categories is None else found.astype(np.int64)
+
+
+def categories_of(labels: Mapping[str, Label]) -> dict[str, pd.Index]:
+    """What the codes of columns stand for, of those that have codes."""
+    return {name: label.categories for name, label in labels.items() if label.categories is not None}
 
 
 def make_label(name: str, column: Any) -> Label:

@@ -23,6 +23,7 @@ from scdl_zarr.errors import OptionError
 from scdl_zarr.loading.batches import LoaderBatch
 from scdl_zarr.loading.dealing import Deal
 from scdl_zarr.loading.device import feed
+from scdl_zarr.loading.labels import categories_of
 from scdl_zarr.loading.orders import Drawn, Order, Rule, digest_rows
 from scdl_zarr.loading.processes import Worker, checked_epoch, resolve_ranks, this_worker
 from scdl_zarr.loading.progress import Progress
@@ -101,12 +102,12 @@ class Loader:
     @property
     def n_vars(self) -> int:
         """Columns of X."""
-        return self.source.n_vars if self.options.genes is None else self.options.genes.n
+        return self.options.width(self.source)
 
     @property
     def categories(self) -> dict[str, pd.Index]:
         """What the codes of each categorical or text column of ``obs=`` stand for."""
-        return {name: label.categories for name, label in self.labels.items() if label.categories is not None}
+        return categories_of(self.labels)
 
     @property
     def labels(self) -> dict[str, Label]:
@@ -210,8 +211,8 @@ class Loader:
         """Where this loader is, as a few numbers and texts: the batches that were delivered, not those that were read ahead.
 
         A batch counts as delivered when the loop has it, whatever becomes of it there.  All ranks that have had as many batches
-        give the same state.  After ``break`` it is that of the last batch delivered; an
-        epoch that is over counts as the beginning of the next one.
+        give the same state.  After ``break`` it is that of the last batch delivered; an epoch that is over counts as the
+        beginning of the next one.
         """
         return self._state().as_dict()
 

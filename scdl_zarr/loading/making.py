@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from scdl_zarr.loading.device import resolve_device
 from scdl_zarr.loading.genes import GeneChoice
 from scdl_zarr.loading.loader import Loader
 from scdl_zarr.loading.orders import Chosen, Drawn, Listed, Mixed, Rotated, Rule, Shuffled, Stored, Windowed
-from scdl_zarr.loading.processes import as_count, checked_epoch, resolve_ranks
+from scdl_zarr.loading.processes import as_count, as_integer, checked_epoch, resolve_ranks
 from scdl_zarr.loading.sources import CollectionRows, RowSource, chosen_rows
 from scdl_zarr.loading.units import LoaderOptions
 from scdl_zarr.reading.exactness import checked_dtype
@@ -80,7 +79,7 @@ def make_loader(
         reuse_buffers=bool(reuse_buffers),
     )
     resolve_ranks(rank, world_size)
-    rule = _rule(source, shuffle, rows, sampler, weights, _integer("seed", seed), (run_rows, window_rows), options.tail)
+    rule = _rule(source, shuffle, rows, sampler, weights, as_integer("seed", seed), (run_rows, window_rows), options.tail)
     if source.remote and shuffle in (None, True) and not isinstance(rule, (Drawn, Listed, Rotated)):
         warnings.warn(
             f"{source.path}: with shuffle=True every row is a request of its own; shuffle='window' reads runs of rows",
@@ -167,15 +166,6 @@ def _names(option: str, names: Any) -> tuple[str, ...]:
     if odd:
         raise OptionError(f"{option}={names!r:.200}; expected a name, or a list of names")
     return found
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise OptionError(f"{name}={value!r}; expected an integer") from None
 
 
 def _numpy_dtype(dtype: Any) -> Any:

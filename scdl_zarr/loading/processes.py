@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ from typing import Any, SupportsIndex
 
 from scdl_zarr.errors import OptionError
 
-__all__ = ["Worker", "as_count", "checked_epoch", "resolve_ranks", "this_worker"]
+__all__ = ["Worker", "as_count", "as_integer", "checked_epoch", "resolve_ranks", "this_worker"]
 
-LARGEST_EPOCH = 1 << 62
+LARGEST_EPOCH = (1 << 62) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,23 +59,22 @@ def resolve_ranks(rank: SupportsIndex | None, world_size: SupportsIndex | None) 
     return number, count
 
 
-def checked_epoch(value: Any) -> int:
-    """The number of an epoch: any integer that shared memory holds."""
+def as_integer(name: str, value: Any, *, expected: str = "an integer", low: float = -math.inf, high: float = math.inf) -> int:
+    """An option that is an integer (which True is not) from `low` to `high`."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
-    if number is None or abs(number) >= LARGEST_EPOCH:
-        raise OptionError(f"epoch={value!r}; expected an integer below 2**62")
+    if number is None or not low <= number <= high:
+        raise OptionError(f"{name}={value!r}; expected {expected}")
     return number
+
+
+def checked_epoch(value: Any) -> int:
+    """The number of an epoch: any integer that shared memory holds."""
+    return as_integer("epoch", value, expected="an integer below 2**62", low=-LARGEST_EPOCH, high=LARGEST_EPOCH)
 
 
 def as_count(name: str, value: Any, *, smallest: int) -> int:
     """An option that is a number of things."""
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if number < smallest:
-        raise OptionError(f"{name}={value!r}; expected an integer of at least {smallest}")
-    return number
+    return as_integer(name, value, expected=f"an integer of at least {smallest}", low=smallest)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.errors import FeatureNameError, OptionError
+from scdl_zarr.errors import OptionError
 from scdl_zarr.loading.labels import Label, join_labels, make_label
 from scdl_zarr.loading.state import digest_facts, identify_store
 from scdl_zarr.reading.buffers import BufferSource
-from scdl_zarr.reading.carrying import Carrier
+from scdl_zarr.reading.carrying import Carrier, require_names
+from scdl_zarr.reading.joining import split_rows_by_part
 from scdl_zarr.reading.plan import Int64Array, resolve_rows
 
 if TYPE_CHECKING:
@@ -105,10 +106,7 @@ class DatasetRows:
         return identify_store(self._data.metadata, self.n_obs, self.n_vars)
 
     def require(self, layers: Sequence[str], obsm: Sequence[str]) -> None:
-        for kind, names, there in (("layer", layers, self._data.layers), ("obsm", obsm, list(self._data.obsm))):
-            for name in names:
-                if name not in there:
-                    raise FeatureNameError(f"{self.path} has no {kind} {name!r}; it has: {', '.join(there) or 'none'}")
+        require_names(self._data, {"layer": layers, "obsm": obsm})
 
     def read(
         self,
@@ -170,7 +168,6 @@ class CollectionRows:
     ) -> None:
         self.path, self._parts, self._read, self._genes = path, dict(parts), read, genes
         self._sizes = [part.n_obs for part in self._parts.values()]
-        self._stops = np.cumsum(self._sizes, dtype=np.int64)
         self.n_obs = sum(self._sizes)
         self.n_vars = len(genes())
         self.threads = max((part.threads for part in self._parts.values()), default=1)
@@ -225,7 +222,7 @@ class CollectionRows:
         return join_labels(name, [part.label(name) for part in self._parts.values()])
 
     def query(self, query: str) -> Int64Array:
-        starts = self._stops - self._sizes
+        starts = np.cumsum([0, *self._sizes[:-1]])
         return np.concatenate([start + part.query(query) for start, part in zip(starts, self._parts.values(), strict=True)])
 
     def gene_names(self) -> pd.Index:
@@ -245,13 +242,8 @@ class CollectionRows:
 
     def _located(self, rows: Int64Array) -> list[tuple[DatasetRows, Int64Array, Int64Array]]:
         """Each dataset that has some of the rows, their places among them and their numbers in it."""
-        of_part = np.searchsorted(self._stops, rows, side="right")
-        found = []
-        for k, part in enumerate(self._parts.values()):
-            mine = np.flatnonzero(of_part == k)
-            if len(mine):
-                found.append((part, mine, rows[mine] - (self._stops[k] - part.n_obs)))
-        return found
+        parts = list(self._parts.values())
+        return [(parts[k], mine, own) for k, mine, own in split_rows_by_part(self._sizes, rows)]
 
 
 def chosen_rows(source: RowSource, rows: Any) -> Int64Array | None:

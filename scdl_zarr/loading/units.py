@@ -21,6 +21,7 @@ from scdl_zarr.loading.ahead import do_ahead
 from scdl_zarr.loading.batches import LoaderBatch, MatrixForm
 from scdl_zarr.loading.dealing import Part, Tail
 from scdl_zarr.loading.device import has_pinned_memory, pack, pinned_memory
+from scdl_zarr.loading.labels import categories_of
 from scdl_zarr.loading.processes import this_worker
 from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.buffers import BufferPool, BufferSource, Lease, ReusedBuffers
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from scdl_zarr.loading.progress import Progress
     from scdl_zarr.loading.sources import RowSource
 
-__all__ = ["LoaderOptions", "UnitPlan", "UnitReader", "cut_rows"]
+__all__ = ["LoaderOptions", "UnitPlan", "UnitReader", "cut_rows", "positions_of"]
 
 UNIT_BYTES = 16 << 20  # read together, where batches are smaller
 AHEAD_BYTES = 256 << 20  # beyond which no more than one unit waits
@@ -67,6 +68,10 @@ class LoaderOptions:
     def matrices(self) -> tuple[str | None, ...]:
         """X (None, or the layer in its place) and the layers."""
         return (self.layer, *self.layers)
+
+    def width(self, source: RowSource) -> int:
+        """Columns of X."""
+        return source.n_vars if self.genes is None else self.genes.n
 
     @property
     def pinned(self) -> bool:
@@ -117,10 +122,9 @@ class UnitPlan:
     @classmethod
     def of(cls, options: LoaderOptions, source: RowSource, *, n: int | None, window: int, world_size: int) -> UnitPlan:
         """The plan for an order of `n` rows (None: not known) with windows of so many, of which this rank has its share."""
-        n_vars = source.n_vars if options.genes is None else options.genes.n
         per_row = sum(source.values_per_row(name) * SPARSE_BYTES for name in options.matrices)
         if options.form.dense and options.device is None:
-            per_row += n_vars * 4 * len(options.matrices)
+            per_row += options.width(source) * 4 * len(options.matrices)
         batch_bytes = max(int(options.batch_size * per_row), 1)
         batches = max(1, UNIT_BYTES // (batch_bytes + options.batch_size * ROW_BYTES + BATCH_BYTES))
         if window:
@@ -152,15 +156,23 @@ class UnitPlan:
         """Batches that are read together."""
         unit = list[Part]()
         for part in parts:
-            full = (
-                part.start // self.window != unit[0].start // self.window if self.window and unit else len(unit) >= self.batches
-            )
-            if full and unit:
+            if unit and self._is_full(unit, part):
                 yield unit
                 unit = []
             unit.append(part)
         if unit:
             yield unit
+
+    def _is_full(self, unit: list[Part], following: Part) -> bool:
+        if self.window:
+            return following.start // self.window != unit[0].start // self.window
+        return len(unit) >= self.batches
+
+
+def positions_of(unit: Sequence[Part], n: int) -> Int64Array:
+    """The positions of a unit's batches in an order of `n`; what fills them up beyond it is the order's beginning again."""
+    positions = np.concatenate([np.arange(part.start, part.stop) for part in unit])
+    return positions % n if unit[-1].padding else positions
 
 
 class UnitReader:
@@ -177,7 +189,7 @@ class UnitReader:
     ) -> None:
         self._source, self._options, self._order, self._progress = source, options, order, progress
         self._labels, self._memory = labels, memory
-        self._categories = {name: label.categories for name, label in labels.items() if label.categories is not None}
+        self._categories = categories_of(labels)
 
     def batches(self, plan: UnitPlan, counts: deque[int]) -> Generator[LoaderBatch, None, None]:
         """The batches that are left, in order; the stored values of each are appended to `counts`."""
@@ -198,10 +210,7 @@ class UnitReader:
         lease = self._memory.lease() if isinstance(self._memory, ReusedBuffers) else None
         memory = self._memory if isinstance(self._memory, BufferPool) else lease
         assert memory is not None
-        positions = np.concatenate([np.arange(part.start, part.stop) for part in unit])
-        if unit[-1].padding:
-            positions %= self._progress.deal.n
-        rows = self._order.take(positions)
+        rows = self._order.take(positions_of(unit, self._progress.deal.n))
         error = None
         try:
             made = self._read(unit, rows, memory, helpers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from scdl_zarr.reading.row_arrays import LazyArrays
     from scdl_zarr.reading.tables import LazyTable
 
-__all__ = ["Carrier", "read_batch"]
+__all__ = ["Carrier", "read_batch", "require_names"]
 
 Names = str | Sequence[str]
 
@@ -37,17 +37,23 @@ class Carrier(Protocol):
 def read_batch(data: Carrier, rows: Int64Array, layers: Names, obsm: Names, obs: Names, dtype: npt.DTypeLike | None) -> Batch:
     """See :meth:`scdl_zarr.SingleCellZarrDataset.read_batch`."""
     wanted = {"layer": _listed(layers), "obsm": _listed(obsm), "obs column": _listed(obs)}
-    there = {"layer": data.layers, "obsm": list(data.obsm), "obs column": data.obs.columns}
-    for kind, names in wanted.items():  # before anything is read
-        for name in names:
-            if name not in there[kind]:
-                raise FeatureNameError(f"{data.path} has no {kind} {name!r}; it has: {', '.join(there[kind]) or 'none'}")
+    require_names(data, wanted)  # before anything is read
     return Batch(
         X=data.read_rows(rows, dtype=dtype),
         layers={name: data.read_rows(rows, layer=name, dtype=dtype) for name in wanted["layer"]},
         obsm={name: data.obsm.read(name, rows) for name in wanted["obsm"]},
         obs={name: data.obs.lookup(name)[rows] for name in wanted["obs column"]},
     )
+
+
+def require_names(data: Carrier, wanted: Mapping[str, Sequence[str]]) -> None:
+    """Refuse names, by kind ("layer", "obsm" or "obs column"), of what a dataset does not have."""
+    known = {"layer": lambda: data.layers, "obsm": lambda: list(data.obsm), "obs column": lambda: data.obs.columns}
+    for kind, names in wanted.items():
+        there = known[kind]() if names else []
+        for name in names:
+            if name not in there:
+                raise FeatureNameError(f"{data.path} has no {kind} {name!r}; it has: {', '.join(there) or 'none'}")
 
 
 def _listed(names: Names) -> list[str]:

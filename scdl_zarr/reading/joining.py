@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.plan import Int64Array
 
-__all__ = ["GeneMap", "join_batches", "join_keys"]
+__all__ = ["GeneMap", "join_batches", "join_keys", "split_rows_by_part"]
 
 
 def join_keys(known: dict[tuple[Any, int], int], keys: Iterable[Any]) -> Int64Array:
@@ -52,6 +52,18 @@ class GeneMap:
             order = np.lexsort((keys, of_row))
             ids, batch.data = ids[order], batch.data[order]
         batch.indices = ids.astype(batch.indices.dtype)
+
+
+def split_rows_by_part(sizes: Sequence[int], rows: Int64Array) -> list[tuple[int, Int64Array, Int64Array]]:
+    """Rows that are numbered through several parts: for each that has some its number, their places, their numbers in it."""
+    stops = np.cumsum(sizes, dtype=np.int64)
+    of_part = np.searchsorted(stops, rows, side="right")
+    found = []
+    for k, size in enumerate(sizes):
+        places = np.flatnonzero(of_part == k)
+        if len(places):
+            found.append((k, places, rows[places] - (stops[k] - size)))
+    return found
 
 
 def join_batches(
