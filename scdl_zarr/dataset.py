@@ -590,6 +590,10 @@ class SingleCellZarrDataset:
         prefetch: int | None = None,
         layer: str | None = None,
         genes: Any = None,
+        ignore_gene_versions: bool = False,
+        gene_key: str | None = None,
+        transforms: Any = (),
+        tokens: Any = None,
         obs: str | Sequence[str] = (),
         layers: str | Sequence[str] = (),
         obsm: str | Sequence[str] = (),
@@ -637,7 +641,16 @@ class SingleCellZarrDataset:
             Name of a layer to give as X.
         genes
             Genes to give, in this order: names (those that the store has not become columns without values), the path of a text
-            file of names, numbers, or a mask.  By default all.
+            file of names, numbers, or a mask.  By default all.  They are chosen while rows are decoded.
+        ignore_gene_versions
+            Take Ensembl identifiers without their versions, on both sides: ``ENSG00000139618.15`` is ``ENSG00000139618``.
+        gene_key
+            Column of var that the names of `genes` and `tokens` are found in; by default `var_names`.
+        transforms
+            What becomes of the values of X, in this order: ``[Normalize(1e4), Log1p()]``, of :mod:`scdl_zarr.transforms`, which
+            also has those that leave out values.  Genes are chosen before the first one that does, or else at the end.
+        tokens
+            Give cells as tokens, in ``batch.tokens``, instead of X: a scheme of :mod:`scdl_zarr.tokens`.
         obs, layers, obsm
             Columns, layers and arrays that come along.  Columns are held in memory (1 to 8 bytes a row).
         to
@@ -702,6 +715,10 @@ class SingleCellZarrDataset:
             prefetch=prefetch,
             layer=layer,
             genes=genes,
+            ignore_gene_versions=ignore_gene_versions,
+            gene_key=gene_key,
+            transforms=transforms,
+            tokens=tokens,
             obs=obs,
             layers=layers,
             obsm=obsm,

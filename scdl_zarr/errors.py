@@ -17,6 +17,7 @@
     ├── ForkedProcessError        RuntimeError        what does not survive a fork (a library, threads) is needed in a child
     ├── SourceError               ValueError          a source file cannot be converted
     ├── InexactValueError         ValueError          a value does not survive the dtype that was asked for
+    ├── TransformError            ValueError          a transform met a value that it is not for
     ├── OptionError               ValueError          an argument outside what a call accepts
     ├── RowIndexError             IndexError          a row or gene number out of range
     ├── FeatureNameError          KeyError            a column, layer or gene name that is not there
@@ -48,6 +49,7 @@ __all__ = [
     "StoreNotFoundError",
     "StoreReplacedError",
     "StoreUnreachableError",
+    "TransformError",
     "UncommittedStoreError",
 ]
 
@@ -122,6 +124,10 @@ class SourceError(ScdlZarrError, ValueError):
 
 class InexactValueError(ScdlZarrError, ValueError):
     """A value would change in the dtype that was asked for."""
+
+
+class TransformError(ScdlZarrError, ValueError):
+    """A transform or a scheme of tokens met a value that it is not for."""
 
 
 class OptionError(ScdlZarrError, ValueError):

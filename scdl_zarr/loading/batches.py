@@ -18,10 +18,28 @@ from scdl_zarr.reading.plan import Int64Array
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["FORMS", "Form", "LoaderBatch", "MatrixForm", "import_cupy", "say_nothing_of_beta"]
+__all__ = ["FORMS", "Form", "LoaderBatch", "MatrixForm", "Tokens", "import_cupy", "say_nothing_of_beta"]
 
 Form = Literal["torch", "scipy", "numpy", "cupy"]
 FORMS: tuple[Form, ...] = ("torch", "scipy", "numpy", "cupy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """The cells of a batch as tokens (``tokens=`` of the loader).
+
+    Attributes
+    ----------
+    ids : int32 or int64 tensor or ndarray of shape (rows, length)
+    mask : bool tensor or ndarray of shape (rows, length)
+        True where there is a token: an attention mask.
+    values : float32 tensor or ndarray of shape (rows, length), or None
+        What the scheme gives beside the tokens.
+    """
+
+    ids: Any
+    mask: Any
+    values: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +50,8 @@ class LoaderBatch:
     ----------
     X
         The values, as the loader's ``to`` and ``dense`` say: a ``torch.sparse_csr_tensor`` (row pointers and gene ids int32), a
-        ``scipy.sparse.csr_matrix``, a :class:`scdl_zarr.RowBatch`, or a dense tensor or array.  Shape (rows, genes).
+        ``scipy.sparse.csr_matrix``, a :class:`scdl_zarr.RowBatch`, or a dense tensor or array.  Shape (rows, genes).  None where
+        cells come as tokens.
     rows : int64 ndarray of shape (rows,)
         The store's row numbers.  They stay in the host's memory.
     obs : dict of tensor or ndarray of shape (rows,)
@@ -43,6 +62,8 @@ class LoaderBatch:
         As X, by the name of the layer.
     obsm : dict of tensor or ndarray of shape (rows, ...)
         By the name of the array.
+    tokens : Tokens or None
+        The cells as tokens, where the loader makes some.
     padding : int
         How many rows at the end of this batch fill it up (``tail="pad"``): they were, or will be, in another one of the epoch.
     """
@@ -53,6 +74,7 @@ class LoaderBatch:
     categories: dict[str, pd.Index] = field(default_factory=dict)
     layers: dict[str, Any] = field(default_factory=dict)
     obsm: dict[str, Any] = field(default_factory=dict)
+    tokens: Tokens | None = None
     padding: int = 0
 
     def __len__(self) -> int:
@@ -60,7 +82,9 @@ class LoaderBatch:
 
     def __repr__(self) -> str:
         carried = [f"{group}: {', '.join(names)}" for group in ("layers", "obsm", "obs") if (names := getattr(self, group))]
-        return f"LoaderBatch({'; '.join([f'{len(self)} rows × {self.X.shape[1]} genes', *carried])})"
+        X, tokens = self.X, self.tokens  # noqa: N806 - AnnData's name
+        shape = f"{X.shape[1]} genes" if X is not None else f"{0 if tokens is None else tokens.ids.shape[1]} tokens"
+        return f"LoaderBatch({'; '.join([f'{len(self)} rows × {shape}', *carried])})"
 
     def to(self, device: Any, *, non_blocking: bool = False) -> LoaderBatch:
         """The batch with its tensors on a device; what is no tensor stays as it is."""
@@ -79,9 +103,11 @@ class LoaderBatch:
         def changed_all(values: dict[str, Any]) -> dict[str, Any]:
             return {name: changed(value) for name, value in values.items()}
 
-        return replace(
-            self, X=changed(self.X), obs=changed_all(self.obs), layers=changed_all(self.layers), obsm=changed_all(self.obsm)
-        )
+        tokens = self.tokens
+        if tokens is not None:
+            tokens = Tokens(ids=changed(tokens.ids), mask=changed(tokens.mask), values=changed(tokens.values))
+        dicts: dict[str, Any] = {name: changed_all(getattr(self, name)) for name in ("obs", "layers", "obsm")}
+        return replace(self, X=changed(self.X), tokens=tokens, **dicts)
 
 
 def _pinned(tensor: Any) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.errors import OptionError
-from scdl_zarr.loading.batches import LoaderBatch
+from scdl_zarr.loading.batches import LoaderBatch, Tokens
 from scdl_zarr.loading.processes import this_worker
 from scdl_zarr.reading.batch import RowBatch, import_torch
 from scdl_zarr.reading.buffers import BufferSource
@@ -170,7 +170,8 @@ def _handed_out(host: LoaderBatch, moved: LoaderBatch, done: Any, device: Any, t
 
 def _each_tensor(batch: LoaderBatch, act: Callable[[Any], None]) -> None:
     torch = import_torch()
-    for value in (batch.X, *batch.obs.values(), *batch.layers.values(), *batch.obsm.values()):
+    tokens = () if batch.tokens is None else (batch.tokens.ids, batch.tokens.mask, batch.tokens.values)
+    for value in (batch.X, *batch.obs.values(), *batch.layers.values(), *batch.obsm.values(), *tokens):
         if not isinstance(value, torch.Tensor):
             continue
         if value.layout == torch.sparse_csr:
@@ -184,8 +185,11 @@ def _moved(batch: LoaderBatch, device: Any, *, non_blocking: bool) -> LoaderBatc
     def moved(value: Any) -> Any:
         if isinstance(value, PackedRows):
             return unpack(value, device, non_blocking=non_blocking)
-        return value.to(device, non_blocking=non_blocking)
+        return None if value is None else value.to(device, non_blocking=non_blocking)
 
+    tokens = batch.tokens
+    if tokens is not None:
+        tokens = Tokens(ids=moved(tokens.ids), mask=moved(tokens.mask), values=moved(tokens.values))
     return LoaderBatch(
         X=moved(batch.X),
         rows=batch.rows,
@@ -193,6 +197,7 @@ def _moved(batch: LoaderBatch, device: Any, *, non_blocking: bool) -> LoaderBatc
         categories=batch.categories,
         layers={name: moved(value) for name, value in batch.layers.items()},
         obsm={name: moved(value) for name, value in batch.obsm.items()},
+        tokens=tokens,
         padding=batch.padding,
     )
 

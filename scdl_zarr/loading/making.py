@@ -17,7 +17,9 @@ from scdl_zarr.loading.genes import GeneChoice
 from scdl_zarr.loading.loader import Loader
 from scdl_zarr.loading.orders import Chosen, Drawn, Listed, Mixed, Rotated, Rule, Shuffled, Stored, Windowed
 from scdl_zarr.loading.processes import as_count, as_integer, checked_epoch, resolve_ranks
+from scdl_zarr.loading.row_pass import RowPass, checked_transforms
 from scdl_zarr.loading.sources import CollectionRows, RowSource, chosen_rows
+from scdl_zarr.loading.tokens import Tokenizer
 from scdl_zarr.loading.units import LoaderOptions
 from scdl_zarr.reading.exactness import checked_dtype
 from scdl_zarr.reading.plan import resolve_rows
@@ -44,6 +46,10 @@ def make_loader(
     prefetch: int | None = None,
     layer: str | None = None,
     genes: Any = None,
+    ignore_gene_versions: bool = False,
+    gene_key: str | None = None,
+    transforms: Any = (),
+    tokens: Any = None,
     obs: str | Sequence[str] = (),
     layers: str | Sequence[str] = (),
     obsm: str | Sequence[str] = (),
@@ -63,6 +69,10 @@ def make_loader(
     wanted = None if dtype is None else checked_dtype(_numpy_dtype(dtype))
     if to == "scipy" and not dense and wanted == np.float16:
         raise OptionError("SciPy holds no sparse float16; choose dense=True, to='numpy' or dtype='float32'")
+    names, unversioned = source.gene_names(gene_key), bool(ignore_gene_versions)
+    choice = None if genes is None else GeneChoice.of(genes, names, ignore_versions=unversioned)
+    tokenizer = _tokenizer(tokens, names if choice is None else choice.names, source, unversioned, dense or dtype is not None)
+    steps = RowPass.of(checked_transforms(transforms), choice, source.path, tokenizer)
     options = LoaderOptions(
         batch_size=as_count("batch_size", batch_size, smallest=1),
         tail=_tail(drop_last, tail),
@@ -72,7 +82,9 @@ def make_loader(
         obs=_names("obs", obs),
         layers=_names("layers", layers),
         obsm=_names("obsm", obsm),
-        genes=None if genes is None else GeneChoice.of(genes, source.gene_names()),
+        steps=steps if steps.transforms or choice is not None or tokenizer is not None else None,
+        layer_steps=None if choice is None else RowPass.of((), choice, source.path),
+        seed=as_integer("seed", seed),
         dtype=wanted,
         device=resolve_device(device),
         pin_memory=bool(pin_memory),
@@ -136,6 +148,20 @@ def _mixed(source: RowSource, shuffle: Shuffle, rows: Any, sampler: Any, weights
     if rows is not None or sampler is not None or shuffle not in (None, True):
         raise OptionError("weights give an order of their own; leave shuffle, rows and sampler out")
     return Mixed.of(source.sizes, source.weights(weights), n=source.n_obs, seed=seed)
+
+
+def _tokenizer(tokens: Any, names: Any, source: RowSource, unversioned: bool, of_matrix: bool) -> Tokenizer | None:
+    """The scheme of tokens for these genes."""
+    if tokens is None:
+        return None
+    if isinstance(tokens, type) or not hasattr(tokens, "bind"):
+        raise OptionError(f"tokens={tokens!r:.200}; expected a scheme such as GeneValues(length=2048), of scdl_zarr.tokens")
+    if of_matrix:
+        raise OptionError("dense and dtype say how X comes, and with tokens= there is none")
+    found: Tokenizer = tokens.bind(names, ignore_versions=unversioned)
+    if found.totals is not None and source.label(found.totals).categories is not None:
+        raise OptionError(f"totals={found.totals!r}: this column of obs holds no numbers")
+    return found
 
 
 def _is_list(sampler: Any) -> bool:

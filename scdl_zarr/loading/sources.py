@@ -14,6 +14,7 @@ from scdl_zarr.loading.labels import Label, join_labels, make_label
 from scdl_zarr.loading.state import digest_facts, identify_store
 from scdl_zarr.reading.buffers import BufferSource
 from scdl_zarr.reading.carrying import Carrier, require_names
+from scdl_zarr.reading.csr import float_dtype, visit_batch
 from scdl_zarr.reading.joining import split_rows_by_part
 from scdl_zarr.reading.plan import Int64Array, resolve_rows
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from scdl_zarr.reading.batch import RowBatch
     from scdl_zarr.reading.csr import CsrReader
+    from scdl_zarr.reading.row_blocks import RowVisitor
+    from scdl_zarr.reading.tables import LazyTable
 
 __all__ = ["CollectionRows", "DatasetRows", "RowSource", "chosen_rows"]
 
@@ -35,6 +38,8 @@ class Data(Carrier, Protocol):
     def n_vars(self) -> int: ...
     @property
     def var_names(self) -> pd.Index: ...
+    @property
+    def var(self) -> LazyTable: ...
     @property
     def metadata(self) -> dict[str, Any]: ...
 
@@ -69,6 +74,20 @@ class RowSource(Protocol):
     ) -> RowBatch:
         """Rows of X or of a layer."""
 
+    def visit(
+        self,
+        rows: Int64Array,
+        layer: str | None,
+        dtype: npt.DTypeLike | None,
+        visitor: RowVisitor,
+        pool: BufferSource,
+        helpers: ThreadPoolExecutor | None,
+    ) -> None:
+        """Hand rows of X or of a layer to a visitor."""
+
+    def float_dtype(self, layer: str | None) -> np.dtype[Any]:
+        """The float dtype that values come out as: float32 where that holds all of them, else float64."""
+
     def read_obsm(self, name: str, rows: Int64Array) -> npt.NDArray[Any]:
         """Rows of an array."""
 
@@ -78,8 +97,8 @@ class RowSource(Protocol):
     def query(self, query: str) -> Int64Array:
         """The rows for which a query of obs holds."""
 
-    def gene_names(self) -> pd.Index:
-        """Names of the genes, in order."""
+    def gene_names(self, key: str | None = None) -> pd.Index:
+        """Names of the genes, in order: `var_names`, or a column of var."""
 
     def readers(self, layer: str | None) -> list[CsrReader]:
         """The matrices behind X or a layer."""
@@ -118,6 +137,20 @@ class DatasetRows:
     ) -> RowBatch:
         return self._reader(layer).read(rows, dtype, pool=pool, helpers=helpers)
 
+    def visit(
+        self,
+        rows: Int64Array,
+        layer: str | None,
+        dtype: npt.DTypeLike | None,
+        visitor: RowVisitor,
+        pool: BufferSource,
+        helpers: ThreadPoolExecutor | None,
+    ) -> None:
+        self._reader(layer).visit(rows, visitor, dtype, pool=pool, helpers=helpers)
+
+    def float_dtype(self, layer: str | None) -> np.dtype[Any]:
+        return float_dtype(self._reader(layer).layout)
+
     def read_obsm(self, name: str, rows: Int64Array) -> npt.NDArray[Any]:
         return np.asarray(self._data.obsm.read(name, rows))
 
@@ -129,8 +162,8 @@ class DatasetRows:
 
         return query_rows(self._data.obs, query)
 
-    def gene_names(self) -> pd.Index:
-        return self._data.var_names
+    def gene_names(self, key: str | None = None) -> pd.Index:
+        return self._data.var_names if key is None else _names_of(key, self._data.var.lookup(key))
 
     def readers(self, layer: str | None) -> list[CsrReader]:
         return [self._reader(layer)]
@@ -206,6 +239,21 @@ class CollectionRows:
     ) -> RowBatch:
         return self._read(rows, layer, dtype)
 
+    def visit(
+        self,
+        rows: Int64Array,
+        layer: str | None,
+        dtype: npt.DTypeLike | None,
+        visitor: RowVisitor,
+        _pool: BufferSource,
+        _helpers: ThreadPoolExecutor | None,
+    ) -> None:
+        visit_batch(self._read(rows, layer, dtype), visitor)
+
+    def float_dtype(self, layer: str | None) -> np.dtype[Any]:
+        found = [part.float_dtype(layer) for part in self._parts.values()]
+        return np.result_type(np.float32, *found)
+
     def read_obsm(self, name: str, rows: Int64Array) -> npt.NDArray[Any]:
         found = [(mine, part.read_obsm(name, own)) for part, mine, own in self._located(rows)]
         shapes = {values.shape[1:] for _, values in found}
@@ -225,7 +273,11 @@ class CollectionRows:
         starts = np.cumsum([0, *self._sizes[:-1]])
         return np.concatenate([start + part.query(query) for start, part in zip(starts, self._parts.values(), strict=True)])
 
-    def gene_names(self) -> pd.Index:
+    def gene_names(self, key: str | None = None) -> pd.Index:
+        if key is not None:
+            raise OptionError(
+                f"gene_key={key!r}: the genes of a collection are matched by var_names; convert its sources with var_key={key!r}"
+            )
         return self._genes()
 
     def readers(self, layer: str | None) -> list[CsrReader]:
@@ -244,6 +296,17 @@ class CollectionRows:
         """Each dataset that has some of the rows, their places among them and their numbers in it."""
         parts = list(self._parts.values())
         return [(parts[k], mine, own) for k, mine, own in split_rows_by_part(self._sizes, rows)]
+
+
+def _names_of(key: str, column: Any) -> pd.Index:
+    """Names of genes out of a column of var."""
+    import pandas as pd
+
+    names = pd.Index(pd.Series(column).astype(object))
+    odd = [k for k, name in enumerate(names) if not isinstance(name, str)]
+    if odd:
+        raise OptionError(f"gene_key={key!r}: gene {odd[0]} has {names[odd[0]]!r} there; expected names")
+    return names
 
 
 def chosen_rows(source: RowSource, rows: Any) -> Int64Array | None:

@@ -18,21 +18,22 @@ import numpy as np
 import numpy.typing as npt
 
 from scdl_zarr.loading.ahead import do_ahead
-from scdl_zarr.loading.batches import LoaderBatch, MatrixForm
+from scdl_zarr.loading.batches import LoaderBatch, MatrixForm, Tokens
 from scdl_zarr.loading.dealing import Part, Tail
 from scdl_zarr.loading.device import has_pinned_memory, pack, pinned_memory
 from scdl_zarr.loading.labels import categories_of
 from scdl_zarr.loading.processes import this_worker
+from scdl_zarr.loading.row_pass import Drawing, RowPass
 from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.buffers import BufferPool, BufferSource, Lease, ReusedBuffers
 from scdl_zarr.reading.plan import Int64Array
 
 if TYPE_CHECKING:
-    from scdl_zarr.loading.genes import GeneChoice
     from scdl_zarr.loading.labels import Label
     from scdl_zarr.loading.orders import Order
     from scdl_zarr.loading.progress import Progress
     from scdl_zarr.loading.sources import RowSource
+    from scdl_zarr.loading.tokens import Tokenizer, TokenTable
 
 __all__ = ["LoaderOptions", "UnitPlan", "UnitReader", "cut_rows", "positions_of"]
 
@@ -40,6 +41,7 @@ UNIT_BYTES = 16 << 20  # read together, where batches are smaller
 AHEAD_BYTES = 256 << 20  # beyond which no more than one unit waits
 LARGEST_KEPT_BYTES = 1 << 32
 SPARSE_BYTES = 8  # of a stored value: float32 and int32
+TOKEN_BYTES = 9  # of a token, with a value and its place in the mask
 ROW_BYTES, BATCH_BYTES = 32, 1 << 12  # what a row and a batch cost beside that, as if it were bytes
 
 Made = tuple[LoaderBatch, int]  # and its stored values
@@ -58,11 +60,18 @@ class LoaderOptions:
     obs: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
     obsm: tuple[str, ...] = ()
-    genes: GeneChoice | None = None
+    steps: RowPass | None = None  # of X
+    layer_steps: RowPass | None = None  # of the other layers: genes are chosen, and nothing else
+    seed: int = 0
     dtype: np.dtype[Any] | None = None
     device: Any = None  # of torch; None for the host
     pin_memory: bool = False
     reuse_buffers: bool = False
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What makes tokens of X, if they are wanted in its place."""
+        return None if self.steps is None else self.steps.tokenizer
 
     @property
     def matrices(self) -> tuple[str | None, ...]:
@@ -71,7 +80,11 @@ class LoaderOptions:
 
     def width(self, source: RowSource) -> int:
         """Columns of X."""
-        return source.n_vars if self.genes is None else self.genes.n
+        return source.n_vars if self.steps is None or self.steps.genes is None else self.steps.genes.n
+
+    def pass_of(self, matrix: str | None) -> RowPass | None:
+        """What becomes of a matrix's rows; None: nothing."""
+        return self.steps if matrix == self.layer else self.layer_steps
 
     @property
     def pinned(self) -> bool:
@@ -100,6 +113,12 @@ class LoaderOptions:
         found[...] = values
         return found
 
+    def tokens(self, table: TokenTable, start: int, stop: int) -> Tokens:
+        """The tokens of some rows, as they are handed out; page-locked if their memory is."""
+        array = self.form.array
+        values = None if table.values is None else array(table.values[start:stop])
+        return Tokens(ids=array(table.ids[start:stop]), mask=array(table.mask[start:stop]), values=values)
+
     def matrix(self, batch: RowBatch, memory: BufferSource) -> Any:
         """X or a layer, as it is handed out, or as it crosses to the device."""
         if self.device is None:
@@ -123,7 +142,9 @@ class UnitPlan:
     def of(cls, options: LoaderOptions, source: RowSource, *, n: int | None, window: int, world_size: int) -> UnitPlan:
         """The plan for an order of `n` rows (None: not known) with windows of so many, of which this rank has its share."""
         per_row = sum(source.values_per_row(name) * SPARSE_BYTES for name in options.matrices)
-        if options.form.dense and options.device is None:
+        if options.tokenizer is not None:
+            per_row = max(per_row, options.tokenizer.length * TOKEN_BYTES)
+        elif options.form.dense and options.device is None:
             per_row += options.width(source) * 4 * len(options.matrices)
         batch_bytes = max(int(options.batch_size * per_row), 1)
         batches = max(1, UNIT_BYTES // (batch_bytes + options.batch_size * ROW_BYTES + BATCH_BYTES))
@@ -210,19 +231,21 @@ class UnitReader:
         lease = self._memory.lease() if isinstance(self._memory, ReusedBuffers) else None
         memory = self._memory if isinstance(self._memory, BufferPool) else lease
         assert memory is not None
-        rows = self._order.take(positions_of(unit, self._progress.deal.n))
+        positions = positions_of(unit, self._progress.deal.n)
+        rows = self._order.take(positions)
+        drawing = Drawing(seed=self._options.seed, epoch=self._progress.begun.epoch, positions=positions)
         error = None
         try:
-            made = self._read(unit, rows, memory, helpers)
+            made = self._read(unit, rows, drawing, memory, helpers)
         except Exception:
             if len(unit) == 1:
                 raise
-            made, error = self._read_singly(unit, rows, memory, helpers)
+            made, error = self._read_singly(unit, rows, drawing, memory, helpers)
         self._progress.meter.add_read(time.perf_counter() - began)
         return made, lease, error
 
     def _read_singly(
-        self, unit: Sequence[Part], rows: Int64Array, memory: BufferSource, helpers: ThreadPoolExecutor | None
+        self, unit: Sequence[Part], rows: Int64Array, drawing: Drawing, memory: BufferSource, helpers: ThreadPoolExecutor | None
     ) -> tuple[deque[Made], Exception | None]:
         """The batches before the first one that cannot be read, and why it cannot."""
         made: deque[Made] = deque()
@@ -230,19 +253,23 @@ class UnitReader:
         for part in unit:
             start, stop = stop, stop + part.stop - part.start
             try:
-                made += self._read([part], rows[start:stop], memory, helpers)
+                made += self._read([part], rows[start:stop], drawing.cut(start, stop), memory, helpers)
             except Exception as error:
                 return made, error
         return made, None
 
     def _read(
-        self, unit: Sequence[Part], rows: Int64Array, memory: BufferSource, helpers: ThreadPoolExecutor | None
+        self, unit: Sequence[Part], rows: Int64Array, drawing: Drawing, memory: BufferSource, helpers: ThreadPoolExecutor | None
     ) -> deque[Made]:
         options, source, array = self._options, self._source, self._options.form.array
         matrices = {}
-        for name in options.matrices:
-            found = source.read(rows, name, options.read_dtype(source.stored_dtype(name)), memory, helpers)
-            matrices[name] = found if options.genes is None else options.genes.apply(found, source.path, memory)
+        table = self._tokens(rows, drawing, memory, helpers)
+        for name in options.matrices if table is None else options.layers:
+            dtype, steps = options.read_dtype(source.stored_dtype(name)), options.pass_of(name)
+            if steps is None:
+                matrices[name] = source.read(rows, name, dtype, memory, helpers)
+            else:
+                matrices[name] = steps.read(source, rows, name, dtype, memory, helpers, drawing)
         obsm = {name: options.placed(source.read_obsm(name, rows), memory) for name in options.obsm}
         labels = {name: options.placed(label.take(rows), memory) for name, label in self._labels.items()}
         made: deque[Made] = deque()
@@ -251,16 +278,29 @@ class UnitReader:
             start, stop = stop, stop + part.stop - part.start
             cut = {name: cut_rows(batch, start, stop) for name, batch in matrices.items()}
             batch = LoaderBatch(
-                X=options.matrix(cut[options.layer], memory),
+                X=None if table is not None else options.matrix(cut[options.layer], memory),
                 rows=rows[start:stop],
                 obs={name: array(values[start:stop]) for name, values in labels.items()},
                 categories=self._categories,
                 layers={name: options.matrix(cut[name], memory) for name in options.layers},
                 obsm={name: array(values[start:stop]) for name, values in obsm.items()},
+                tokens=None if table is None else options.tokens(table, start, stop),
                 padding=part.padding,
             )
-            made.append((batch.pin_memory() if pin else batch, len(cut[options.layer].data)))
+            count = len(cut[options.layer].data) if table is None else int(table.lengths[start:stop].sum())
+            made.append((batch.pin_memory() if pin else batch, count))
         return made
+
+    def _tokens(
+        self, rows: Int64Array, drawing: Drawing, memory: BufferSource, helpers: ThreadPoolExecutor | None
+    ) -> TokenTable | None:
+        """The rows as tokens, if they are wanted."""
+        options = self._options
+        if options.steps is None or options.steps.tokenizer is None:
+            return None
+        column = options.steps.tokenizer.totals
+        totals = None if column is None else self._source.label(column).values[rows].astype(np.float64)
+        return options.steps.tokens(self._source, rows, options.layer, memory, helpers, drawing, totals)
 
 
 def cut_rows(batch: RowBatch, start: int, stop: int) -> RowBatch:

@@ -19,11 +19,12 @@ from scdl_zarr.reading.buffers import BufferPool, BufferSource
 from scdl_zarr.reading.exactness import cast_exactly, checked_dtype
 from scdl_zarr.reading.first_use import FIRST_USE
 from scdl_zarr.reading.plan import Int64Array, ReadCost, RowPlan, copy_repeats, plan_once, plan_rows
+from scdl_zarr.reading.row_blocks import RowBlock, RowVisitor
 from scdl_zarr.storage.location import StoreLocation
 from scdl_zarr.storage.schema import MatrixLayout
 from scdl_zarr.storage.shards import LARGEST_TABLE
 
-__all__ = ["Columns", "CsrReader", "open_columns", "row_of", "value_dtype"]
+__all__ = ["Columns", "CsrReader", "float_dtype", "open_columns", "row_of", "value_dtype", "visit_batch"]
 
 Buffers = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 Row = tuple[npt.NDArray[Any], npt.NDArray[Any]]
@@ -39,6 +40,10 @@ class Columns(Protocol):
     @property
     def pair(self) -> Callable[[int, np.dtype[Any]], npt.NDArray[Any]] | None:
         """``pair(row, dtype)``: the same as one array of shape (2, stored values).  There where `row` is."""
+
+    @property
+    def visit(self) -> Callable[..., None] | None:
+        """``visit(plan, dtype, id_dtype, visitor, helpers)``: the plan's rows to a visitor, a block at a time.  None as `row`."""
 
     def bounds(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Start and length of every row's element range, checked against the number of stored values."""
@@ -84,6 +89,12 @@ def value_dtype(layout: MatrixLayout) -> np.dtype[Any]:
     if stored == np.float32 or stored.itemsize < 4 or layout.float32_exact:
         return np.dtype(np.float32)
     return stored if stored.kind in "iu" and stored.itemsize == 8 else np.dtype(np.float64)
+
+
+def float_dtype(layout: MatrixLayout) -> np.dtype[Any]:
+    """:func:`value_dtype`, with float64 in place of 64-bit integers."""
+    dtype = value_dtype(layout)
+    return np.dtype(np.float64) if dtype.kind in "iu" else dtype
 
 
 class CsrReader:
@@ -181,6 +192,25 @@ class CsrReader:
             cast_exactly(target, data)
         return RowBatch(data, indices, plan.indptr, self.layout.n_vars, rows)
 
+    def visit(
+        self,
+        rows: Int64Array,
+        visitor: RowVisitor,
+        dtype: npt.DTypeLike | None = None,
+        *,
+        pool: BufferSource | None = None,
+        helpers: ThreadPoolExecutor | None = None,
+    ) -> None:
+        """Hand rows (numbers already checked) to a visitor, some at a time where that spares memory; see :meth:`read`."""
+        wanted = self._dtype if dtype is None else checked_dtype(dtype)
+        if not self._read_before:  # and not under its lock: a visitor may have something of its own to compile, in other threads
+            self.read(rows[:1], wanted)
+        visit = self.columns.visit if wanted in (self._dtype, self.layout.data_dtype) else None
+        if visit is None:
+            visit_batch(self._read(rows, wanted, None, False, pool, helpers), visitor)
+        else:
+            visit(plan_rows(*self.columns.bounds(rows)), wanted, self._id_dtype, visitor, helpers)
+
     def row_lengths(self, rows: Int64Array) -> Int64Array:
         """How many values each row stores."""
         return self.columns.bounds(rows)[1]
@@ -217,6 +247,12 @@ class CsrReader:
         if np.may_share_memory(data, indices):
             raise OptionError("out: the data and the indices buffer share memory; give each its own")
         return data, indices
+
+
+def visit_batch(batch: RowBatch, visitor: RowVisitor) -> None:
+    """All rows of a batch as one block."""
+    visitor.begin(batch.indptr, batch.data.dtype, batch.indices.dtype)
+    visitor.visit(RowBlock(places=np.arange(len(batch)), data=batch.data, ids=batch.indices, indptr=batch.indptr.copy()))
 
 
 def _buffer(name: str, buffer: Any, expected: np.dtype[Any], total: int) -> npt.NDArray[Any]:

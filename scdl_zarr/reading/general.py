@@ -87,7 +87,7 @@ class CsrColumns:
     The row pointers are read whole at the first call (8 bytes a row) and checked once.
     """
 
-    row = pair = None  # a single row is read like a batch
+    row = pair = visit = None  # a single row is read like a batch
 
     def __init__(self, location: StoreLocation, layout: MatrixLayout, threads: int = 1) -> None:
         self._location = location
@@ -179,7 +179,7 @@ class CscColumns:
     would need more than ``LARGEST_CSC_BYTES`` is refused.
     """
 
-    row = pair = None  # a single row is read like a batch
+    row = pair = visit = None  # a single row is read like a batch
 
     def __init__(self, location: StoreLocation, layout: MatrixLayout, threads: int = 1) -> None:
         self._location = location
@@ -252,7 +252,7 @@ class DenseColumns:
     twice.
     """
 
-    row = pair = None  # a single row is read like a batch
+    row = pair = visit = None  # a single row is read like a batch
 
     def __init__(self, location: StoreLocation, layout: MatrixLayout, threads: int = 1) -> None:
         self._location = location

@@ -21,6 +21,7 @@ from scdl_zarr.reading.cache import ChunkCache
 from scdl_zarr.reading.kernels import FAULTS, Kernels
 from scdl_zarr.reading.kernels import state as st
 from scdl_zarr.reading.plan import Int64Array, ReadCost, RowPlan, plan_rows, split_rows, touched_pieces
+from scdl_zarr.reading.row_blocks import RowBlock, RowVisitor, cut_plan
 from scdl_zarr.storage.location import StoreLocation
 from scdl_zarr.storage.mapping import can_probe
 from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout
@@ -187,6 +188,7 @@ class MappedColumns:
         self._benches = itertools.count()
         self._maps = Maps(layout, tuple(shard_table(location, array) for array in _arrays(layout)), self._check)
         self._idle: deque[Bench] = deque()  # append and pop are atomic; the last one used, whose cache is warm, goes first
+        self._scratch: deque[npt.NDArray[np.uint8]] = deque(maxlen=threads)
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
         self._known_kinds: dict[tuple[int, int], Kinds] = {}
         self._last_kinds: Kinds | None = None
@@ -220,10 +222,31 @@ class MappedColumns:
             return
         if maps.parts[DATA, st.PART_AHEAD] or maps.parts[INDICES, st.PART_AHEAD]:
             self._read_ahead(maps, plan)
-        if self._threads > 1 and plan.total >= SPLIT_VALUES:
-            self._gather_side_by_side(maps, plan, kinds, outputs, helpers or self._executor())
-        else:
-            self._gather(maps, plan, plan.order, kinds, outputs)
+        self._share_out(plan, lambda order: self._gather(maps, plan, order, kinds, outputs), helpers)
+        self._trim(maps)
+
+    def visit(
+        self,
+        plan: RowPlan,
+        dtype: np.dtype[Any],
+        id_dtype: np.dtype[Any],
+        visitor: RowVisitor,
+        helpers: ThreadPoolExecutor | None = None,
+    ) -> None:
+        """Hand the plan's rows to a visitor, a block of them at a time, in memory that is used again for the next one."""
+        maps, kinds = self._maps, self._kinds(dtype, id_dtype)
+        visitor.begin(plan.indptr, dtype, id_dtype)
+        if plan.total and (maps.parts[DATA, st.PART_AHEAD] or maps.parts[INDICES, st.PART_AHEAD]):
+            self._read_ahead(maps, plan)
+
+        def act(order: Int64Array) -> None:
+            for places, part in cut_plan(plan, order):
+                outputs = self._scratch_for(part.total, dtype, id_dtype)
+                self._gather(maps, part, part.order, kinds, outputs)
+                visitor.visit(RowBlock(places=places, data=outputs[0], ids=outputs[1], indptr=part.indptr))
+                self._scratch.append(_whole(outputs[0]))
+
+        self._share_out(plan, act, helpers)
         self._trim(maps)
 
     def row(self, row: int, dtype: np.dtype[Any], id_dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -311,14 +334,26 @@ class MappedColumns:
         finally:
             self._idle.append(bench)
 
-    def _gather_side_by_side(
-        self,
-        maps: Maps,
-        plan: RowPlan,
-        kinds: Kinds,
-        outputs: tuple[npt.NDArray[Any], npt.NDArray[Any]],
-        pool: ThreadPoolExecutor,
-    ) -> None:
+    def _scratch_for(self, n: int, dtype: np.dtype[Any], id_dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Memory for values and ids that nobody else uses now: the two halves of one piece."""
+        size = 8 * -(-n * dtype.itemsize // 8)
+        needed = size + n * id_dtype.itemsize
+        try:
+            raw = self._scratch.pop()
+        except IndexError:
+            raw = np.empty(0, np.uint8)
+        if len(raw) < needed:
+            raw = np.empty(needed + needed // 4, np.uint8)
+        return raw[: n * dtype.itemsize].view(dtype), raw[size:needed].view(id_dtype)
+
+    def _share_out(self, plan: RowPlan, act: Callable[[Int64Array], None], helpers: ThreadPoolExecutor | None) -> None:
+        """Do the plan's rows, in the order of the store; those of a large plan in several threads."""
+        if self._threads > 1 and plan.total >= SPLIT_VALUES:
+            self._act_side_by_side(plan, act, helpers or self._executor())
+        else:
+            act(plan.order)
+
+    def _act_side_by_side(self, plan: RowPlan, act: Callable[[Int64Array], None], pool: ThreadPoolExecutor) -> None:
         """The same in several threads, of which this is one; each takes the next share when it is done with one."""
         shares = deque(split_rows(plan, SHARES * self._threads if plan.total >= SHARES * SPLIT_VALUES else self._threads))
 
@@ -328,7 +363,7 @@ class MappedColumns:
                     order = shares.popleft()
                 except IndexError:
                     return
-                self._gather(maps, plan, order, kinds, outputs)
+                act(order)
 
         helpers = []
         try:
@@ -401,6 +436,13 @@ class MappedColumns:
         if self._pool is None or self._pool[0] != os.getpid():  # the threads of a pool do not survive a fork
             self._pool = (os.getpid(), ThreadPoolExecutor(self._threads, thread_name_prefix="scdl-zarr-read"))
         return self._pool[1]
+
+
+def _whole(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array that this one is a view of."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
 
 
 def chunk_fault(code: int, fault: Int64Array, layout: ArrayLayout, path: str) -> CorruptStoreError:

@@ -39,7 +39,7 @@ def passing_bytes(threads: int) -> int:
 class _Passing:
     """Mapped columns for several threads."""
 
-    row = pair = None
+    row = pair = visit = None
 
     def __init__(self, columns: Any) -> None:
         self._columns = columns
