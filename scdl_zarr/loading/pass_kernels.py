@@ -1,8 +1,8 @@
 """The compiled loops over a block of rows: genes chosen, values kept, scaled or drawn.
 
 A block is ``data``, ``ids`` and ``indptr`` of some rows, which are changed where they lie: what follows takes the place of what
-is dropped.  Kernels run without Python's lock and take nothing on trust: where a value or an id is not what it must be, its place is
-the answer (else -1).
+is dropped.  Kernels run without Python's lock and take nothing on trust: where a value or an id is not what it must be, its
+place is the answer (else -1).
 """
 
 # mypy: disallow-untyped-decorators=False
