@@ -18,6 +18,7 @@ from scdl_zarr.loading.loader import Loader
 from scdl_zarr.loading.orders import Chosen, Drawn, Listed, Mixed, Rotated, Rule, Shuffled, Stored, Windowed
 from scdl_zarr.loading.processes import as_count, as_integer, checked_epoch, resolve_ranks
 from scdl_zarr.loading.sources import CollectionRows, RowSource, chosen_rows
+from scdl_zarr.loading.splits import Split, split_rows
 from scdl_zarr.loading.units import LoaderOptions
 from scdl_zarr.reading.exactness import checked_dtype
 from scdl_zarr.reading.plan import resolve_rows
@@ -35,6 +36,7 @@ def make_loader(
     run_rows: int = 128,
     window_rows: int = 16_384,
     rows: Any = None,
+    split: Split | None = None,
     sampler: Any = None,
     weights: Mapping[str, float] | Sequence[float] | None = None,
     seed: int = 0,
@@ -79,6 +81,7 @@ def make_loader(
         reuse_buffers=bool(reuse_buffers),
     )
     resolve_ranks(rank, world_size)
+    rows = split_rows(source, split, rows, sampler=sampler, weights=weights)
     rule = _rule(source, shuffle, rows, sampler, weights, as_integer("seed", seed), (run_rows, window_rows), options.tail)
     if source.remote and shuffle in (None, True) and not isinstance(rule, (Drawn, Listed, Rotated)):
         warnings.warn(
