@@ -783,7 +783,7 @@ class SingleCellZarrDataset:
 
         Examples
         --------
-        >>> copy = demo.write(target, progress=False)
+        >>> copy = demo.write(target.with_name("labelled.zarr"), progress=False)
         >>> copy.set_obs("is_large", copy.obs["n_genes"] > 2000)
         >>> int(copy.obs["is_large"].sum())
         279
@@ -845,7 +845,7 @@ class SingleCellZarrDataset:
 
         Examples
         --------
-        >>> copy = demo.write(target, progress=False)
+        >>> copy = demo.write(target.with_name("split.zarr"), progress=False)
         >>> print(copy.split({"train": 0.8, "val": 0.1, "test": 0.1}, seed=1))
         split of 559 rows, seed 1
           train  447 rows  79.96 % (asked 80.00 %)

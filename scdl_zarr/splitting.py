@@ -29,7 +29,7 @@ __all__ = ["Split", "SplitPart", "group_rows", "plan_split"]
 Int64Array = npt.NDArray[np.int64]
 
 SUM_TOLERANCE = 1e-9
-TRIES = 16  # at stratified groups: the best is taken
+TRIES = 64  # at stratified groups: the best is taken
 TRIED_GROUPS = 1 << 17  # in all tries together
 LEAST_SHARE = 0.5  # of what the other parts should have that the largest group has to leave them
 
@@ -400,7 +400,10 @@ def _greedy(
         lack[part] -= size
         if not whole:
             lacking[part, pieces.strata[piece]] -= pieces.amounts[piece]
-    return float(np.abs(lack if whole else lacking).sum()), dealt
+    if whole:
+        return 0.0, dealt
+    off = np.abs(lacking)  # counted in rows, and each stratum as much as any other
+    return float(off.sum() / sizes.sum() + (off @ weight).sum() / len(weight)), dealt
 
 
 def _drawn(scores: Sequence[float], chance: float) -> int:
