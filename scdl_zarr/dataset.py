@@ -786,7 +786,7 @@ class SingleCellZarrDataset:
         >>> copy = demo.write(target.with_name("labelled.zarr"), progress=False)
         >>> copy.set_obs("is_large", copy.obs["n_genes"] > 2000)
         >>> int(copy.obs["is_large"].sum())
-        279
+        209
         """
         from scdl_zarr.conversion.obs_columns import set_column
 
