@@ -22,6 +22,7 @@ FLOORS = {
     "resources": 1,
     "storage": 2,
     "reading": 3,
+    "splitting": 3,
     "conversion": 4,
     "loading": 4,
     "analysis": 4,

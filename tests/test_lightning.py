@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import pickle
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,27 @@ def test_a_part_may_be_another_store(store: Path, data: SingleCellZarrDataset, t
         model = Model()
         trainer_of(tmp_path, max_epochs=1).fit(model, datamodule=SingleCellDataModule(batch_size=BATCH, obs="kind", **parts))
         assert sorted(flat(model.rows["train"])) == flat(model.rows["val"]) == list(range(N_OBS))
+
+
+def test_parts_of_a_recorded_split(store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "s.zarr")
+    data = scdl_zarr.open(tmp_path / "s.zarr")
+    split = data.split({"train": 0.5, "val": 0.3, "test": 0.2}, by="kind", name="fold")
+    column = data.obs["fold"].to_numpy()
+    for module in (
+        SingleCellDataModule(tmp_path / "s.zarr", split="fold", batch_size=BATCH),
+        SingleCellDataModule(data, train={"fold": "train"}, val={"fold": "val"}, test={"fold": "test"}, batch_size=BATCH),
+        SingleCellDataModule(data, split="fold", test=split.codes == 2, batch_size=BATCH),
+    ):
+        loaders = {"train": module.train_dataloader(), "val": module.val_dataloader(), "test": module.test_dataloader()}
+        for part, loader in loaders.items():
+            rows = [row for batch in loader for row in batch.rows.tolist()]
+            assert sorted(rows) == np.flatnonzero(column == part).tolist() and (part == "train" or rows == sorted(rows))
+        with pytest.raises(OptionError, match="which rows are for predict"):
+            module.predict_dataloader()
+    with pytest.raises(OptionError, match="has no part 'val'; it has: train, test"):
+        data.split({"train": 0.5, "test": 0.5}, name="two")
+        SingleCellDataModule(data, split="two").val_dataloader()
 
 
 def test_what_was_not_told_is_an_error(data: SingleCellZarrDataset, tmp_path: Path) -> None:

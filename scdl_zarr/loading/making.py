@@ -19,6 +19,7 @@ from scdl_zarr.loading.orders import Chosen, Drawn, Listed, Mixed, Rotated, Rule
 from scdl_zarr.loading.processes import as_count, as_integer, checked_epoch, resolve_ranks
 from scdl_zarr.loading.row_pass import RowPass, checked_transforms
 from scdl_zarr.loading.sources import CollectionRows, RowSource, chosen_rows
+from scdl_zarr.loading.splits import Split, split_rows
 from scdl_zarr.loading.tokens import Tokenizer
 from scdl_zarr.loading.units import LoaderOptions
 from scdl_zarr.reading.exactness import checked_dtype
@@ -37,6 +38,7 @@ def make_loader(
     run_rows: int = 128,
     window_rows: int = 16_384,
     rows: Any = None,
+    split: Split | None = None,
     sampler: Any = None,
     weights: Mapping[str, float] | Sequence[float] | None = None,
     seed: int = 0,
@@ -91,6 +93,7 @@ def make_loader(
         reuse_buffers=bool(reuse_buffers),
     )
     resolve_ranks(rank, world_size)
+    rows = split_rows(source, split, rows, sampler=sampler, weights=weights)
     rule = _rule(source, shuffle, rows, sampler, weights, as_integer("seed", seed), (run_rows, window_rows), options.tail)
     if source.remote and shuffle in (None, True) and not isinstance(rule, (Drawn, Listed, Rotated)):
         warnings.warn(
