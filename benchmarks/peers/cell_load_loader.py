@@ -10,8 +10,8 @@ cell-load 0.10.4.  What is used, and where it is documented (https://pypi.org/pr
 * ``basal_mapping_strategy``: "batch" draws a control of the same batch and cell type, "random", its default, one of the same cell
   type
 * ``use_consecutive_loading=True``, for "faster IO": sets of neighbouring rows, for which the rows have to be sorted by their
-  labels, so it is given other labels (see benchmarks/drawing.py); with "random" it fails where a cell type has fewer controls than
-  a set has cells, as in a toy run
+  labels, so it is given other labels (see benchmarks/drawing.py); with "random" it fails where a cell type has fewer controls
+  than a set has cells, as in a toy run
 * ``num_workers=0``
 
 A set with fewer cells than its length is filled by drawing its cells again, as is its way.  Figures count what is delivered: each
