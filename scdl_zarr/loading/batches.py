@@ -45,6 +45,11 @@ class LoaderBatch:
         By the name of the array.
     padding : int
         How many rows at the end of this batch fill it up (``tail="pad"``): they were, or will be, in another one of the epoch.
+    controls : LoaderBatch or None
+        With ``groups=`` and controls: the control of each row, in the same order and form.
+    sets : int64 ndarray of shape (sets,), or None
+        With ``groups=``: the group of each set, a row of ``loader.groups``.  Sets follow one another and are of one size: the
+        rows of set k are ``k * size`` to ``(k + 1) * size``.  They stay in the host's memory.
     """
 
     X: Any
@@ -54,13 +59,16 @@ class LoaderBatch:
     layers: dict[str, Any] = field(default_factory=dict)
     obsm: dict[str, Any] = field(default_factory=dict)
     padding: int = 0
+    controls: LoaderBatch | None = None
+    sets: Int64Array | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __repr__(self) -> str:
         carried = [f"{group}: {', '.join(names)}" for group in ("layers", "obsm", "obs") if (names := getattr(self, group))]
-        return f"LoaderBatch({'; '.join([f'{len(self)} rows × {self.X.shape[1]} genes', *carried])})"
+        sets = [] if self.sets is None else [f"{len(self.sets)} sets{'' if self.controls is None else ' with controls'}"]
+        return f"LoaderBatch({'; '.join([f'{len(self)} rows × {self.X.shape[1]} genes', *sets, *carried])})"
 
     def to(self, device: Any, *, non_blocking: bool = False) -> LoaderBatch:
         """The batch with its tensors on a device; what is no tensor stays as it is."""
@@ -80,7 +88,12 @@ class LoaderBatch:
             return {name: changed(value) for name, value in values.items()}
 
         return replace(
-            self, X=changed(self.X), obs=changed_all(self.obs), layers=changed_all(self.layers), obsm=changed_all(self.obsm)
+            self,
+            X=changed(self.X),
+            obs=changed_all(self.obs),
+            layers=changed_all(self.layers),
+            obsm=changed_all(self.obsm),
+            controls=None if self.controls is None else self.controls._with_tensors(change),
         )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from scdl_zarr.loading.labels import Label
     from scdl_zarr.loading.sources import RowSource
 
-__all__ = ["Classes", "compact", "sorted_by"]
+__all__ = ["Classes", "codes_of", "compact", "sorted_by"]
 
 TABLE_SIZE = 1 << 20  # numbers below that, or below that of the rows, are counted in a table and not sorted
 
@@ -56,7 +56,7 @@ class Classes:
         missing = np.zeros(n, bool)
         gaps = list[str]()
         for name in names:
-            own, tables[name] = _codes_of(source.label(name), rows)
+            own, tables[name] = codes_of(source.label(name), rows)
             if (own < 0).any():
                 gaps.append(name)
                 missing |= own < 0
@@ -69,8 +69,8 @@ class Classes:
         if gaps:
             query = " and ".join(f"{_quoted(name)}.notna()" for name in gaps)
             raise OptionError(
-                f"{option}: {', '.join(map(repr, gaps))} of obs misses values in {int(missing.sum())} of {n} rows, which are of no "
-                f"class; leave them out with rows={query!r}"
+                f"{option}: {', '.join(map(repr, gaps))} of obs misses values in {int(missing.sum())} of {n} rows, which are "
+                f"of no class; leave them out with rows={query!r}"
             )
         return cls(codes=codes, columns=columns, tables=tables)
 
@@ -88,7 +88,7 @@ class Classes:
         return ", ".join(f"{name}={_plain(self.tables[name][codes[number]])!r}" for name, codes in self.columns.items())
 
 
-def _codes_of(label: Label, rows: Int64Array | None) -> tuple[Int64Array, Any]:
+def codes_of(label: Label, rows: Int64Array | None) -> tuple[Int64Array, Any]:
     """A column's values in these rows as codes, -1 where missing, and what these stand for."""
     values = label.values if rows is None else label.values[rows]
     if label.categories is not None:
@@ -114,7 +114,7 @@ def compact(codes: Int64Array, size: int) -> tuple[Int64Array, Int64Array]:
 
 
 def sorted_by(codes: Int64Array, n_classes: int, rows: Int64Array | None, n_obs: int) -> tuple[npt.NDArray[Any], Int64Array]:
-    """Row numbers (of chosen rows, or all) by class, in as few bytes as hold them, and where each class begins and the last ends."""
+    """Row numbers (of chosen rows, or all) by class, and where each class begins and the last one ends."""
     order = np.argsort(codes, kind="stable")
     found = order if rows is None else rows[order]
     starts = np.zeros(n_classes + 1, np.int64)

@@ -30,10 +30,13 @@ def run_kernel(name: Kernel, *arguments: Any) -> Any:
         return kernel(*arguments)
     with FIRST_USE:
         if name in ("choose_genes", "count_chosen", "spread"):
-            from scdl_zarr.loading import kernels as home
+            from scdl_zarr.loading import kernels
+
+            kernel = getattr(kernels, name)
         else:
-            from scdl_zarr.loading import draws as home
-        kernel = getattr(home, name)
+            from scdl_zarr.loading import draws
+
+            kernel = getattr(draws, name)
         result = kernel(*arguments)
     _ready[key] = kernel
     return result

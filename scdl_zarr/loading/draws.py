@@ -201,7 +201,7 @@ def spread_classes(begin: Any, end: Any, key: Any, classes: Any, numbers: Any) -
         done[c] += 1
         if begin[c] + done[c] < end[c]:
             due[c] = (done[c] + 1 - offsets[c]) * paces[c]
-            from_there = min(np.int64((done[c] - offsets[c]) * paces[c]), n)
+            from_there = np.int64((done[c] - offsets[c]) * paces[c])
             if from_there < ahead:
                 held = _push(heap, due, held, c)
             else:

@@ -124,8 +124,7 @@ class WeightedOnce:
             weights, numbers = weights[there], there if rows is None else rows[there]
         if n is not None and n > len(weights):
             raise OptionError(
-                f"num_samples={n}: without replacement an epoch has no more than the {len(weights)} rows that have a weight above "
-                "zero"
+                f"num_samples={n}: without replacement an epoch has no more than the {len(weights)} rows of a weight above zero"
             )
         kept = None if numbers is None else numbers.astype(np.uint32 if n_obs <= 1 << 32 else np.int64)
         logs = np.log(weights, out=weights).astype(np.float32)
@@ -200,7 +199,8 @@ class ByClass:
     def take(self, classes: Int64Array, numbers: Int64Array, turns: Int64Array, key: np.uint64) -> Int64Array:
         """The rows of these numbers within their classes, in a permuted order for each class and turn."""
         places = permute_each(numbers, self.sizes[classes], classes, turns, key)
-        return self.rows[self.starts[classes] + places].astype(np.int64)
+        found: Int64Array = self.rows[self.starts[classes] + places].astype(np.int64)
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,9 +228,7 @@ class Balanced:
         return self.n
 
     def epoch(self, number: int) -> BalancedOrder:
-        return BalancedOrder(
-            self, key_of("balanced, classes", self.seed, number), key_of("balanced, rows", self.seed, number)
-        )
+        return BalancedOrder(self, key_of("balanced, classes", self.seed, number), key_of("balanced, rows", self.seed, number))
 
     def describe(self) -> dict[str, Any]:
         return {"rule": "balanced", "rows": self.rows.told, "n": self.n, "seed": self.seed}
