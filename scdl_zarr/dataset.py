@@ -698,8 +698,8 @@ class SingleCellZarrDataset:
         Notes
         -----
         Orders of the whole store take no memory that grows with it; chosen and listed rows take 8 bytes each.  `weights` take 8
-        bytes a row (16 without replacement, or of chosen rows), `balance`, `stratify` and `groups` 4, and 4 for each control (twice
-        that from 2**32 rows on).
+        bytes a row (16 without replacement, or of chosen rows), `balance`, `stratify` and `groups` 4, and 4 for each control
+        (twice that from 2**32 rows on).
 
         Examples
         --------

@@ -81,9 +81,10 @@ class Deal:
                 "what is left over is dropped: there are no batches"
             )
         if most > fewest:
+            what = "rows" if self.grain == 1 else "sets"
             return (
-                f"the last {'rows' if self.grain == 1 else 'sets'} are fewer than the ranks: some ranks have {fewest} batches "
-                f"and others {most}; training that waits for all ranks (DistributedDataParallel) needs drop_last=True or tail='pad'"
+                f"the last {what} are fewer than the ranks: some ranks have {fewest} batches and others {most}; training that "
+                "waits for all ranks (DistributedDataParallel) needs drop_last=True or tail='pad'"
             )
         return None
 
