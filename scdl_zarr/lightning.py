@@ -144,9 +144,7 @@ class SingleCellDataModule(LightningDataModule):  # type: ignore[misc]  # Lightn
         if data is None or (part is None and name != "train"):
             raise OptionError(f"the data module was not told which rows are for {name}: give {name}=")
         further = {option: value for option, value in self.options.items() if name == "train" or option not in OF_TRAINING}
-        return data.loader(
-            self.batch_size, rows=None if own else part, **options, **self._ranks(), **self._device(), **further
-        )
+        return data.loader(self.batch_size, rows=None if own else part, **options, **self._ranks(), **self._device(), **further)
 
     def _ranks(self) -> dict[str, int]:
         if self._given_ranks is not None:

@@ -251,7 +251,14 @@ class Mixed:
         return MixedOrder(self, number)
 
     def describe(self) -> dict[str, Any]:
-        return {"rule": "mixed", "sizes": list(self.sizes), "shares": list(self.shares), "n": self.n, "seed": self.seed}
+        return {
+            "rule": "mixed",
+            "dealt": 2,
+            "sizes": list(self.sizes),
+            "shares": list(self.shares),
+            "n": self.n,
+            "seed": self.seed,
+        }
 
 
 class MixedOrder:

@@ -117,7 +117,6 @@ class WeightedOnce:
     ) -> WeightedOnce:
         """The rule for checked weights of chosen rows (None: all)."""
         told = digest_arrays(weights) if rows is None else digest_arrays(weights, rows)
-        weights = weights / weights.max()
         numbers = rows
         if not weights.all():
             there = np.flatnonzero(weights)
@@ -127,8 +126,9 @@ class WeightedOnce:
                 f"num_samples={n}: without replacement an epoch has no more than the {len(weights)} rows of a weight above zero"
             )
         kept = None if numbers is None else numbers.astype(np.uint32 if n_obs <= 1 << 32 else np.int64)
-        logs = np.log(weights, out=weights).astype(np.float32)
-        return cls(logs=logs, rows=kept, n=len(logs) if n is None else n, seed=seed, told=told)
+        logs = np.log(weights)
+        logs32 = (logs - logs.max()).astype(np.float32)
+        return cls(logs=logs32, rows=kept, n=len(logs) if n is None else n, seed=seed, told=told)
 
     @property
     def held_bytes(self) -> int:
