@@ -59,9 +59,10 @@ class SingleCellDataModule(LightningDataModule):  # type: ignore[misc]  # Lightn
 
     Notes
     -----
-    Validation, testing and prediction give rows in stored order (sets in shuffled order); with several devices the last batches are filled up
-    (``batch.padding``).  Rank and number of devices are the trainer's; on a GPU batches are made there (see `device` of
-    :meth:`SingleCellZarrDataset.loader`).  Log with ``self.log(..., batch_size=len(batch))``: Lightning cannot tell from a batch.
+    Validation, testing and prediction give rows in stored order, and sets in shuffled order; with several devices the last
+    batches are filled up (``batch.padding``).  Rank and number of devices are the trainer's; on a GPU batches are made there
+    (see `device` of :meth:`SingleCellZarrDataset.loader`).  Log with ``self.log(..., batch_size=len(batch))``: Lightning cannot
+    tell from a batch.
 
     A checkpoint saved after any batch (``ModelCheckpoint(every_n_train_steps=...)``, ``trainer.save_checkpoint``) holds the place
     in the global order.  ``fit(..., ckpt_path=...)`` gives the rows that come after it, each once, also with another batch size

@@ -110,17 +110,14 @@ def rules(draw: st.DrawFn) -> Rule:
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     weights = rng.random(n) * (rng.random(n) < 0.8) + (np.arange(n) == 0)
     codes = np.unique(rng.integers(0, draw(st.integers(1, 60)), n), return_inverse=True)[1].reshape(-1)
-    return draw(
-        st.sampled_from(
-            [
-                Weighted.of(weights.copy(), n=None, seed=seed),
-                WeightedOnce.of(weights, None, n_obs=n, n=None, seed=seed),
-                WeightedOnce.of(weights, np.arange(n) * 7, n_obs=7 * n, n=1, seed=seed),
-                Balanced(rows=by_class(codes), n=2 * n, seed=seed),
-                Stratified(rows=by_class(codes), n=n, seed=seed),
-            ]
-        )
-    )
+    every: list[Rule] = [
+        Weighted.of(weights.copy(), n=None, seed=seed),
+        WeightedOnce.of(weights, None, n_obs=n, n=None, seed=seed),
+        WeightedOnce.of(weights, np.arange(n) * 7, n_obs=7 * n, n=1, seed=seed),
+        Balanced(rows=by_class(codes), n=2 * n, seed=seed),
+        Stratified(rows=by_class(codes), n=n, seed=seed),
+    ]
+    return draw(st.sampled_from(every))
 
 
 @given(rule=rules(), epoch=st.integers(-(2**60), 2**60), draw=st.data())
@@ -304,8 +301,8 @@ def test_rows_of_a_class_come_anywhere_in_a_stratified_order() -> None:
 @pytest.mark.parametrize(
     ("make", "most"),
     [
-        (lambda n: Weighted.of(np.random.default_rng(0).random(n), n=None, seed=0), 8),
-        (lambda n: WeightedOnce.of(np.random.default_rng(0).random(n), np.arange(n) * 2, n_obs=2 * n, n=None, seed=0), 16),
+        (lambda n: Weighted.of(np.random.default_rng(0).random((n,)), n=None, seed=0), 8),
+        (lambda n: WeightedOnce.of(np.random.default_rng(0).random((n,)), np.arange(n) * 2, n_obs=2 * n, n=None, seed=0), 16),
         (lambda n: Balanced(rows=by_class(np.arange(n) % 1000), n=n, seed=0), 8),
         (lambda n: Stratified(rows=by_class(np.arange(n) % 1000), n=n, seed=0), 8),
     ],
@@ -407,7 +404,7 @@ def test_a_state_of_another_sampling_is_refused(data: SingleCellZarrDataset, mad
         next(iter(loader))
         states.append(loader.state_dict())
         with pytest.raises(
-            OptionError, match="another order: .* weights, replacement, num_samples, balance, stratify and groups"
+            OptionError, match=r"another order: .* weights, replacement, num_samples, balance, stratify and groups"
         ):
             data.loader(10, to="numpy", **{**options, "seed": 1}).load_state_dict(states[-1])
     for k, options in enumerate(every):
@@ -574,7 +571,8 @@ def test_what_contradicts_itself_or_is_not_there_is_refused(
 def test_a_column_that_is_not_there_is_named(data: SingleCellZarrDataset) -> None:
     for option in ("weights", "balance", "stratify", "groups"):
         with pytest.raises(FeatureNameError, match="no column 'nope'"):
-            data.loader(10, to="numpy", **{option: "nope"})
+            given_: dict[str, Any] = {option: "nope"}
+            data.loader(10, to="numpy", **given_)
 
 
 @pytest.mark.parametrize("options", [{"weights": "score"}, {"balance": "ok"}, {"stratify": "ok"}, {"groups": "ok"}], ids=str)
