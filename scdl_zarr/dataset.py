@@ -586,6 +586,12 @@ class SingleCellZarrDataset:
         rows: Any = None,
         split: LoadedSplit | None = None,
         sampler: Any = None,
+        weights: Any = None,
+        replacement: bool = True,
+        num_samples: int | None = None,
+        balance: str | Sequence[str] | None = None,
+        stratify: str | Sequence[str] | None = None,
+        groups: Any = None,
         seed: int = 0,
         epoch: int = 0,
         drop_last: bool = False,
@@ -631,6 +637,24 @@ class SingleCellZarrDataset:
         sampler
             Rows in the order that they are to come in: a list or array, or a ``torch.utils.data.Sampler``, which draws one for
             each epoch.  With ``shuffle=True`` a list is permuted.  A query is taken as `rows`.
+        weights
+            Draw rows by weight: the name of a column of obs, or numbers of zero or more, one for each row of the store (or for
+            each of the chosen rows).  Rows of weight zero never come.
+        replacement
+            True: each row of an epoch is drawn on its own.  False: a row that was drawn does not come again in the epoch; those
+            of much weight tend to come sooner.
+        num_samples
+            Rows of an epoch, for `weights`, `balance` and `stratify`; by default as many as are chosen (and have a weight).
+        balance
+            Column of obs, or several: each of their distinct combinations comes equally often, in every batch as exactly as it
+            goes.  All rows of one come before any of them comes again.
+        stratify
+            Column of obs, or several: each row comes once, and every stretch of rows has the distinct combinations in their
+            shares of all rows, each to within two rows (of an epoch that is cut short by `num_samples`, too).
+        groups
+            Columns of obs: a batch is a set of cells that agree in them, and sets come in shuffled order.  Or a
+            :class:`scdl_zarr.CellSets`, which says how many cells a set has, and which controls come along
+            (``batch.controls``).  ``batch.sets`` has the group of each set, a row of ``loader.groups``.
         seed, epoch
             Integers, `epoch` below 2**62.  The order is a function of both and of nothing else.  `epoch` is the first one; each
             ``iter()`` is the next one.
@@ -693,7 +717,9 @@ class SingleCellZarrDataset:
 
         Notes
         -----
-        Orders of the whole store take no memory that grows with it; chosen and listed rows take 8 bytes each.
+        Orders of the whole store take no memory that grows with it; chosen and listed rows take 8 bytes each.  `weights` take 8
+        bytes a row (16 without replacement, or of chosen rows), `balance`, `stratify` and `groups` 4, and 4 for each control
+        (twice that from 2**32 rows on).
 
         Examples
         --------
@@ -715,7 +741,12 @@ class SingleCellZarrDataset:
             rows=rows,
             split=split,
             sampler=sampler,
-            weights=None,
+            weights=weights,
+            replacement=replacement,
+            num_samples=num_samples,
+            balance=balance,
+            stratify=stratify,
+            groups=groups,
             seed=seed,
             epoch=epoch,
             drop_last=drop_last,

@@ -28,6 +28,8 @@ except ImportError as error:
 
 __all__ = ["SingleCellDataModule", "TrainBatches"]
 
+OF_TRAINING = frozenset({"weights", "replacement", "num_samples", "balance", "stratify"})
+
 
 class SingleCellDataModule(LightningDataModule):  # type: ignore[misc]  # Lightning is not typed here
     """Loaders of one store for training, validation, testing and prediction.
@@ -55,13 +57,15 @@ class SingleCellDataModule(LightningDataModule):  # type: ignore[misc]  # Lightn
         How to reach URLs, as in :func:`scdl_zarr.open`.
     options
         Further options of :meth:`SingleCellZarrDataset.loader`, for all loaders: `obs`, `layer`, `layers`, `genes`, `dense`,
-        `dtype`, ...
+        `dtype`, ...  `weights`, `replacement`, `num_samples`, `balance` and `stratify` are for training only; with `groups`, all
+        parts come as sets.
 
     Notes
     -----
-    Validation, testing and prediction give rows in stored order; with several devices the last batches are filled up
-    (``batch.padding``).  Rank and number of devices are the trainer's; on a GPU batches are made there (see `device` of
-    :meth:`SingleCellZarrDataset.loader`).  Log with ``self.log(..., batch_size=len(batch))``: Lightning cannot tell from a batch.
+    Validation, testing and prediction give rows in stored order, and sets in shuffled order; with several devices the last
+    batches are filled up (``batch.padding``).  Rank and number of devices are the trainer's; on a GPU batches are made there
+    (see `device` of :meth:`SingleCellZarrDataset.loader`).  Log with ``self.log(..., batch_size=len(batch))``: Lightning cannot
+    tell from a batch.
 
     A checkpoint saved after any batch (``ModelCheckpoint(every_n_train_steps=...)``, ``trainer.save_checkpoint``) holds the place
     in the global order.  ``fit(..., ckpt_path=...)`` gives the rows that come after it, each once, also with another batch size
@@ -137,7 +141,8 @@ class SingleCellDataModule(LightningDataModule):  # type: ignore[misc]  # Lightn
 
     def _in_stored_order(self, name: str) -> Any:
         tail = "pad" if self._ranks()["world_size"] > 1 else "uneven"
-        return self._loader(name, shuffle=False, tail=tail)
+        order = {"seed": self._training["seed"]} if self.options.get("groups") is not None else {"shuffle": False}
+        return self._loader(name, tail=tail, **order)
 
     def _loader(self, name: str, **options: Any) -> Any:
         self.setup(name)
@@ -147,7 +152,8 @@ class SingleCellDataModule(LightningDataModule):  # type: ignore[misc]  # Lightn
         if data is None or (part is None and name != "train"):
             raise OptionError(f"the data module was not told which rows are for {name}: give {name}=")
         chosen = {} if own else {"split" if isinstance(part, Mapping) else "rows": part}
-        return data.loader(self.batch_size, **chosen, **options, **self._ranks(), **self._device(), **self.options)
+        further = {option: value for option, value in self.options.items() if name == "train" or option not in OF_TRAINING}
+        return data.loader(self.batch_size, **chosen, **options, **self._ranks(), **self._device(), **further)
 
     def _ranks(self) -> dict[str, int]:
         if self._given_ranks is not None:

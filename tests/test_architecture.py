@@ -141,6 +141,7 @@ def test_public_names_are_listed_and_sorted(module: str) -> None:
 
 def test_the_package_has_the_public_names() -> None:
     assert scdl_zarr.__all__ == [
+        "CellSets",
         "RowBatch",
         "SingleCellCollection",
         "SingleCellZarrDataset",

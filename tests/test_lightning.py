@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 import scdl_zarr
-from scdl_zarr import SingleCellZarrDataset
+from scdl_zarr import CellSets, SingleCellZarrDataset
 from scdl_zarr.errors import OptionError
 from tests.ranks import Ranks, interleaved
 from tests.toys import encoded_rows, write_h5ad
@@ -347,3 +347,14 @@ def test_a_plain_loader_in_a_trainer(data: SingleCellZarrDataset, tmp_path: Path
         else:  # Lightning gives no state back that was saved at an epoch's end
             epoch = seen // EPOCH
             assert whole[:seen] + fit(loader(epoch), ckpt_path=tmp_path / name) == whole, name
+
+
+def test_training_alone_is_sampled_and_sets_come_everywhere(data: SingleCellZarrDataset) -> None:
+    module = module_of(data, val="split == 'val'", balance="kind", num_samples=12)
+    assert module.train_dataloader().loader.rule.describe()["rule"] == "balanced"
+    assert len(module.train_dataloader()) == 3
+    assert module.val_dataloader().rule.describe()["rule"] == "chosen"
+    sets = module_of(data, val="split == 'val'", groups=CellSets("kind", size=2))
+    for loader in (sets.train_dataloader().loader, sets.val_dataloader()):
+        assert loader.rule.describe()["rule"] == "cell sets"
+        assert all(len(batch.sets) == len(batch) // 2 for batch in loader)

@@ -614,7 +614,7 @@ def test_weights_mix_the_stores_of_a_collection(collection: tuple[SingleCellColl
         ({"a": "x"}, "expected numbers"),
     ):
         with pytest.raises(OptionError, match=message):
-            stores.loader(7, weights=wrong, to="numpy")  # type: ignore[arg-type]
+            stores.loader(7, weights=wrong, to="numpy")
     for more in ({"shuffle": "window"}, {"shuffle": False}, {"rows": [1]}, {"sampler": [1]}):
         with pytest.raises(OptionError, match="an order of their own"):
             stores.loader(7, weights=[1, 1, 1], to="numpy", **more)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,16 +64,21 @@ class Drawing:
     seed: int
     epoch: int
     positions: Int64Array
+    what: str = "values"
 
     def cut(self, start: int, stop: int) -> Drawing:
         """That of some of the rows."""
-        return Drawing(seed=self.seed, epoch=self.epoch, positions=self.positions[start:stop])
+        return replace(self, positions=self.positions[start:stop])
+
+    def of_controls(self) -> Drawing:
+        """That of the controls of the rows."""
+        return replace(self, what="controls")
 
     def keys(self) -> UInt64Array:
         """A word for each row."""
         from scdl_zarr.loading.orders import stream_of
 
-        key = np.uint64(stream_of("values", self.seed, self.epoch) & WORD)
+        key = np.uint64(stream_of(self.what, self.seed, self.epoch) & WORD)
         return _mixed(key + np.uint64(GOLDEN) * self.positions.astype(np.uint64))
 
 

@@ -25,7 +25,7 @@ DEFAULT_SPLIT = "split"  # what a part without the name of a column is of
 Split = str | Mapping[str, str | Sequence[str]]
 
 
-def split_rows(source: RowSource, split: Split | None, rows: Any, *, sampler: Any = None, weights: Any = None) -> Any:
+def split_rows(source: RowSource, split: Split | None, rows: Any, *, sampler: Any = None) -> Any:
     """Which rows a loader takes: `rows` as they are, or, with a split, the numbers of those that are in the part.
 
     Raises
@@ -37,9 +37,8 @@ def split_rows(source: RowSource, split: Split | None, rows: Any, *, sampler: An
     """
     if split is None:
         return rows
-    if sampler is not None or weights is not None:
-        other = "weights" if sampler is None else "a sampler"
-        raise OptionError(f"split={split!r} with {other}, which says by itself which rows come; leave one of them out")
+    if sampler is not None:
+        raise OptionError(f"split={split!r} with a sampler, which says by itself which rows come; leave one of them out")
     inside = np.ones(source.n_obs, bool)
     for column, parts in _asked(split).items():
         inside &= _is_in(source.tables(), column, parts, recorded=isinstance(split, str))

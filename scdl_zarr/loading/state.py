@@ -92,7 +92,8 @@ class LoaderState:
         if self.order != order:
             raise OptionError(
                 "this state belongs to another order: the loader has to be made with the same rows, shuffle, seed, sampler, "
-                "run_rows, window_rows and weights (batch_size and the number of ranks may differ)"
+                "run_rows, window_rows, weights, replacement, num_samples, balance, stratify and groups "
+                "(batch_size and the number of ranks may differ)"
             )
 
 
