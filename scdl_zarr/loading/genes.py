@@ -64,7 +64,7 @@ def find_genes(names: pd.Index, wanted: Mapping[str, int], *, ignore_versions: b
             ]
             listed = ", ".join(map(str, places[:MOST_NAMED])) + (", ..." if len(places) > MOST_NAMED else "")
             raise FeatureNameError(
-                f"gene {name!r} is there {len(places)} times, at {listed}; choose genes by number, or names from another column "
+                f"gene {name!r} is there more than once, at {listed}; choose genes by number, or names from another column "
                 "with gene_key="
             )
         first[name] = number

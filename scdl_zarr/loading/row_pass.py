@@ -64,21 +64,20 @@ class Drawing:
     seed: int
     epoch: int
     positions: Int64Array
-    what: str = "values"
 
     def cut(self, start: int, stop: int) -> Drawing:
         """That of some of the rows."""
         return replace(self, positions=self.positions[start:stop])
 
-    def of_controls(self) -> Drawing:
-        """That of the controls of the rows."""
-        return replace(self, what="controls")
+    def and_controls(self) -> Drawing:
+        """That of the rows and then of the control of each, which draws for itself."""
+        return replace(self, positions=np.concatenate([self.positions, ~self.positions]))
 
     def keys(self) -> UInt64Array:
         """A word for each row."""
         from scdl_zarr.loading.orders import stream_of
 
-        key = np.uint64(stream_of(self.what, self.seed, self.epoch) & WORD)
+        key = np.uint64(stream_of("values", self.seed, self.epoch) & WORD)
         return _mixed(key + np.uint64(GOLDEN) * self.positions.astype(np.uint64))
 
 

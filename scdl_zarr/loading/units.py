@@ -274,17 +274,19 @@ class UnitReader:
     def _read(
         self, unit: Sequence[Part], rows: SetRows, drawing: Drawing, memory: BufferSource, helpers: ThreadPoolExecutor | None
     ) -> deque[Made]:
-        """Batches, their controls and the groups of their sets."""
-        found = self._read_rows(unit, rows.rows, drawing, memory, helpers)
-        controls = None
-        if rows.controls is not None:
-            controls = self._read_rows(unit, rows.controls, drawing.of_controls(), memory, helpers)
+        """Batches, their controls, which are read with them, and the groups of their sets."""
+        if rows.controls is None:
+            found, controls = self._read_rows(unit, rows.rows, drawing, memory, helpers), None
+        else:
+            both = np.concatenate([rows.rows, rows.controls])
+            found = self._read_rows([*unit, *unit], both, drawing.and_controls(), memory, helpers)
+            controls = [found.pop() for _ in unit]
         made: deque[Made] = deque()
         stop, pin = 0, self._options.hands_out_pinned
         for batch, values in found:
             start, stop = stop, stop + len(batch)
             if controls is not None:
-                own, more = controls.popleft()
+                own, more = controls.pop()
                 batch, values = replace(batch, controls=own), values + more
             if self._sets is not None and rows.groups is not None:
                 batch = replace(batch, sets=rows.groups[start : stop : self._sets.rule.size])
