@@ -34,6 +34,7 @@ EXACT_PEERS = (SCDL_LOADER, SCDL_NARROW_LOADER, ANNBATCH_SINGLE, SCDATASET_SINGL
 ANNBATCH_CHUNKS, ANNBATCH_PRELOADED, ANNBATCH_BATCH = (128, 512, 4096), 16_384, 4096
 MANY_ROWS = 10**9  # of orders, for which there is no store
 SET_CELLS = (64, 512)  # of cell-load: the batch of the others here, and its default
+MATCHED = {"batch": ("cell_type", "gem_group"), "random": ("cell_type",)}  # in what controls agree with their cells
 SAMPLING = "sampling: perturbations with matched controls, and labels, warm"
 SCDL, ANNBATCH, SCDATASET, CURRENT, OWN = "scdl", "annbatch", "scdataset", "current", "own"
 CELL_LOAD, TILEDBSOMA = "cell_load", "tiledbsoma"
@@ -132,6 +133,7 @@ def cases(grid: Grid) -> tuple[Case, ...]:
         *_loader_waiting(grid),
         *_loader_dense(grid),
         *_loader_seek(grid),
+        *_meals(grid),
         *_sampling(grid),
         *_single(grid),
         *_in_order(grid),
@@ -553,7 +555,49 @@ def _sampling(grid: Grid) -> list[Case]:
         )
         for threads in grid.threads
     ]
-    return [*ours, *screens, *labelled]
+    paired = [
+        _loader(
+            grid,
+            f"loader({cells}, groups=) with {controls[mapping]}{', dense' if dense else ''}, {threads_text(threads)}",
+            SAMPLING,
+            {"to": "torch", "dense": dense, "groups": {"size": cells, "match": list(MATCHED[mapping])}},
+            tuple(case.name for case in screens),
+            store="perturbed",
+            batch=cells,
+            threads=threads,
+        )
+        for cells, mapping in zip(SET_CELLS, controls, strict=True)
+        for dense in (False, True)
+        for threads in grid.threads
+    ]
+    return [*ours, *paired, *screens, *labelled]
+
+
+def _meals(grid: Grid) -> list[Case]:
+    """What a model eats, beside the plain loader of the same cells and threads."""
+    section, batch, found = "loader: sampling, genes and tokens, warm", grid.batches[0], []
+    meals: dict[str, dict[str, Any]] = {
+        "weights=, with replacement": {"weights": "n_counts"},
+        "weights=, without": {"weights": "n_counts", "replacement": False},
+        "balance=": {"balance": "cell_type"},
+        "stratify=": {"stratify": "cell_type"},
+        "groups=, sets without controls": {"groups": {"size": batch}},
+        "groups= with controls": {"groups": {"size": batch, "match": list(MATCHED["batch"])}},
+        "2,000 genes in another order": {"genes": "drawn"},
+        "2,000 genes in the store's order": {"genes": "sorted"},
+        "Normalize and Log1p": {"transforms": "log"},
+        "Normalize and Log1p, 2,000 genes": {"transforms": "log", "genes": "drawn"},
+        "tokens: genes and values": {"tokens": "values"},
+        "tokens: genes by rank": {"tokens": "ranks"},
+        "tokens: genes and bins": {"tokens": "bins"},
+    }
+    for threads in grid.threads:
+        plain = f"loader({batch}), plain, {threads_text(threads)}"
+        for text, more in {"plain": {}, **meals}.items():
+            name, against = f"loader({batch}), {text}, {threads_text(threads)}", () if text == "plain" else (plain,)
+            options = {"to": "torch", **more}
+            found.append(_loader(grid, name, section, options, against, store="perturbed", batch=batch, threads=threads))
+    return found
 
 
 def _single(grid: Grid) -> list[Case]:
