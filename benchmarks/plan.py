@@ -577,8 +577,8 @@ def _meals(grid: Grid) -> list[Case]:
     """What a model eats, beside the plain loader of the same cells and threads."""
     section, batch, found = "loader: sampling, genes and tokens, warm", grid.batches[0], []
     meals: dict[str, dict[str, Any]] = {
-        "weights=, with replacement": {"weights": "n_counts"},
-        "weights=, without": {"weights": "n_counts", "replacement": False},
+        "weights=, with replacement": {"weights": "split_score"},
+        "weights=, without": {"weights": "split_score", "replacement": False},
         "balance=": {"balance": "cell_type"},
         "stratify=": {"stratify": "cell_type"},
         "groups=, sets without controls": {"groups": {"size": batch}},
