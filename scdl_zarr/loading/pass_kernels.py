@@ -19,6 +19,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from scdl_zarr.reading.feistel import mixed
+
 __all__ = [
     "add_rows",
     "choose_genes",
@@ -34,8 +36,7 @@ __all__ = [
 ]
 
 U = np.uint64
-_GOLDEN, _FIRST, _SECOND = U(0x9E3779B97F4A7C15), U(0xBF58476D1CE4E5B9), U(0x94D049BB133111EB)
-_S30, _S27, _S31, _S11 = U(30), U(27), U(31), U(11)
+_GOLDEN, _S11 = U(0x9E3779B97F4A7C15), U(11)
 UNIT = 2.0**-53
 EXACT = 2.0**53
 REMEMBERED = 1 << 8  # a power of two
@@ -57,10 +58,7 @@ def _zeros_below(_context: Any, word: Any) -> Any:
 @nb.njit(nogil=True, inline="always")
 def draw(key: Any, number: Any) -> Any:
     """The `number`-th random number in [0, 1) of a key (SplitMix64 of Steele, Lea and Flood 2014, by position)."""
-    word = key + _GOLDEN * (U(number) + U(1))
-    word = (word ^ (word >> _S30)) * _FIRST
-    word = (word ^ (word >> _S27)) * _SECOND
-    return np.float64((word ^ (word >> _S31)) >> _S11) * UNIT
+    return np.float64(mixed(key + _GOLDEN * (U(number) + U(1))) >> _S11) * UNIT
 
 
 @nb.njit(nogil=True, inline="always")
