@@ -56,8 +56,8 @@ def odd_matrix(dtype: npt.DTypeLike = "f4", *, fractions: bool = False, seed: in
 
 
 def stored(folder: Path, matrix: Any, name: str = "a", obs: pd.DataFrame | None = None, **more: Any) -> SingleCellZarrDataset:
-    source = write_h5ad(folder / f"{name}.h5ad", matrix, obs=obs, **more)
     options = {**SIZES, "layers": list(more.get("layers", ()))}
+    source = write_h5ad(folder / f"{name}.h5ad", matrix, obs=obs, **more)
     return scdl_zarr.convert(source, folder / f"{name}.zarr", **options)
 
 
