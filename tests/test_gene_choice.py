@@ -20,10 +20,14 @@ import scdl_zarr
 from scdl_zarr import SingleCellCollection, SingleCellZarrDataset
 from scdl_zarr.errors import CorruptStoreError, FeatureNameError, InexactValueError, OptionError, RowIndexError
 from scdl_zarr.loading.genes import GeneChoice, find_genes, without_version
+from scdl_zarr.loading.tokens import TokenTable
 from scdl_zarr.reading import mapped, row_blocks
 from scdl_zarr.reading.row_blocks import RowBlock
+from scdl_zarr.tokens import GeneValues
+from scdl_zarr.transforms import TopK
 from tests.loader_stores import as_dense
 from tests.stores_of_others import write_by_node, write_with_anndata
+from tests.test_bad_input import rewrite, setter
 from tests.toys import csr, encoded_rows, examples, write_h5ad
 
 ROWS, GENES = 60, 150  # bits of three words
@@ -376,6 +380,35 @@ def test_an_id_that_is_none_is_an_error(tmp_path: Path, bad: int, genes: list[in
     )
     with pytest.raises(CorruptStoreError, match=rf"somewhere: gene id {bad} is out of range for 8 genes"):
         choice.apply(block, "somewhere")
+
+
+@pytest.mark.parametrize("bad", [-1, GENES, 2**31 - 1])
+def test_an_id_that_is_none_in_a_mapped_chunk_is_an_error(tmp_path: Path, bad: int) -> None:
+    """Under a right checksum."""
+    source = write_h5ad(tmp_path / "a.h5ad", encoded_rows(ROWS, GENES, 20))
+    data = scdl_zarr.convert(source, tmp_path / "a.zarr", width="plain", **SIZES)
+    rewrite(tmp_path / "a.zarr", "indices", 0, setter(170, bad))  # of row 8
+    for options in ({"genes": [5, 1]}, {"genes": [1, 5]}, {"tokens": GeneValues(9)}, {"transforms": TopK(3)}):
+        loader = data.loader(4, to="numpy", shuffle=False, **options)
+        run = iter(loader)
+        assert [next(run).rows.tolist()[0] for _ in range(2)] == [0, 4]
+        with pytest.raises(CorruptStoreError, match="a gene id outside the matrix"):
+            next(run)
+
+
+def test_an_id_that_is_none_is_found_by_who_makes_tokens(tmp_path: Path) -> None:
+    """Should who reads the rows let it pass."""
+    tokenizer = GeneValues(4).bind(pd.Index(["a", "b"]), ignore_versions=False)
+    table = TokenTable(
+        ids=np.zeros((1, 4), np.int32), mask=np.zeros((1, 4), bool), lengths=np.zeros(1, np.int64), values=np.zeros((1, 4), "f4")
+    )
+    for bad in (-1, 2):
+        block = RowBlock(
+            places=np.zeros(1, np.int64), data=np.ones(2, "f4"), ids=np.array([0, bad], "i4"), indptr=np.array([0, 2]),
+            notes={"keys": np.zeros(1, np.uint64)},
+        )  # fmt: skip
+        with pytest.raises(CorruptStoreError, match="is out of range for 2 genes"):
+            tokenizer.write(block, table)
 
 
 def test_a_store_without_genes(tmp_path: Path) -> None:

@@ -324,6 +324,16 @@ def test_totals_of_counts_are_exact_and_those_of_fractions_in_order(tmp_path: Pa
     assert second[0].tolist() == [v / total for v in rows[1][0]]
 
 
+def test_totals_beyond_float32_are_infinities_as_for_scanpy(tmp_path: Path) -> None:
+    sc = pytest.importorskip("scanpy")
+    matrix = csr([([3e38, 3e38, 1], [0, 1, 2]), ([1, 3], [0, 1])], 3)
+    adata = ad.AnnData(matrix.copy())
+    with np.errstate(over="ignore"):
+        sc.pp.normalize_total(adata, target_sum=8)
+    found = one_epoch(stored(tmp_path, matrix), Normalize(8))
+    assert found.data.tolist() == adata.X.data.tolist() == [0, 0, 0, 2, 6]
+
+
 # ---- each on its own
 
 
@@ -471,6 +481,10 @@ def test_what_is_drawn_follows_from_seed_epoch_and_position_alone(others: dict[s
         assert values(others[where], batch_size, ranks) == usual
     assert values(data, 16, prefetch=0) == usual
     assert values(data, 16, seed=3) != usual and values(data, 16, epoch=5) != usual
+    assert values(data, 10, 3, tail="pad") == usual  # what fills up is the beginning once more
+    window: dict[str, Any] = {"shuffle": "window", "run_rows": 4, "window_rows": 24}
+    mixed = values(data, 16, **window)
+    assert mixed != usual and values(others["two threads"], 7, 2, **window) == mixed
     rest = data.loader(11, to="numpy", seed=2, transforms=RANDOM[kind], rank=0, world_size=1)
     begun = data.loader(16, to="numpy", seed=2, epoch=4, transforms=RANDOM[kind])
     run = iter(begun)
@@ -671,7 +685,7 @@ def test_what_is_no_transform_is_refused(data: SingleCellZarrDataset, transforms
 @pytest.mark.parametrize(
     ("kind", "bad"),
     [
-        (Normalize, [0, -1, np.nan, np.inf, "1", True, None]),
+        (Normalize, [0, -1, 1e39, 1e-46, np.nan, np.inf, "1", True, None]),
         (Binarize, [-1, np.nan, "1", False]),
         (Downsample, [-1, 1.5, "1", True]),
         (MinCount, [np.nan, np.inf, "1", None]),
