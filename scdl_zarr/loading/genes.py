@@ -127,7 +127,7 @@ class GeneChoice:
             place = np.full(len(names), -1, np.int32)
             place[numbers] = np.arange(len(numbers), dtype=np.int32)
             return cls._placed(place, names[numbers])
-        listed = listed_genes([str(name) for name in wanted] if isinstance(wanted, np.ndarray) else wanted)
+        listed = listed_genes(wanted.tolist() if isinstance(wanted, np.ndarray) else wanted)
         place = find_genes(names, {name: k for k, name in enumerate(listed)}, ignore_versions=ignore_versions)
         if listed and not (place >= 0).any():
             warnings.warn(

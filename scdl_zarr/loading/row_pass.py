@@ -173,7 +173,7 @@ class RowPass:
         output = CsrOutput(self, rows, drawing, memory, source.n_vars)
         source.visit(rows, layer, source.float_dtype(layer) if self.transforms else dtype, output, memory, helpers)
         batch = output.batch()
-        if not self.transforms or dtype in (None, batch.data.dtype):
+        if not self.transforms or dtype is None or dtype == batch.data.dtype:  # `in` would take None for float64, as NumPy does
             return batch
         data = memory.take(len(batch.data), dtype)
         cast_exactly(batch.data, data)
