@@ -679,3 +679,20 @@ def test_a_value_in_two_parts_of_two_datasets_is_a_leak(collection: SingleCellCo
         held = {"train": 1, "val": {"donor_id": ["D1"]}, "test": {"donor_id": ["D2"]}}
         scdl_zarr.open(tmp_path / "cohort" / name).split(held, by="donor_id", overwrite=True)
     assert len(loaded(SingleCellCollection(tmp_path / "cohort"), split="test")) == 40
+
+
+@pytest.mark.parametrize(("first", "second"), [(int, str), (str, float), (float, int), (int, "D{}".format), ("{}.0".format, int)])
+def test_a_donor_is_the_same_as_a_number_and_as_text(
+    collection: SingleCellCollection, tmp_path: Path, first: Any, second: Any
+) -> None:
+    del collection
+    for name, kind in zip("ab", (first, second), strict=True):
+        scdl_zarr.open(tmp_path / "cohort" / name).set_obs("number", [kind(j % 12) for j in range(N)])
+        parts = {"train": 1, "test": {"number": [kind(3 if name == "a" else 4)]}}
+        scdl_zarr.open(tmp_path / "cohort" / name).split(parts, by="number")
+    found = SingleCellCollection(tmp_path / "cohort")
+    if second(1) == "D1":  # other donors
+        assert len(loaded(found, split="test")) == 40
+        return
+    with pytest.raises(errors.OptionError, match=r"a leak: number .* is in 'test' of .*/a and in 'train' of .*/b"):
+        found.loader(split="train")
