@@ -168,6 +168,16 @@ def test_of_chosen_rows_controls_are_chosen_too(data: SingleCellZarrDataset, obs
         assert batch.controls is not None and (obs["donor"].iloc[batch.controls.rows] != 2).all()
 
 
+@pytest.mark.parametrize(
+    "listed", [["none", "z"], pd.Index(["none", "z"]), pd.Series(["z", "none"]), {"z": 1, "none": 2}.keys()], ids=type
+)
+def test_controls_may_be_several_values(data: SingleCellZarrDataset, obs: pd.DataFrame, listed: Any) -> None:
+    loader = data.loader(8, groups=CellSets(["kind", "drug"], size=4, controls={"drug": listed}), to="numpy")
+    asked = CellSets(["kind", "drug"], size=4, controls={"drug": ["none", "z"]})
+    sets = check(loader, loader, obs, asked, 4)
+    assert {row for one in sets for row in one[1:]} == set(obs["number"][obs["drug"].isin(["x", "y"])])
+
+
 def test_groups_without_a_control_are_named_or_left_out(data: SingleCellZarrDataset, obs: pd.DataFrame) -> None:
     rows = obs["number"][~((obs["drug"] == "none") & (obs["donor"] == 2) & (obs["kind"] == "B"))].to_numpy()
     with pytest.raises(

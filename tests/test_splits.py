@@ -580,12 +580,38 @@ def test_what_is_written_keeps_a_rule_that_holds(data: SingleCellZarrDataset, tm
     assert again.metadata == written.metadata
 
 
-def test_what_is_written_drops_a_rule_that_does_not_hold(data: SingleCellZarrDataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"order": "shuffle"}, {"rows": range(N - 40)}])
+def test_what_is_written_leaks_no_more_than_what_it_was_written_of(
+    data: SingleCellZarrDataset, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """A rule that does not hold goes along: a column without one would be taken unchecked."""
     data.split(SHARES, by="donor_id")
     data.split(SHARES, name="rowwise")
     data.set_obs("donor_id", ["D"] * N, overwrite=True)
-    written = data.write(tmp_path / "w.zarr", progress=False)
-    assert list(written.metadata["splits"]) == ["rowwise"] and written.obs["split"].tolist() == data.obs["split"].tolist()
+    written = data.write(tmp_path / "w.zarr", progress=False, **options)
+    assert set(written.metadata["splits"]) == {"split", "rowwise"}
+    for split in ("train", {"split": "train"}):
+        with pytest.raises(errors.OptionError, match="a leak: donor_id 'D' is in"):
+            written.loader(split=split)
+    assert loaded(written, split={"rowwise": "train"})
+    one = data.write(tmp_path / "one.zarr", rows="split == 'train'", progress=False)  # of which nothing can leak
+    assert len(loaded(one, split="train")) == len(one)
+
+
+@pytest.mark.parametrize("options", [{}, {"order": "shuffle"}, {"rows": range(N)}])
+def test_what_is_written_does_not_make_a_split_of_parts_that_came_later(
+    data: SingleCellZarrDataset, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    data.split(SHARES, by="donor_id")
+    later = table(24).assign(split=pd.Categorical(["train"] * 24))
+    data.append(write_h5ad(tmp_path / "b.h5ad", encoded_rows(24, 9, 3), obs=later), progress=False)
+    written = data.write(tmp_path / "w.zarr", progress=False, **options)
+    for split in ("train", {"split": "train"}):
+        if len(written) == N:  # the rows that were there
+            assert len(loaded(written, split=split)) == 200
+            continue
+        with pytest.raises(errors.OptionError, match=r"appended after the split|not what the split made"):
+            written.loader(split=split)
 
 
 def test_a_cast_keeps_the_rule(data: SingleCellZarrDataset) -> None:
@@ -653,3 +679,20 @@ def test_a_value_in_two_parts_of_two_datasets_is_a_leak(collection: SingleCellCo
         held = {"train": 1, "val": {"donor_id": ["D1"]}, "test": {"donor_id": ["D2"]}}
         scdl_zarr.open(tmp_path / "cohort" / name).split(held, by="donor_id", overwrite=True)
     assert len(loaded(SingleCellCollection(tmp_path / "cohort"), split="test")) == 40
+
+
+@pytest.mark.parametrize(("first", "second"), [(int, str), (str, float), (float, int), (int, "D{}".format), ("{}.0".format, int)])
+def test_a_donor_is_the_same_as_a_number_and_as_text(
+    collection: SingleCellCollection, tmp_path: Path, first: Any, second: Any
+) -> None:
+    del collection
+    for name, kind in zip("ab", (first, second), strict=True):
+        scdl_zarr.open(tmp_path / "cohort" / name).set_obs("number", [kind(j % 12) for j in range(N)])
+        parts = {"train": 1, "test": {"number": [kind(3 if name == "a" else 4)]}}
+        scdl_zarr.open(tmp_path / "cohort" / name).split(parts, by="number")
+    found = SingleCellCollection(tmp_path / "cohort")
+    if second(1) == "D1":  # other donors
+        assert len(loaded(found, split="test")) == 40
+        return
+    with pytest.raises(errors.OptionError, match=r"a leak: number .* is in 'test' of .*/a and in 'train' of .*/b"):
+        found.loader(split="train")

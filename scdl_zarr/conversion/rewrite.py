@@ -86,7 +86,7 @@ from scdl_zarr.reading.gene_lists import described_genes, listed_genes
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.reading.plan import Int64Array, resolve_rows
 from scdl_zarr.reading.queries import named_columns, query_rows, sort_rows_by
-from scdl_zarr.reading.split_rules import checked_parts, recorded_rules
+from scdl_zarr.reading.split_rules import recorded_rules
 from scdl_zarr.reading.tables import LazyTable
 from scdl_zarr.resources import usable_cores
 from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, locate, read_metadata, replacement_path
@@ -705,13 +705,20 @@ class _View:
     # ---- what stays as it is
 
     def _kept_splits(self) -> dict[str, Any]:
-        """The rules of splits that hold, of the rows that are written."""
+        """The rules of splits, of the rows that are written.
+
+        One that does not hold goes along as it is, and is refused in the copy: a split without a rule would be taken unchecked.
+        """
         base, where, kept = self.base, str(self.base.root), {}
         table = LazyTable(base.location, "obs", base.metadata.nodes, base.metadata.n_obs)
         for name, rule in recorded_rules(base.metadata.header, where).items():
-            with contextlib.suppress(OptionError, FeatureNameError):
-                codes = checked_parts(rule, name, table, where)
+            if name not in table:
+                continue
+            try:
+                codes = rule.check(table.lookup(name), where)
                 kept[name] = rule.of_rows(self.selection.take(codes)).as_dict()
+            except OptionError:
+                kept[name] = rule.as_dict()
         return kept
 
     def _require_same_genes(self, survey: Survey) -> None:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -212,7 +212,7 @@ def _marked(controls: Mapping[str, Any], source: RowSource, rows: Int64Array | N
     marked = np.ones(source.n_obs if rows is None else len(rows), bool)
     for name, values in controls.items():
         codes, table = codes_of(source.label(name), rows)
-        wanted = list(values) if isinstance(values, (list, tuple, set, frozenset, np.ndarray)) else [values]
+        wanted = list(values) if isinstance(values, Iterable) and not isinstance(values, (str, bytes)) else [values]
         known = list(table)
         unknown = [value for value in wanted if value not in known]
         if unknown or not wanted:

@@ -104,16 +104,27 @@ def _parts_of(table: SourceTable, column: str, *, recorded: bool) -> tuple[list[
 def _refuse_leaks_between(tables: Sequence[SourceTable], found: Sequence[tuple[list[str], Any, Any]], column: str) -> None:
     """Refuse a value of a column that a split was made by which is in one part here and in another one there."""
     for by in dict.fromkeys(name for _, _, rule in found if rule is not None for name in rule.by):
+        columns = [factorized(table.obs.lookup(by)) if by in table.obs else None for table in tables]
+        texts = {isinstance(value, str) for column in columns if column is not None for value in column[1]}
         seen: dict[Any, tuple[str, str]] = {}
-        for table, (parts, codes, _) in zip(tables, found, strict=True):
-            if by not in table.obs:
+        for table, (parts, codes, _), column_of in zip(tables, found, columns, strict=True):
+            if column_of is None:
                 continue
-            numbers, values = factorized(table.obs.lookup(by))
+            numbers, values = column_of
             there = values_by_part(numbers, len(values), codes, len(parts))
             for value, part in zip(*np.nonzero(there), strict=True):
-                first = seen.setdefault(values[value], (parts[part], table.path))
+                told = _number(values[value]) if len(texts) > 1 else values[value]
+                first = seen.setdefault(told, (parts[part], table.path))
                 if first[0] != parts[part]:
                     raise OptionError(
                         f"a leak: {by} {shown(values[value])} is in {first[0]!r} of {first[1]} and in {parts[part]!r} of "
                         f"{table.path}, and {column!r} was split by {by}; hold out the same values in each dataset"
                     )
+
+
+def _number(value: Any) -> Any:
+    """The number that a text is, where one dataset has text for it and another one numbers."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
