@@ -328,10 +328,8 @@ class UnitReader:
                 tokens=None if table is None else options.tokens(table, start, stop),
                 padding=part.padding,
             )
-            count = len(cut[options.layer].data) if table is None else int(table.lengths[start:stop].sum())
-            made.append((batch, count))
             count = len(own.data) if own is not None else 0 if table is None else int(table.lengths[start:stop].sum())
-            made.append((batch.pin_memory() if pin else batch, count))
+            made.append((batch, count))
         return made
 
     def _tokens(
