@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
@@ -904,6 +905,9 @@ class SingleCellZarrDataset:
 
         found = set_split(self._location, parts, by=by, stratify=stratify, seed=seed, name=name, overwrite=overwrite)
         self._open()
+        surprise = found.surprise()
+        if surprise is not None:
+            warnings.warn(surprise, UserWarning, stacklevel=2)
         return found
 
     def cast_data_to_dtype(self, dtype: npt.DTypeLike, *, dtype_tolerance: float = 0.0) -> None:

@@ -29,7 +29,8 @@ __all__ = ["Split", "SplitPart", "group_rows", "plan_split"]
 Int64Array = npt.NDArray[np.int64]
 
 SUM_TOLERANCE = 1e-9
-TRIES = 64  # at stratified groups: the best is taken
+FAR_OFF = 0.05  # of all rows, from the share that was asked for
+TRIES = 64  # at groups: the best is taken
 TRIED_GROUPS = 1 << 17  # in all tries together
 LEAST_SHARE = 0.5  # of what the other parts should have that the largest group has to leave them
 
@@ -105,6 +106,14 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    def surprise(self) -> str | None:
+        """What a user would not expect of it, in words: a part that groups kept far from its share."""
+        off = [part for part in self.parts if part.asked is not None and abs(part.share - part.asked) > FAR_OFF]
+        if not off:
+            return None
+        told = ", ".join(f"{part.name!r} has {part.share:.1%} of the rows (asked {part.asked:.1%})" for part in off)
+        return f"{told}: groups by {', '.join(self.by)} are dealt out whole, and do not add up to the shares"
 
     def __str__(self) -> str:
         how = f" by {', '.join(self.by)}" if self.by else ""
@@ -186,7 +195,8 @@ def _shares(shares: Mapping[str, Any], n_parts: int) -> dict[str, float]:
             raise OptionError(f"part {part!r} has the share {share!r}; expected a number above zero, or the rows to hold out")
     total = math.fsum(float(share) for share in shares.values())
     if shares and len(shares) == n_parts and abs(total - 1) > SUM_TOLERANCE:
-        raise OptionError(f"the shares sum to {total:.10g}, expected 1; give a part to the rest, too")
+        way = "give a part to the rest, too" if total < 1 else "give each as a share of all rows, such as 0.8"
+        raise OptionError(f"the shares sum to {total:.10g}, expected 1; {way}")
     return {part: float(share) / total for part, share in shares.items()}
 
 
@@ -332,7 +342,7 @@ def _deal_groups(
     keys, amounts = np.unique(groups * n_strata + strata, return_counts=True)
     pieces = _Pieces(np.searchsorted(keys, np.arange(len(sizes) + 1) * n_strata), keys % n_strata, amounts.astype(np.float64))
     wanted = np.outer(shares, np.bincount(strata, minlength=n_strata)).astype(np.float64)
-    tries = 1 if n_strata == 1 else min(TRIES, max(1, TRIED_GROUPS // len(sizes)))
+    tries = min(TRIES, max(1, TRIED_GROUPS // len(sizes)))
     best = min((_greedy(sizes, pieces, wanted, seed, number) for number in range(tries)), key=lambda found: found[0])
     return best[1][groups]
 
@@ -401,7 +411,7 @@ def _greedy(
         if not whole:
             lacking[part, pieces.strata[piece]] -= pieces.amounts[piece]
     if whole:
-        return 0.0, dealt
+        return sum(map(abs, lack)), dealt
     off = np.abs(lacking)  # counted in rows, and each stratum as much as any other
     return float(off.sum() / sizes.sum() + (off @ weight).sum() / len(weight)), dealt
 

@@ -220,11 +220,13 @@ def test_all_of_it_in_lines() -> None:
         order_bytes=8_000_000_000,
         runs_per_batch=None,
         mixing="mixed",
+        cells="2 genes, 1 of them in the store",
         rows_per_second=54_321.2,
     )
     assert str(told).splitlines() == [
         "an epoch: 1,000,000,000 rows in 15,625 batches of 64 on this rank",
         "order: mixed",
+        "cells: 2 genes, 1 of them in the store",
         "a batch: 128,000 values from 201 chunks, 420.0 KB in the store, 1.6 MB decoded, 1.60 times what the batch needs",
         "read ahead: 4 units of 8 batches by 2 threads; about 49.0 MB held, obs columns 999 B, lists of rows 8.0 GB",
         "rate: 54,321 rows/s, measured now",

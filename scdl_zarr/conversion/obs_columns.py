@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,13 +27,11 @@ from scdl_zarr.conversion.construction import (
 )
 from scdl_zarr.conversion.elements import INDEX, EncodedElements
 from scdl_zarr.errors import NotAStoreError, OptionError, SourceError
+from scdl_zarr.reading.aligned import in_row_order
 from scdl_zarr.reading.tables import LazyTable
 from scdl_zarr.storage.location import StoreLocation, read_metadata, replacement_path
 from scdl_zarr.storage.metadata import StoreMetadata, node_attributes
 from scdl_zarr.storage.schema import is_storable_name, root_document
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 __all__ = ["as_column", "replace_column", "set_column"]
 
@@ -147,7 +145,7 @@ def as_column(name: str, values: Any, table: LazyTable) -> Any:
     if len(values) != n:
         raise OptionError(f"obs column {name!r}: {len(values)} values for {n} rows")
     if isinstance(values, pd.Series):
-        values = _in_order(name, values, table)
+        values = in_row_order(f"obs column {name!r}", values, lambda: table.names)
     if isinstance(values, (pd.Series, pd.Index)):
         values = values.array
     return values if isinstance(values, pd.api.extensions.ExtensionArray) else np.asarray(values)
@@ -166,26 +164,6 @@ def _of_list(name: str, values: list[Any] | tuple[Any, ...]) -> Any:
         return pd.Series(values).array
     except (TypeError, ValueError, OverflowError) as error:
         raise OptionError(f"obs column {name!r}: {error}; {KINDS}") from error
-
-
-def _in_order(name: str, values: pd.Series[Any], table: LazyTable) -> pd.Series[Any]:
-    """Values by row: those of a Series that counts its rows as they are, of one that names them by name."""
-    import pandas as pd
-
-    index = values.index
-    if isinstance(index, pd.RangeIndex) and (index.start, index.step) == (0, 1):
-        return values
-    names = table.names
-    if index.equals(names):
-        return values
-    if index.is_unique and names.is_unique and not isinstance(index, pd.MultiIndex):
-        places = index.get_indexer(names)
-        if (places >= 0).all():
-            return values.iloc[places]
-    raise OptionError(
-        f"obs column {name!r}: the index of the Series is neither row numbers in order nor the names of the cells; "
-        ".to_numpy() gives values by position"
-    )
 
 
 def _encoded(name: str, values: Any) -> EncodedElements:

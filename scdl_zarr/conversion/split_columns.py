@@ -78,7 +78,12 @@ def _share_or_rows(table: LazyTable, part: str, asked: Any) -> Any:
     if isinstance(asked, Mapping):
         return _rows_with(table, part, asked)
     if not isinstance(asked, str):
-        return None if isinstance(asked, np.ndarray) else asked  # row numbers are no rule: they are refused as a share
+        if isinstance(asked, Iterable):
+            raise OptionError(
+                f"part {part!r} is {type(asked).__name__}; expected a share, a query, or a column and its values (set_obs makes "
+                "a column of a mask, which a query can name)"
+            )
+        return asked
     try:
         return query_rows(table, asked)
     except (OptionError, FeatureNameError) as error:

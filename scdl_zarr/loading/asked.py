@@ -16,6 +16,7 @@ from scdl_zarr.loading.orders import Chosen, Mixed, Rule
 from scdl_zarr.loading.processes import as_count
 from scdl_zarr.loading.sampling import Balanced, ByClass, Stratified, Weighted, WeightedOnce
 from scdl_zarr.loading.sources import CollectionRows, RowSource, chosen_rows
+from scdl_zarr.reading.aligned import in_row_order
 from scdl_zarr.reading.plan import Int64Array
 
 __all__ = ["Sampling"]
@@ -101,6 +102,15 @@ class Sampling:
         return drawn if chosen is None else Chosen(drawn, chosen)
 
 
+def _names_of(source: RowSource, rows: Int64Array | None) -> Any:
+    """The names of rows (None: of all)."""
+    import pandas as pd
+
+    parts = [table.obs.names for table in source.tables()]
+    names = parts[0].append(parts[1:]) if parts else pd.Index([])
+    return names if rows is None else names[rows]
+
+
 def _columns(option: str, names: Any) -> tuple[str, ...]:
     """One or several different columns of obs."""
     found = (names,) if isinstance(names, str) else names
@@ -143,6 +153,9 @@ def _row_weights(source: RowSource, weights: Any, chosen: Int64Array | None) -> 
             of_chosen = "" if chosen is None else f", of which {n} are chosen"
             raise OptionError(f"{len(given)} weights for {stores}{source.n_obs} rows{of_chosen}; expected one for each")
         named, of_store = "weights", len(given) == source.n_obs
+        if hasattr(weights, "index") and hasattr(weights, "iloc"):  # a Series of pandas
+            own = None if of_store else chosen
+            given = np.asarray(in_row_order("weights", weights, lambda: _names_of(source, own)))
     places = chosen if of_store else None
     found = np.array(given if places is None else given[places], np.float64)
     wrong = ~((found >= 0) & (found < np.inf))

@@ -48,6 +48,8 @@ class Explanation:
         Of ``shuffle="window"``: from how many different runs the rows of a batch come, on average.
     mixing
         How the rows are mixed, in words.
+    cells
+        What becomes of cells on their way: genes chosen (and found), transforms, tokens.  Empty if they come as they are stored.
     rows_per_second
         Measured on a few batches with what is in the machine's memory now; None if it was not.
     """
@@ -69,6 +71,7 @@ class Explanation:
     order_bytes: int
     runs_per_batch: float | None
     mixing: str
+    cells: str
     rows_per_second: float | None
 
     def __str__(self) -> str:
@@ -76,6 +79,7 @@ class Explanation:
         lines = [
             f"an epoch: {self.rows:,} rows in {self.batches:,} batches of {self.batch_rows:,} on this rank{dropped}",
             f"order: {self.mixing}",
+            *([f"cells: {self.cells}"] if self.cells else []),
         ]
         if self.chunks is not None and self.stored_bytes is not None and self.decoded_bytes is not None:
             lines.append(
@@ -139,6 +143,7 @@ def explain(loader: Loader, *, measure: bool) -> Explanation:
         obs_bytes=sum(label.values.nbytes for label in labels),
         order_bytes=_order_bytes(loader.rule),
         runs_per_batch=runs,
+        cells="" if options.steps is None else str(options.steps),
         mixing=mixing,
         rows_per_second=_measured(loader) if measure else None,
     )

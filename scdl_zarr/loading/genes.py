@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from scdl_zarr.reading.row_blocks import RowBlock
 
-__all__ = ["GeneChoice", "find_genes", "without_version"]
+__all__ = ["GeneChoice", "advice", "find_genes", "without_version"]
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -64,12 +64,27 @@ def find_genes(names: pd.Index, wanted: Mapping[str, int], *, ignore_versions: b
             ]
             listed = ", ".join(map(str, places[:MOST_NAMED])) + (", ..." if len(places) > MOST_NAMED else "")
             raise FeatureNameError(
-                f"gene {name!r} is there more than once, at {listed}; choose genes by number, or names from another column "
-                "with gene_key="
+                f"gene {name!r} is there more than once, at {listed}; choose genes by number (all but one of these), or names "
+                f"from another column with gene_key={_of_versions(names, places)}"
             )
         first[name] = number
         place[number] = new
     return place
+
+
+def _of_versions(names: pd.Index, places: list[int]) -> str:
+    if names[places].nunique() == 1:
+        return ""
+    return "; they differ in their versions: converted with var_key= of a column without them, they are one gene"
+
+
+def advice(wanted: Collection[str], names: pd.Index, *, ignore_versions: bool) -> str:
+    """What may help where few names are found."""
+    if not ignore_versions:
+        plain = {without_version(name) for name in wanted}
+        if 2 * sum(without_version(name) in plain for name in names.tolist()) >= min(len(plain), len(names)):
+            return "; ignore_gene_versions=True takes Ensembl's identifiers without their versions"
+    return "; gene_key= takes names from another column of var"
 
 
 def _unversioned(wanted: Mapping[str, int]) -> dict[str, int]:
@@ -117,6 +132,11 @@ class GeneChoice:
         """
         import pandas as pd
 
+        if isinstance(genes, (set, frozenset, Mapping)):
+            raise OptionError(
+                f"genes= is a {type(genes).__name__}, whose order says nothing of columns; give a list"
+                + (", such as sorted(d, key=d.get) for the order of its numbers" if isinstance(genes, Mapping) else "")
+            )
         as_is = isinstance(genes, (str, slice, np.ndarray)) or hasattr(genes, "__fspath__") or not hasattr(genes, "__iter__")
         wanted = genes if as_is else list(genes)
         by_name = isinstance(wanted, str) or hasattr(wanted, "__fspath__") or _holds_text(wanted)
@@ -129,10 +149,13 @@ class GeneChoice:
             return cls._placed(place, names[numbers])
         listed = listed_genes(wanted.tolist() if isinstance(wanted, np.ndarray) else wanted)
         place = find_genes(names, {name: k for k, name in enumerate(listed)}, ignore_versions=ignore_versions)
-        if listed and not (place >= 0).any():
+        found = int((place >= 0).sum())
+        if 2 * found < min(len(listed), len(names)):
+            rest = "the other columns are empty" if found else "every column is empty"
             warnings.warn(
-                f"none of the {len(listed)} genes asked for, {listed[0]!r} the first, is among those of the store, such as "
-                f"{', '.join(map(repr, names[:3]))}: every column is empty",
+                f"{found or 'none'} of the {len(listed)} genes asked for, {listed[0]!r} the first, {'is' if found < 2 else 'are'}"
+                f" among those of the store, such as {', '.join(map(repr, names[:3]))}: {rest}"
+                f"{advice(listed, names, ignore_versions=ignore_versions)}",
                 UserWarning,
                 stacklevel=4,
             )

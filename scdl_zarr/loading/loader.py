@@ -106,6 +106,13 @@ class Loader:
         return self.options.width(self.source)
 
     @property
+    def n_tokens(self) -> int:
+        """With ``tokens=``, one more than the largest token that there can be, padding included: the rows of an embedding."""
+        if self.options.tokenizer is None:
+            raise AttributeError("this loader makes no tokens")
+        return self.options.tokenizer.n_tokens
+
+    @property
     def categories(self) -> dict[str, pd.Index]:
         """What the codes of each categorical or text column of ``obs=`` stand for."""
         return categories_of(self.labels)

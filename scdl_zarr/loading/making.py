@@ -77,12 +77,15 @@ def make_loader(
     wanted = None if dtype is None else checked_dtype(_numpy_dtype(dtype))
     if to == "scipy" and not dense and wanted == np.float16:
         raise OptionError("SciPy holds no sparse float16; choose dense=True, to='numpy' or dtype='float32'")
+    if gene_key is not None and genes is None and tokens is None:
+        raise OptionError(f"gene_key={gene_key!r} says where the names of genes= and tokens= are, and neither is given")
     choice, tokenizer, unversioned = None, None, bool(ignore_gene_versions)
-    if genes is not None or tokens is not None or gene_key is not None:  # else the genes' names need not be read
+    if genes is not None or tokens is not None:  # else the genes' names need not be read
         names = source.gene_names(gene_key)
         choice = None if genes is None else GeneChoice.of(genes, names, ignore_versions=unversioned)
         tokenizer = _tokenizer(tokens, names if choice is None else choice.names, source, unversioned, dense or dtype is not None)
     steps = RowPass.of(checked_transforms(transforms), choice, source.path, tokenizer)
+    _require_fitting(steps, wanted, stacklevel=4)
     options = LoaderOptions(
         batch_size=as_count("batch_size", batch_size, smallest=1),
         tail=_tail(drop_last, tail),
@@ -175,6 +178,19 @@ def _tokenizer(tokens: Any, names: Any, source: RowSource, unversioned: bool, of
     if found.totals is not None and source.label(found.totals).categories is not None:
         raise OptionError(f"totals={found.totals!r}: this column of obs holds no numbers")
     return found
+
+
+def _require_fitting(steps: RowPass, dtype: Any, *, stacklevel: int) -> None:
+    """Refuse integers where transforms make fractions, and warn of tokens by rank that are made of something else than counts."""
+    if steps.fractions and dtype is not None and dtype.kind != "f":
+        raise OptionError(f"dtype={str(dtype)!r} of what {steps.fractions[0]!r} makes fractions of; choose a float dtype")
+    if steps.fractions and steps.tokenizer is not None and steps.tokenizer.of_counts:
+        warnings.warn(
+            f"RankValue normalises counts by itself, and {', '.join(map(repr, steps.fractions))} leave none: the order of the "
+            "genes is another one than the published",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def _is_list(sampler: Any) -> bool:

@@ -23,7 +23,7 @@ from scdl_zarr.errors import OptionError
 from scdl_zarr.loading.compiled import run_kernel
 from scdl_zarr.loading.orders import key_of
 from scdl_zarr.loading.tokens import Tokenizer, TokenTable
-from scdl_zarr.loading.transforms import Genes, Normalize, Transform, row_sums
+from scdl_zarr.loading.transforms import Downsample, Genes, Log1p, Normalize, Transform, row_sums
 from scdl_zarr.reading.batch import RowBatch
 from scdl_zarr.reading.buffers import BufferSource
 from scdl_zarr.reading.exactness import cast_exactly
@@ -43,7 +43,7 @@ WORD = (1 << 64) - 1
 
 def checked_transforms(transforms: Any) -> tuple[Transform, ...]:
     """Transforms as a user gives them: one, or a list."""
-    given = (transforms,) if hasattr(transforms, "apply") else transforms
+    given = (transforms,) if hasattr(transforms, "apply") or isinstance(transforms, str) else transforms
     try:
         found = tuple(given)
     except TypeError:
@@ -53,6 +53,11 @@ def checked_transforms(transforms: Any) -> tuple[Transform, ...]:
             hasattr(transform, name) for name in ("apply", "chooses", "drops", "draws", "each")
         ):
             raise OptionError(f"transforms holds {transform!r}; expected transforms such as Log1p(), of scdl_zarr.transforms")
+    kinds = [type(transform) for transform in found]
+    fractional = [kind for kind in kinds[: kinds.index(Downsample)] if kind in (Normalize, Log1p)] if Downsample in kinds else []
+    if fractional:
+        before = fractional[0].__name__
+        raise OptionError(f"Downsample draws from counts, and {before} before it leaves none; put Downsample first")
     if sum(isinstance(transform, Genes) for transform in found) > 1:
         raise OptionError("transforms holds Genes() twice; genes= chooses once")
     return found
@@ -126,6 +131,25 @@ class RowPass:
     def transforms(self) -> bool:
         """Whether values may become others than they are stored."""
         return bool(self.before or self.after or self.measured)
+
+    def __str__(self) -> str:
+        """What becomes of a cell, in a few words."""
+        told = list(map(repr, self.before))
+        if self.measured is not None:
+            told.append(repr(self.measured))
+        if self.genes is not None:
+            told.append(f"{self.genes.n:,} genes, {int((self.genes.place >= 0).sum()):,} of them in the store")
+        told += map(repr, self.after)
+        if self.tokenizer is not None:
+            known = int((self.tokenizer.tokens >= 0).sum())
+            told.append(f"{self.tokenizer.length:,} tokens, for {known:,} of {len(self.tokenizer.tokens):,} genes")
+        return "; ".join(told)
+
+    @property
+    def fractions(self) -> list[Transform]:
+        """What makes fractions of counts."""
+        steps = (*self.before, *([] if self.measured is None else [self.measured]), *self.after)
+        return [step for step in steps if isinstance(step, (Normalize, Log1p))]
 
     @property
     def drops(self) -> bool:

@@ -87,9 +87,10 @@ def _parts_of(table: SourceTable, column: str, *, recorded: bool) -> tuple[list[
         return list(rule.parts), checked_parts(rule, column, table.obs, table.path), rule
     if recorded:
         listed = ", ".join(map(repr, rules)) or "none"
+        there = f"; there is a column {column!r}, but nothing keeps groups apart in it" if column in table.obs else ""
         raise OptionError(
-            f"{table.path} has recorded no split {column!r} (recorded: {listed}); data.split(...) makes one, and "
-            "split={COLUMN: PART} takes one of another name, or any column of text"
+            f"{table.path} has recorded no split {column!r} (recorded: {listed}){there}; scdl_zarr.open(PATH).split(...) makes "
+            "one, and split={COLUMN: PART} takes one of another name, or any column of text, unchecked"
         )
     numbers, values = factorized(table.obs.lookup(column))
     names = [str(value) for value in values if isinstance(value, str)]

@@ -18,8 +18,9 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -28,7 +29,7 @@ import numpy.typing as npt
 
 from scdl_zarr.errors import CorruptStoreError, FeatureNameError, OptionError, TransformError
 from scdl_zarr.loading.compiled import run_kernel
-from scdl_zarr.loading.genes import find_genes, without_version
+from scdl_zarr.loading.genes import advice, find_genes, without_version
 from scdl_zarr.loading.processes import as_count
 from scdl_zarr.loading.transforms import Normalize, met_at
 
@@ -44,6 +45,7 @@ Side = Literal["both", "one"]
 KEEPS: tuple[Keep, ...] = ("first", "sample", "largest")
 SIDES: tuple[Side, ...] = ("both", "one")
 IdDtype = Literal["int32", "int64"]
+VocabularyLike = Mapping[str, int] | Sequence[str] | str | os.PathLike[str]
 LARGEST_LENGTH = 1 << 24
 LARGEST_TOKEN = (1 << 31) - 1
 LARGEST_FILE = 1 << 30
@@ -112,25 +114,34 @@ class RankValue:
     The published dictionaries are pickles, which are not read here: see :func:`read_table`.
     """
 
-    vocabulary: Mapping[str, int] | str | os.PathLike[str]
-    medians: Mapping[str, float] | str | os.PathLike[str]
+    vocabulary: VocabularyLike = field(repr=False)
+    medians: Mapping[str, float] | str | os.PathLike[str] = field(repr=False)
     length: int | None = None
     special_tokens: bool = True
     target_sum: float = 1e4
     totals: str | None = None
     dtype: IdDtype = "int32"
 
-    def bind(self, names: pd.Index, *, ignore_versions: bool) -> Tokenizer:
+    def __post_init__(self) -> None:
         Normalize(self.target_sum)
+        _id_dtype(self.dtype)
+        self._length()
+
+    def _length(self) -> int:
+        length = (4096 if self.special_tokens else 2048) if self.length is None else self.length
+        return _length(length, 2 if self.special_tokens else 0)
+
+    def bind(self, names: pd.Index, *, ignore_versions: bool) -> Tokenizer:
         specials = ("<pad>", "<cls>", "<eos>") if self.special_tokens else ("<pad>",)
         found = _Vocabulary.of(self.vocabulary, specials, names, ignore_versions)
         medians = _medians(self.medians, found, names, ignore_versions)
-        length = (4096 if self.special_tokens else 2048) if self.length is None else self.length
         first, last = (found.specials["<cls>"], found.specials["<eos>"]) if self.special_tokens else (-1, -1)
         scale: dict[str, Any] = {"factors": 1.0 / medians, "target_sum": float(self.target_sum), "pad": found.specials["<pad>"]}
         return Tokenizer(
-            length=_length(length, 2 if self.special_tokens else 0),
+            length=self._length(),
             tokens=found.tokens,
+            n_tokens=found.n_tokens,
+            of_counts=True,
             dtype=_id_dtype(self.dtype),
             run=functools.partial(_rank, **scale, first=first, last=last),
             values=False,
@@ -171,7 +182,7 @@ class ValueBins:
     Bins do not change where values are normalised and their logarithm is taken, but for rounding: counts will do.
     """
 
-    vocabulary: Mapping[str, int] | str | os.PathLike[str]
+    vocabulary: VocabularyLike = field(repr=False)
     length: int = 1536
     n_bins: int = 51
     cls: str | None = "<cls>"
@@ -180,10 +191,15 @@ class ValueBins:
     side: Side = "both"
     dtype: IdDtype = "int32"
 
-    def bind(self, names: pd.Index, *, ignore_versions: bool) -> Tokenizer:
+    def __post_init__(self) -> None:
         if self.side not in SIDES:
             raise OptionError(f"ValueBins: side={self.side!r}; choose {', '.join(map(repr, SIDES))}")
         as_count("ValueBins: n_bins", self.n_bins, smallest=3)
+        _id_dtype(self.dtype)
+        _length(self.length, self.cls is not None)
+        _value("ValueBins: pad_value", self.pad_value)
+
+    def bind(self, names: pd.Index, *, ignore_versions: bool) -> Tokenizer:
         found = _Vocabulary.of(self.vocabulary, (self.pad, *_some(self.cls)), names, ignore_versions)
         first = -1 if self.cls is None else found.specials[self.cls]
         padding: dict[str, Any] = {"pad": found.specials[self.pad], "pad_value": _value("ValueBins: pad_value", self.pad_value)}
@@ -191,6 +207,7 @@ class ValueBins:
         return Tokenizer(
             length=_length(self.length, self.cls is not None),
             tokens=found.tokens,
+            n_tokens=found.n_tokens,
             dtype=_id_dtype(self.dtype),
             run=functools.partial(_bin, **padding, quantiles=quantiles, side=SIDES.index(self.side), first=first),
             draws=True,
@@ -220,28 +237,34 @@ class GeneValues:
     """
 
     length: int
-    vocabulary: Mapping[str, int] | str | os.PathLike[str] | None = None
+    vocabulary: VocabularyLike | None = field(default=None, repr=False)
     keep: Keep = "largest"
     cls: str | None = None
     pad: str = "<pad>"
     pad_value: float = 0.0
     dtype: IdDtype = "int32"
 
-    def bind(self, names: pd.Index, *, ignore_versions: bool) -> Tokenizer:
+    def __post_init__(self) -> None:
         if self.keep not in KEEPS:
             raise OptionError(f"GeneValues: keep={self.keep!r}; choose {', '.join(map(repr, KEEPS))}")
+        if self.vocabulary is None and self.cls is not None:
+            raise OptionError(f"GeneValues: cls={self.cls!r} is a token of a vocabulary, and there is none")
+        _id_dtype(self.dtype)
+        _length(self.length, self.cls is not None)
+        _value("GeneValues: pad_value", self.pad_value)
+
+    def bind(self, names: pd.Index, *, ignore_versions: bool) -> Tokenizer:
         if self.vocabulary is None:
-            if self.cls is not None:
-                raise OptionError(f"GeneValues: cls={self.cls!r} is a token of a vocabulary, and there is none")
-            tokens, specials = np.arange(len(names), dtype=np.int32), {self.pad: len(names)}
+            tokens, specials, n_tokens = np.arange(len(names), dtype=np.int32), {self.pad: len(names)}, len(names) + 1
         else:
             found = _Vocabulary.of(self.vocabulary, (self.pad, *_some(self.cls)), names, ignore_versions)
-            tokens, specials = found.tokens, found.specials
+            tokens, specials, n_tokens = found.tokens, found.specials, found.n_tokens
         first = -1 if self.cls is None else specials[self.cls]
         padding: dict[str, Any] = {"pad": specials[self.pad], "pad_value": _value("GeneValues: pad_value", self.pad_value)}
         return Tokenizer(
             length=_length(self.length, self.cls is not None),
             tokens=tokens,
+            n_tokens=n_tokens,
             dtype=_id_dtype(self.dtype),
             run=functools.partial(_list, **padding, keep=KEEPS.index(self.keep), first=first),
             draws=True,
@@ -265,22 +288,28 @@ class Tokenizer:
         Of the tokens.
     run
         ``run(block, rows, out)``: the kernel's answer, for ``rows = (data, ids, indptr, places, tokens)``.
+    n_tokens
+        One more than the largest token that there can be: the rows of a model's embedding.
     values
         Whether there are values beside the tokens.
     sums, totals
         ``block.notes["totals"]`` must hold a float64 for each row: the sum of the whole row, or a column of obs.
     draws
         ``block.notes["keys"]`` must hold a word for each row.
+    of_counts
+        It normalises by itself, and is meant to have counts.
     """
 
     length: int
     tokens: npt.NDArray[np.int32]
     dtype: np.dtype[Any]
     run: Callable[[RowBlock, tuple[Any, ...], TokenTable], int]
+    n_tokens: int
     values: bool = True
     sums: bool = False
     totals: str | None = None
     draws: bool = False
+    of_counts: bool = False
 
     def write(self, block: RowBlock, out: TokenTable) -> None:
         """The tokens of a block's rows to their lines."""
@@ -335,10 +364,10 @@ def _list(block: RowBlock, rows: Any, out: TokenTable, *, keep: int, first: int,
 
 
 def read_table(table: Any, what: str) -> dict[str, Any]:
-    """A mapping from names to numbers, given as one or as a file.
+    """A mapping from names to numbers, given as one, as a list of names, which are numbered from 0, or as a file.
 
     ==================  ============================================================================================
-    ``.json``           one object: ``{"ENSG00000139618": 17, ...}``, as scGPT's ``vocab.json``
+    ``.json``           one object: ``{"ENSG00000139618": 17, ...}``, as scGPT's ``vocab.json``; or a list of names
     any other text      a name and a number in each line, with a tab or a comma between them; or names alone, which
                         are numbered from 0
     ==================  ============================================================================================
@@ -351,6 +380,8 @@ def read_table(table: Any, what: str) -> dict[str, Any]:
     """
     if isinstance(table, Mapping):
         return dict(table)
+    if not isinstance(table, (str, os.PathLike)) and (isinstance(table, (list, tuple)) or hasattr(table, "to_list")):
+        return _only_once([(name, number) for number, name in enumerate(table)], what)
     if not isinstance(table, (str, os.PathLike)):
         raise OptionError(
             f"{what}={type(table).__name__}; expected a mapping from names to numbers, or the path of a file of one"
@@ -365,24 +396,32 @@ def read_table(table: Any, what: str) -> dict[str, Any]:
     if path.suffix in (".pkl", ".pickle") or raw[:1] == b"\x80":
         raise OptionError(
             f"{what}={str(path)!r} is a pickle, which can run any code and is not opened; where you trust it, make JSON of it: "
-            f"python -c \"import json, pickle, sys; json.dump(pickle.load(open(sys.argv[1], 'rb')), open(sys.argv[2], 'w'))\" "
-            f"{path.name} {path.stem}.json"
+            "python -c \"import json, pickle, sys; text = json.dumps(pickle.load(open(sys.argv[1], 'rb')), "
+            f"default=lambda n: n.item()); open(sys.argv[2], 'x').write(text)\" {path.name} {path.stem}.table.json"
         )
     try:
         text = raw.decode("utf-8-sig")
         pairs = _json_pairs(text) if path.suffix == ".json" or text.lstrip().startswith("{") else _line_pairs(text)
     except ValueError as error:
         raise OptionError(f"{what}={str(path)!r} is no table of names and numbers: {error}") from error
-    found: dict[str, Any] = {}
+    return _only_once(pairs, f"{what}={str(path)!r}")
+
+
+def _only_once(pairs: list[tuple[Any, Any]], what: str) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise OptionError(f"{what}={str(path)!r} has {name!r} twice")
+            raise OptionError(f"{what} has {name!r} twice")
         found[name] = value
     return found
 
 
-def _json_pairs(text: str) -> list[tuple[str, Any]]:
+def _json_pairs(text: str) -> list[tuple[Any, Any]]:
     found = json.loads(text, object_pairs_hook=list)  # a dict would hide what is there twice
+    if text.lstrip().startswith("["):
+        if not all(isinstance(name, str) for name in found):
+            raise ValueError("it is a list of something else than names")
+        return [(name, number) for number, name in enumerate(found)]
     if not text.lstrip().startswith("{"):
         raise ValueError("it is not one object")
     return list(found)
@@ -420,6 +459,7 @@ class _Vocabulary:
 
     tokens: npt.NDArray[np.int32]
     specials: dict[str, int]
+    n_tokens: int
 
     @classmethod
     def of(cls, vocabulary: Any, specials: tuple[str, ...], names: pd.Index, ignore_versions: bool) -> _Vocabulary:
@@ -437,12 +477,15 @@ class _Vocabulary:
         genes = {name: int(token) for name, token in table.items() if name not in specials}
         tokens = find_genes(names, genes, ignore_versions=ignore_versions)
         _require_apart(names, tokens, {name: int(table[name]) for name in specials})
-        if len(names) and not (tokens >= 0).any():
-            raise FeatureNameError(
-                f"none of the {len(names)} genes, such as {', '.join(map(repr, names[:3]))}, is in the vocabulary, which has "
-                f"names such as {', '.join(map(repr, list(genes)[:3]))}; gene_key= takes names from another column of var"
-            )
-        return cls(tokens=tokens, specials={name: int(table[name]) for name in specials})
+        found, advised = int((tokens >= 0).sum()), advice(genes, names, ignore_versions=ignore_versions)
+        said = f"of the {len(names)} genes, such as {', '.join(map(repr, names[:3]))}"
+        others = f"in the vocabulary, which has names such as {', '.join(map(repr, list(genes)[:3]))}{advised}"
+        if len(names) and not found:
+            raise FeatureNameError(f"none {said}, is {others}")
+        if 2 * found < min(len(names), len(genes)):
+            warnings.warn(f"only {found} {said}, {'is' if found == 1 else 'are'} {others}", UserWarning, stacklevel=6)
+        specials_found = {name: int(table[name]) for name in specials}
+        return cls(tokens=tokens, specials=specials_found, n_tokens=max(map(int, table.values()), default=0) + 1)
 
 
 def _require_apart(names: pd.Index, tokens: npt.NDArray[np.int32], specials: Mapping[str, int]) -> None:

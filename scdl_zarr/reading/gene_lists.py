@@ -27,9 +27,14 @@ def listed_genes(genes: Any) -> tuple[str, ...]:
             lines = Path(genes).expanduser().read_text("utf-8-sig").splitlines()
         except (OSError, ValueError) as error:
             raise OptionError(
-                f"genes={where!r} (--genes): expected names, or a text file with one in each line: {error}"
+                f"genes={where!r} (--genes): expected names (one alone is a list, too: [{where!r}]), or a text file with one in "
+                f"each line: {error}"
             ) from error
         names = [line.strip() for line in lines if line.strip()]
+        if names and (names[0][0] in "{[" or "\t" in names[0]):
+            raise OptionError(
+                f"{where} begins with {names[0]!r:.60}; expected a text file with a name in each line, and nothing else"
+            )
     try:
         names = [str(name) if isinstance(name, str) else name for name in names]
     except TypeError:
