@@ -1,4 +1,4 @@
-"""Sources that only some sections read: many files, a file with neighbours, files of one var table each.
+"""Sources that only some sections read: many files, a file with neighbours, files of one var table each, one with perturbations.
 
 They are drawn from fixed seeds, so that what is kept between runs is what would be drawn again.
 """
@@ -21,6 +21,8 @@ from benchmarks.process import Figures, Params, answer, var_table
 __all__ = ["measure"]
 
 NEIGHBORS_PER_CELL = 15
+CELL_TYPES, BATCHES, PERTURBATIONS, CONTROL = 5, 4, 50, "non-targeting"
+CONTROL_EVERY = 5  # cells
 NEIGHBORS = "next_cell_ids"  # as BioNeMo-SCDL names them by default
 
 
@@ -32,6 +34,7 @@ def measure(params: Params) -> Figures:
         "neighbors": neighbors,
         "var tables": var_tables,
         "layouts": layouts,
+        "perturbed": perturbed,
     }
     began = time.perf_counter()
     tasks[params["task"]](params)
@@ -73,6 +76,42 @@ def neighbors(params: Params) -> None:
     with h5py.File(out, "r+") as file:
         matrix = sp.csr_matrix((weights, ids.ravel(), indptr), shape=(n, n))
         ad.io.write_elem(file.require_group("obsp"), NEIGHBORS, matrix)
+
+
+def perturbed(params: Params) -> None:
+    """The source with labels of a perturbation screen: cell types, batches, perturbed genes, and one cell in five as control.
+
+    ``cell_type``, ``gem_group`` and ``gene`` lie at random over the rows.  ``cell_type_run``, ``gem_group_run`` and ``gene_run``
+    are the same labels, dealt out in sorted order: rows of one kind follow one another.
+    """
+    out = Path(params["out"])
+    shutil.copyfile(params["source"], out)
+    with h5py.File(out, "r+") as file:
+        obs = ad.io.read_elem(file["obs"])
+        scattered = screen_labels(len(obs))
+        in_runs = scattered.sort_values(["cell_type", "gene", "gem_group"]).add_suffix("_run")
+        obs.index = pd.Index([f"cell{k}" for k in range(len(obs))])
+        for labels in (scattered, in_runs):
+            for name in labels.columns:
+                obs[name] = pd.Categorical(labels[name].to_numpy())
+        del file["obs"]
+        ad.io.write_elem(file, "obs", obs)
+
+
+def screen_labels(n: int) -> pd.DataFrame:
+    """Labels of `n` cells in random order; from 100 cells on, every batch of every cell type has a control."""
+    places = np.arange(n)
+    controls = places % CONTROL_EVERY == 0
+    kth = np.where(controls, places // CONTROL_EVERY, places - places // CONTROL_EVERY - 1)  # of its kind
+    genes = np.array([f"gene_{k:02}" for k in range(PERTURBATIONS)])
+    labels = pd.DataFrame(
+        {
+            "cell_type": [f"type_{k}" for k in kth % CELL_TYPES],
+            "gem_group": [f"batch_{k}" for k in kth // CELL_TYPES % BATCHES],
+            "gene": np.where(controls, CONTROL, genes[kth // (CELL_TYPES * BATCHES) % PERTURBATIONS]),
+        }
+    )
+    return labels.iloc[np.random.default_rng(0).permutation(n)].reset_index(drop=True)
 
 
 def var_tables(params: Params) -> None:

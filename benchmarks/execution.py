@@ -130,7 +130,7 @@ class _Run:
             return
         self.say(f"store: {store.name}")
         source = None if store.source is None else self._path(store.source)
-        if source is None:
+        if store.drawn:
             facts = stores.drawing_hash()
         elif store.environment == OWN:
             facts = stores.package_hash()
@@ -146,7 +146,7 @@ class _Run:
             self.say(self.no_store[store.name])
             return
         self.results.made[store.name] = figures
-        if store.source == "":
+        if store.source == "" and not store.drawn:
             self.results.sizes[store.name] = stores.sizes(store, self.stores, self.truths[""].n_values)
 
     # ---- checks

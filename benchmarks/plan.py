@@ -33,7 +33,11 @@ ANNBATCH_SINGLE, SCDATASET_SINGLE = "annbatch, single rows", "scDataset, single 
 EXACT_PEERS = (SCDL_LOADER, SCDL_NARROW_LOADER, ANNBATCH_SINGLE, SCDATASET_SINGLE, f"{SCDATASET_SINGLE} and 16 batches at once")
 ANNBATCH_CHUNKS, ANNBATCH_PRELOADED, ANNBATCH_BATCH = (128, 512, 4096), 16_384, 4096
 MANY_ROWS = 10**9  # of orders, for which there is no store
+SET_CELLS = (64, 512)  # of cell-load: the batch of the others here, and its default
+MATCHED = {"batch": ("cell_type", "gem_group"), "random": ("cell_type",)}  # in what controls agree with their cells
+SAMPLING = "sampling: perturbations with matched controls, and labels, warm"
 SCDL, ANNBATCH, SCDATASET, CURRENT, OWN = "scdl", "annbatch", "scdataset", "current", "own"
+CELL_LOAD, TILEDBSOMA = "cell_load", "tiledbsoma"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +133,8 @@ def cases(grid: Grid) -> tuple[Case, ...]:
         *_loader_waiting(grid),
         *_loader_dense(grid),
         *_loader_seek(grid),
+        *_meals(grid),
+        *_sampling(grid),
         *_single(grid),
         *_in_order(grid),
         *_conversion(grid),
@@ -354,14 +360,23 @@ def _training(grid: Grid) -> list[Case]:
     return [*ours, *found]
 
 
-def _loader(grid: Grid, name: str, section: str, options: dict[str, Any], against: tuple[str, ...], **named: Any) -> Case:
-    """A case of ``data.loader`` over the store of profile `fast`."""
+def _loader(
+    grid: Grid,
+    name: str,
+    section: str,
+    options: dict[str, Any],
+    against: tuple[str, ...],
+    *,
+    store: str = "fast",
+    **named: Any,
+) -> Case:
+    """A case of ``data.loader``."""
     return Case(
         name=name,
         section=section,
         module="benchmarks.ours.loading",
         parameters=_parameters(**{"task": "epochs", "seconds": grid.loader_seconds, "loader": options, **named}),
-        store="fast",
+        store=store,
         against=against,
     )
 
@@ -484,6 +499,104 @@ def _loader_seek(grid: Grid) -> list[Case]:
     few = "memory beyond the values, 10^5 rows"
     for name, rows in ((few, 10**5), ("memory beyond the values, 10^9 rows", MANY_ROWS)):
         found.append(seeking(name, "memory", (few,) if name != few else (), order_rows=rows, batches=grid.rows // 16))
+    return found
+
+
+def _sampling(grid: Grid) -> list[Case]:
+    """Cells of one perturbation and their controls, and batches that bring a label."""
+    batch = grid.batches[0]
+    controls = {"batch": "controls of the same batch", "random": "controls of the same cell type"}
+    screens = [
+        Case(
+            name=f"cell-load, sets of {cells}{' neighbouring rows' if consecutive else ''}, {controls[mapping]}",
+            section=SAMPLING,
+            module="benchmarks.peers.cell_load_loader",
+            parameters=_parameters(
+                mapping=mapping,
+                set_cells=cells,
+                consecutive=consecutive,
+                labels="_run" if consecutive else "",
+                seconds=grid.seconds,
+            ),
+            environment=CELL_LOAD,
+            store="perturbed file",
+        )
+        for cells, mapping in zip(SET_CELLS, controls, strict=True)
+        for consecutive in (False, True)
+    ]
+    labelled = [
+        Case(
+            name=f"TileDB-SOMA-ML, {text}, batches of {batch}",
+            section=SAMPLING,
+            module="benchmarks.peers.tiledbsoma_loader",
+            parameters=_parameters(
+                task="load", chunk_rows=chunk, sparse=sparse, obs="cell_type", batch=batch, seconds=grid.seconds
+            ),
+            environment=TILEDBSOMA,
+            store="tiledbsoma",
+        )
+        for text, chunk, sparse in (
+            ("its defaults, dense", 64, False),
+            ("its defaults, CSR", 64, True),
+            ("single rows, CSR", 1, True),
+        )
+    ]
+    against = tuple(case.name for case in (*screens, *labelled))
+    ours = [
+        _loader(
+            grid,
+            f"plain loader({batch}), one obs label, {threads_text(threads)}",
+            SAMPLING,
+            {"to": "torch", "shuffle": True, "obs": "cell_type"},
+            against,
+            store="perturbed",
+            batch=batch,
+            threads=threads,
+        )
+        for threads in grid.threads
+    ]
+    paired = [
+        _loader(
+            grid,
+            f"loader({cells}, groups=) with {controls[mapping]}{', dense' if dense else ''}, {threads_text(threads)}",
+            SAMPLING,
+            {"to": "torch", "dense": dense, "groups": {"size": cells, "match": list(MATCHED[mapping])}},
+            tuple(case.name for case in screens),
+            store="perturbed",
+            batch=cells,
+            threads=threads,
+        )
+        for cells, mapping in zip(SET_CELLS, controls, strict=True)
+        for dense in (False, True)
+        for threads in grid.threads
+    ]
+    return [*ours, *paired, *screens, *labelled]
+
+
+def _meals(grid: Grid) -> list[Case]:
+    """What a model eats, beside the plain loader of the same cells and threads."""
+    section, batch, found = "loader: sampling, genes and tokens, warm", grid.batches[0], []
+    meals: dict[str, dict[str, Any]] = {
+        "weights=, with replacement": {"weights": "split_score"},
+        "weights=, without": {"weights": "split_score", "replacement": False},
+        "balance=": {"balance": "cell_type"},
+        "stratify=": {"stratify": "cell_type"},
+        "groups=, sets without controls": {"groups": {"size": batch}},
+        "groups= with controls": {"groups": {"size": batch, "match": list(MATCHED["batch"])}},
+        "2,000 genes in another order": {"genes": "drawn"},
+        "2,000 genes in the store's order": {"genes": "sorted"},
+        "Normalize and Log1p": {"transforms": "log"},
+        "Normalize and Log1p, 2,000 genes": {"transforms": "log", "genes": "drawn"},
+        "tokens: genes and values": {"tokens": "values"},
+        "tokens: genes by rank": {"tokens": "ranks"},
+        "tokens: genes and bins": {"tokens": "bins"},
+    }
+    for threads in grid.threads:
+        plain = f"loader({batch}), plain, {threads_text(threads)}"
+        for text, more in {"plain": {}, **meals}.items():
+            name, against = f"loader({batch}), {text}, {threads_text(threads)}", () if text == "plain" else (plain,)
+            options = {"to": "torch", **more}
+            found.append(_loader(grid, name, section, options, against, store="perturbed", batch=batch, threads=threads))
     return found
 
 
@@ -855,7 +968,7 @@ def checks(grid: Grid) -> tuple[Check, ...]:
         for group, common in ((some, rows), (every, epoch))
         for name, module, named, environment, store in group
     )
-    return (*of_source, *_checks_of_other_sources(rows, epoch))
+    return (*of_source, *_checks_of_other_sources(rows, epoch), *_checks_of_sampling(rows, epoch))
 
 
 def _checks_of_other_sources(rows: tuple[tuple[str, Any], ...], epoch: tuple[tuple[str, Any], ...]) -> list[Check]:
@@ -895,6 +1008,33 @@ def _checks_of_other_sources(rows: tuple[tuple[str, Any], ...], epoch: tuple[tup
         for (name, module, environment), store, text, named in calls
     ]
     return found
+
+
+def _checks_of_sampling(rows: tuple[tuple[str, Any], ...], epoch: tuple[tuple[str, Any], ...]) -> list[Check]:
+    labelled: dict[str, Any] = {"threads": 2, "loader": {"to": "torch", "shuffle": True, "obs": "cell_type"}}
+    apart, runs = (
+        {"mapping": "batch", "set_cells": 64, "consecutive": consecutive, "labels": labels}
+        for consecutive, labels in ((False, ""), (True, "_run"))
+    )
+    soma = {"task": "load", "chunk_rows": 64, "sparse": True, "obs": "cell_type"}
+    some: list[tuple[str, str, dict[str, Any], str, str]] = [
+        ("ours, loader, one obs label", "ours.loading", labelled, OWN, "perturbed"),
+        ("cell-load", "peers.cell_load_loader", apart, CELL_LOAD, "perturbed file"),
+        ("cell-load, neighbouring rows", "peers.cell_load_loader", runs, CELL_LOAD, "perturbed file"),
+        ("TileDB-SOMA-ML", "peers.tiledbsoma_loader", soma, TILEDBSOMA, "tiledbsoma"),
+    ]
+    return [
+        Check(
+            name=name,
+            module=f"benchmarks.{module}",
+            parameters=(*(rows if environment == CELL_LOAD else epoch), *named.items()),
+            environment=environment,
+            store=store,
+            every_row=environment != CELL_LOAD,
+            source="perturbed file",
+        )
+        for name, module, named, environment, store in some
+    ]
 
 
 def selected(found: Sequence[Case], pattern: str | None) -> tuple[Case, ...]:

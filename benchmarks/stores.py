@@ -17,12 +17,13 @@ from typing import Any
 import h5py
 import numpy as np
 
-from benchmarks.plan import ANNBATCH, BLOCK_CELLS, BLOCK_GENES, CURRENT, LAYOUTS, OWN, SCDL, VAR_BLOCKS, Grid
+from benchmarks.plan import ANNBATCH, BLOCK_CELLS, BLOCK_GENES, CURRENT, LAYOUTS, OWN, SCDL, TILEDBSOMA, VAR_BLOCKS, Grid
 from benchmarks.process import drawn_rows
 
 __all__ = ["STORES", "Store", "Truth", "files_of", "folder_of", "sizes", "source_problem", "stamp", "truth", "with_sources"]
 
 PACKAGE = Path(__file__).parents[1] / "scdl_zarr"
+DRAWING_MODULE = "benchmarks.drawing"
 DRAWING = ("atlas.py", "drawing.py")
 BLOCK_VALUES = 1 << 24
 
@@ -40,6 +41,11 @@ class Store:
     suffix: str = ".zarr"
     source: str | None = ""  # name of the store that it is made from; "" is the source, None: it is drawn
     sized_by: tuple[str, ...] = ()  # figures of the grid that say how much of it there is
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it is an H5AD of our own making, or a folder of them, that other stores are made from."""
+        return self.module == DRAWING_MODULE
 
     def of(self, grid: Grid) -> Store:
         """The store at the sizes of a grid."""
@@ -91,7 +97,7 @@ STORES = {
         Store(name="anndata zarr", module="benchmarks.peers.anndata_rows", parameters=(("task", "write"),), environment=CURRENT),
         Store(
             name="many files",
-            module="benchmarks.drawing",
+            module=DRAWING_MODULE,
             parameters=(("task", "many files"),),
             suffix="",
             source=None,
@@ -99,7 +105,7 @@ STORES = {
         ),
         Store(
             name="large file",
-            module="benchmarks.drawing",
+            module=DRAWING_MODULE,
             parameters=(("task", "large file"),),
             suffix=".h5ad",
             source=None,
@@ -108,7 +114,7 @@ STORES = {
         *(
             Store(
                 name=f"file {layout}",
-                module="benchmarks.drawing",
+                module=DRAWING_MODULE,
                 parameters=(("task", "layouts"), ("layout", layout)),
                 suffix=".h5ad",
                 source=None,
@@ -118,7 +124,7 @@ STORES = {
         ),
         Store(
             name="neighbours file",
-            module="benchmarks.drawing",
+            module=DRAWING_MODULE,
             parameters=(("task", "neighbors"),),
             suffix=".h5ad",
             source=None,
@@ -138,13 +144,23 @@ STORES = {
             suffix="",
             source="neighbours file",
         ),
+        Store(name="perturbed file", module=DRAWING_MODULE, parameters=(("task", "perturbed"),), suffix=".h5ad"),
+        Store(name="perturbed", module="benchmarks.ours.converting", parameters=(("threads", 2),), source="perturbed file"),
+        Store(
+            name="tiledbsoma",
+            module="benchmarks.peers.tiledbsoma_loader",
+            parameters=(("task", "convert"),),
+            environment=TILEDBSOMA,
+            suffix=".soma",
+            source="perturbed file",
+        ),
         *(
             store
             for blocks in VAR_BLOCKS
             for store in (
                 Store(
                     name=f"var tables {blocks}",
-                    module="benchmarks.drawing",
+                    module=DRAWING_MODULE,
                     parameters=(
                         ("task", "var tables"),
                         ("blocks", blocks),

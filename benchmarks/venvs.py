@@ -46,6 +46,8 @@ ENVIRONMENTS = {
     for environment in (
         Environment(name="scdl", pythons=("3.11",), first=TORCH),
         Environment(name="scdataset", pythons=("3.11",), first=TORCH),
+        Environment(name="cell_load", pythons=("3.11",), first=TORCH),
+        Environment(name="tiledbsoma", pythons=("3.11",), first=TORCH),
         Environment(name="annbatch", pythons=("3.12", "3.13")),
         Environment(name="current", pythons=("3.12", "3.13")),
     )

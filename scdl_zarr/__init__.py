@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from scdl_zarr.api import open_store as open
     from scdl_zarr.collection import SingleCellCollection
     from scdl_zarr.dataset import SingleCellZarrDataset
+    from scdl_zarr.loading.cell_sets import CellSets
     from scdl_zarr.loading.collate import collate_neighbor_sparse_matrix_batch, collate_sparse_matrix_batch
     from scdl_zarr.reading.batch import RowBatch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CellSets",
     "RowBatch",
     "SingleCellCollection",
     "SingleCellZarrDataset",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CellSets": ("scdl_zarr.loading.cell_sets", "CellSets"),
     "RowBatch": ("scdl_zarr.reading.batch", "RowBatch"),
     "SingleCellCollection": ("scdl_zarr.collection", "SingleCellCollection"),
     "SingleCellZarrDataset": ("scdl_zarr.dataset", "SingleCellZarrDataset"),

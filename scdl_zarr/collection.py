@@ -18,7 +18,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
@@ -350,7 +350,7 @@ class SingleCellCollection:
         batch_size: int = 64,
         shuffle: bool | Literal["window"] | None = None,
         *,
-        weights: Mapping[str, float] | Sequence[float] | None = None,
+        weights: Any = None,
         **options: Any,
     ) -> Loader:
         """Batches of rows across the stores, in the genes of the union, as :meth:`SingleCellZarrDataset.loader` gives them.
@@ -360,7 +360,8 @@ class SingleCellCollection:
         weights
             Mix the stores by proportion: a number for each, in order or by name (a store that is not named has none), of any sum.
             Of every 65,536 rows of the order each store has its exact share (to the nearest row), in random places; a store's own
-            rows come in permuted order, all of them before one comes again.  An epoch has as many rows as the collection.
+            rows come in permuted order, all of them before one comes again.  An epoch has as many rows as the collection, or
+            `num_samples`.  A column of obs, or a number for each row, is taken as weights of rows.
         options
             Further keyword arguments of :meth:`SingleCellZarrDataset.loader`.  Row numbers count through all stores, in their
             order; a query is put to each store.  Columns of obs must be in every store, their categories are joined.

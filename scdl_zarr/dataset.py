@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from scdl_zarr.loading.dealing import Tail
     from scdl_zarr.loading.loader import Loader
     from scdl_zarr.loading.sources import DatasetRows
+    from scdl_zarr.loading.splits import Split as LoadedSplit
     from scdl_zarr.reading.batch import Batch
     from scdl_zarr.reading.blocks import Blocks
     from scdl_zarr.reading.csr import Buffers
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from scdl_zarr.reading.pairs import NeighborBatch
     from scdl_zarr.reading.row_arrays import LazyArrays
     from scdl_zarr.reading.tables import LazyTable
+    from scdl_zarr.splitting import Split
     from scdl_zarr.verify import VerifyReport
 
 __all__ = ["Check", "SingleCellZarrDataset"]
@@ -582,7 +584,14 @@ class SingleCellZarrDataset:
         run_rows: int = 128,
         window_rows: int = 16_384,
         rows: Any = None,
+        split: LoadedSplit | None = None,
         sampler: Any = None,
+        weights: Any = None,
+        replacement: bool = True,
+        num_samples: int | None = None,
+        balance: str | Sequence[str] | None = None,
+        stratify: str | Sequence[str] | None = None,
+        groups: Any = None,
         seed: int = 0,
         epoch: int = 0,
         drop_last: bool = False,
@@ -621,9 +630,31 @@ class SingleCellZarrDataset:
         rows
             Which rows: what :meth:`read_rows` takes, or a query of obs in pandas' syntax (``"cell_type == 'B'"``).  By default
             all.
+        split
+            A part of the split that :meth:`split` recorded (``"train"``); of one of another name, or of any column of categories
+            or text, ``{"fold1": "train"}`` or ``{"fold1": ["train", "val"]}``.  With `rows`, those of them that are in the part.
+            A column that is not what the split made, or a value that is in two parts by now, is an error.
         sampler
             Rows in the order that they are to come in: a list or array, or a ``torch.utils.data.Sampler``, which draws one for
             each epoch.  With ``shuffle=True`` a list is permuted.  A query is taken as `rows`.
+        weights
+            Draw rows by weight: the name of a column of obs, or numbers of zero or more, one for each row of the store (or for
+            each of the chosen rows).  Rows of weight zero never come.
+        replacement
+            True: each row of an epoch is drawn on its own.  False: a row that was drawn does not come again in the epoch; those
+            of much weight tend to come sooner.
+        num_samples
+            Rows of an epoch, for `weights`, `balance` and `stratify`; by default as many as are chosen (and have a weight).
+        balance
+            Column of obs, or several: each of their distinct combinations comes equally often, in every batch as exactly as it
+            goes.  All rows of one come before any of them comes again.
+        stratify
+            Column of obs, or several: each row comes once, and every stretch of rows has the distinct combinations in their
+            shares of all rows, each to within two rows (of an epoch that is cut short by `num_samples`, too).
+        groups
+            Columns of obs: a batch is a set of cells that agree in them, and sets come in shuffled order.  Or a
+            :class:`scdl_zarr.CellSets`, which says how many cells a set has, and which controls come along
+            (``batch.controls``).  ``batch.sets`` has the group of each set, a row of ``loader.groups``.
         seed, epoch
             Integers, `epoch` below 2**62.  The order is a function of both and of nothing else.  `epoch` is the first one; each
             ``iter()`` is the next one.
@@ -686,7 +717,9 @@ class SingleCellZarrDataset:
 
         Notes
         -----
-        Orders of the whole store take no memory that grows with it; chosen and listed rows take 8 bytes each.
+        Orders of the whole store take no memory that grows with it; chosen and listed rows take 8 bytes each.  `weights` take 8
+        bytes a row (16 without replacement, or of chosen rows), `balance`, `stratify` and `groups` 4, and 4 for each control
+        (twice that from 2**32 rows on).
 
         Examples
         --------
@@ -706,8 +739,14 @@ class SingleCellZarrDataset:
             run_rows=run_rows,
             window_rows=window_rows,
             rows=rows,
+            split=split,
             sampler=sampler,
-            weights=None,
+            weights=weights,
+            replacement=replacement,
+            num_samples=num_samples,
+            balance=balance,
+            stratify=stratify,
+            groups=groups,
             seed=seed,
             epoch=epoch,
             drop_last=drop_last,
@@ -761,6 +800,111 @@ class SingleCellZarrDataset:
         from scdl_zarr.verify import verify_store
 
         return verify_store(self._location, threads=self._options["threads"])
+
+    def set_obs(self, name: str, values: Any, *, overwrite: bool = False) -> None:
+        """Add a column to obs, or replace one; this object then reads the new store.
+
+        Parameters
+        ----------
+        name
+            Of the column.  A new one comes last, a replaced one stays where it was.
+        values
+            A value for each row, in their order: an array, a list, an array, Series or Index of pandas.  Numbers, booleans, text
+            and categories can be stored, also with missing ones.  A Series that has cells' names as its index is put in the
+            order of the rows.
+        overwrite
+            Replace a column of that name.  The rule of a split (see :meth:`split`) that it was then goes.
+
+        Raises
+        ------
+        OptionError
+            The name or a value cannot be stored; there are more or fewer values than rows, or other names; the column is there
+            already; the store is no local folder, or another program made it.  Nothing was written.
+        StoreBusyError, StoreAccessError, StoreFullError
+            Another process replaces this store; the folder beside it cannot be written; there is no room.
+
+        Notes
+        -----
+        A copy is built beside the store, sharing every file but the column's, and takes its place by one rename: killed at any
+        moment, the store is the old one or the new one.  The rows are the same, so states of loaders stay valid.  Datasets that
+        other code opened before have to be opened again.  Memory: the column, and as much again.
+
+        Examples
+        --------
+        >>> copy = demo.write(target.with_name("labelled.zarr"), progress=False)
+        >>> copy.set_obs("is_large", copy.obs["n_genes"] > 2000)
+        >>> int(copy.obs["is_large"].sum())
+        209
+        """
+        from scdl_zarr.conversion.obs_columns import set_column
+
+        set_column(self._location, name, values, overwrite=overwrite)
+        self._open()
+
+    def split(
+        self,
+        parts: Mapping[str, Any],
+        *,
+        by: str | Sequence[str] | None = None,
+        stratify: str | Sequence[str] | None = None,
+        seed: int = 0,
+        name: str = "split",
+        overwrite: bool = False,
+    ) -> Split:
+        """Deal out the rows to parts (train, val, test) and store which part each row is in, as a column of obs, with the rule.
+
+        Parameters
+        ----------
+        parts
+            Of each part the share of rows that it gets (``{"train": 0.8, "val": 0.1, "test": 0.1}``; shares sum to 1), or the
+            rows that it holds out: a query of obs in pandas' syntax (``"drug == 'A'"``), or values of columns, all of which have
+            to hold (``{"donor_id": ["D3", "D7"]}``).  Where some parts hold out rows, shares divide what is left, whatever their
+            sum; without any shares, what is left is in no part.
+        by
+            A column, or several: no value of any of them is in two parts.  Rows that share a value of one of them form a group
+            with all that hangs together so; groups are dealt out whole, and parts come as near to their shares as groups allow.
+        stratify
+            A column, or several: parts have their shares of each combination of values, too, to about a row; with `by`, about.
+        seed
+            Any integer.  The same values, parts and seed give the same split.
+        name
+            Of the column, a categorical one with the parts as categories.
+        overwrite
+            Replace a column of that name.
+
+        Returns
+        -------
+        Split
+            How many rows, and groups, each part got: ``print(data.split(...))``.
+
+        Raises
+        ------
+        OptionError
+            Shares that make no sense; a part that would have no row; hold-outs that overlap, or take only some rows of a group;
+            groups that are too few or too large; missing values in `by`; the column is there already; and what :meth:`set_obs`
+            refuses.  Nothing was written.
+        FeatureNameError
+            There is no such column.
+
+        Notes
+        -----
+        ``data.loader(split="train")`` gives the rows of a part.  Rows that are appended later are in no part.  Without `by`, rows
+        are dealt out exactly, by largest remainder, in an order that `seed` decides.
+
+        Examples
+        --------
+        >>> copy = demo.write(target.with_name("split.zarr"), progress=False)
+        >>> print(copy.split({"train": 0.8, "val": 0.1, "test": 0.1}, seed=1))
+        split of 559 rows, seed 1
+          train  447 rows  79.96 % (asked 80.00 %)
+          val     56 rows  10.02 % (asked 10.00 %)
+          test    56 rows  10.02 % (asked 10.00 %)
+        """
+        from scdl_zarr.conversion.split_columns import set_split
+
+        found = set_split(self._location, parts, by=by, stratify=stratify, seed=seed, name=name, overwrite=overwrite)
+        self._open()
+        return found
 
     def cast_data_to_dtype(self, dtype: npt.DTypeLike, *, dtype_tolerance: float = 0.0) -> None:
         """Store the values of X in another dtype; this object then reads the new store.

@@ -2,7 +2,7 @@
 
 ::
 
-    module = SingleCellDataModule("atlas.zarr", train="split == 'train'", val="split == 'val'", batch_size=128, obs="cell_type")
+    module = SingleCellDataModule("atlas.zarr", split="split", batch_size=128, obs="cell_type")    # train and val are its parts
     trainer.fit(model, datamodule=module)                       # X: batch.X, codes: batch.obs["cell_type"]
     trainer.fit(model, datamodule=module, ckpt_path="last")     # the rows that come next, on any number of devices
 
@@ -28,6 +28,8 @@ except ImportError as error:
 
 __all__ = ["SingleCellDataModule", "TrainBatches"]
 
+OF_TRAINING = frozenset({"weights", "replacement", "num_samples", "balance", "stratify"})
+
 
 class SingleCellDataModule(LightningDataModule):  # type: ignore[misc]  # Lightning is not typed here
     """Loaders of one store for training, validation, testing and prediction.
@@ -39,8 +41,11 @@ class SingleCellDataModule(LightningDataModule):  # type: ignore[misc]  # Lightn
         the following is a dataset.
     train, val, test, predict
         Which rows: a query of obs, row numbers, a slice or a mask (what ``rows=`` of :meth:`SingleCellZarrDataset.loader` takes);
-        or another dataset, path or URL of a store, all of whose rows are meant.  By default `train` is all rows of `data`, and
-        the others are not there.
+        a part of a split, ``{"fold1": "train"}`` (what its ``split=`` takes); or another dataset, path or URL of a store, all of
+        whose rows are meant.  By default `train` is all rows of `data`, and the others are not there.
+    split
+        Name of a column that :meth:`SingleCellZarrDataset.split` made: `train`, `val` and `test` are its parts of these names,
+        where nothing else is given for them.
     batch_size
         Rows of a batch, on each device.
     shuffle, seed, drop_last
@@ -52,13 +57,15 @@ class SingleCellDataModule(LightningDataModule):  # type: ignore[misc]  # Lightn
         How to reach URLs, as in :func:`scdl_zarr.open`.
     options
         Further options of :meth:`SingleCellZarrDataset.loader`, for all loaders: `obs`, `layer`, `layers`, `genes`, `dense`,
-        `dtype`, ...
+        `dtype`, ...  `weights`, `replacement`, `num_samples`, `balance` and `stratify` are for training only; with `groups`, all
+        parts come as sets.
 
     Notes
     -----
-    Validation, testing and prediction give rows in stored order; with several devices the last batches are filled up
-    (``batch.padding``).  Rank and number of devices are the trainer's; on a GPU batches are made there (see `device` of
-    :meth:`SingleCellZarrDataset.loader`).  Log with ``self.log(..., batch_size=len(batch))``: Lightning cannot tell from a batch.
+    Validation, testing and prediction give rows in stored order, and sets in shuffled order; with several devices the last
+    batches are filled up (``batch.padding``).  Rank and number of devices are the trainer's; on a GPU batches are made there
+    (see `device` of :meth:`SingleCellZarrDataset.loader`).  Log with ``self.log(..., batch_size=len(batch))``: Lightning cannot
+    tell from a batch.
 
     A checkpoint saved after any batch (``ModelCheckpoint(every_n_train_steps=...)``, ``trainer.save_checkpoint``) holds the place
     in the global order.  ``fit(..., ckpt_path=...)`` gives the rows that come after it, each once, also with another batch size
@@ -73,6 +80,7 @@ class SingleCellDataModule(LightningDataModule):  # type: ignore[misc]  # Lightn
         val: Any = None,
         test: Any = None,
         predict: Any = None,
+        split: str | None = None,
         batch_size: int = 64,
         shuffle: Any = True,
         seed: int = 0,
@@ -92,6 +100,9 @@ class SingleCellDataModule(LightningDataModule):  # type: ignore[misc]  # Lightn
         self._training = {"shuffle": shuffle, "seed": seed}
         self._drop_last, self._storage_options = drop_last, storage_options
         self._parts = {"train": train, "val": val, "test": test, "predict": predict}
+        if split is not None:
+            named = {name: {split: name} for name in ("train", "val", "test")}
+            self._parts = {name: named.get(name) if part is None else part for name, part in self._parts.items()}
         self._hide_val()
 
     def _hide_val(self) -> None:
@@ -130,7 +141,8 @@ class SingleCellDataModule(LightningDataModule):  # type: ignore[misc]  # Lightn
 
     def _in_stored_order(self, name: str) -> Any:
         tail = "pad" if self._ranks()["world_size"] > 1 else "uneven"
-        return self._loader(name, shuffle=False, tail=tail)
+        order = {"seed": self._training["seed"]} if self.options.get("groups") is not None else {"shuffle": False}
+        return self._loader(name, tail=tail, **order)
 
     def _loader(self, name: str, **options: Any) -> Any:
         self.setup(name)
@@ -139,9 +151,9 @@ class SingleCellDataModule(LightningDataModule):  # type: ignore[misc]  # Lightn
         data = part if own else self.data
         if data is None or (part is None and name != "train"):
             raise OptionError(f"the data module was not told which rows are for {name}: give {name}=")
-        return data.loader(
-            self.batch_size, rows=None if own else part, **options, **self._ranks(), **self._device(), **self.options
-        )
+        chosen = {} if own else {"split" if isinstance(part, Mapping) else "rows": part}
+        further = {option: value for option, value in self.options.items() if name == "train" or option not in OF_TRAINING}
+        return data.loader(self.batch_size, **chosen, **options, **self._ranks(), **self._device(), **further)
 
     def _ranks(self) -> dict[str, int]:
         if self._given_ranks is not None:

@@ -22,6 +22,7 @@ FLOORS = {
     "resources": 1,
     "storage": 2,
     "reading": 3,
+    "splitting": 3,
     "conversion": 4,
     "loading": 4,
     "analysis": 4,
@@ -140,6 +141,7 @@ def test_public_names_are_listed_and_sorted(module: str) -> None:
 
 def test_the_package_has_the_public_names() -> None:
     assert scdl_zarr.__all__ == [
+        "CellSets",
         "RowBatch",
         "SingleCellCollection",
         "SingleCellZarrDataset",

@@ -96,6 +96,29 @@ def test_each_var_table_is_of_its_own_block(tmp_path: Path) -> None:
         assert list(found.var_names) == var_table(block, 5)["feature_id"]
 
 
+def test_a_screen_has_a_control_for_every_cell_and_the_cells_of_the_source(tmp_path: Path) -> None:
+    make_atlas(tmp_path / "atlas.h5ad", 1000)
+    drawing.measure({"task": "perturbed", "source": str(tmp_path / "atlas.h5ad"), "out": str(tmp_path / "screen.h5ad")})
+    atlas, screen = ad.read_h5ad(tmp_path / "atlas.h5ad"), ad.read_h5ad(tmp_path / "screen.h5ad")
+    assert (atlas.X != screen.X).nnz == 0
+    assert list(screen.obs["donor_id"]) == list(atlas.obs["donor_id"])
+    assert screen.obs_names.is_unique
+    names = ["cell_type", "gene", "gem_group"]
+    for labels in (names, [f"{name}_run" for name in names]):
+        assert [screen.obs[label].nunique() for label in labels] == [5, 1 + 40, 4]
+        controls = screen.obs[labels[1]] == drawing.CONTROL
+        assert controls.sum() == 200
+        assert len(screen.obs.loc[controls, [labels[0], labels[2]]].drop_duplicates()) == 20
+    in_runs = screen.obs[[f"{name}_run" for name in names]].astype(str)
+    assert in_runs.equals(in_runs.sort_values(list(in_runs.columns), kind="stable"))
+    apart = screen.obs[names].astype(str)
+    assert sorted(apart.itertuples(index=False, name=None)) == list(in_runs.itertuples(index=False, name=None))
+    assert (apart.to_numpy()[1:] == apart.to_numpy()[:-1]).all(axis=1).mean() < 0.05
+    assert (
+        drawing.screen_labels(100).groupby("gene").get_group(drawing.CONTROL)[["cell_type", "gem_group"]].duplicated().sum() == 0
+    )
+
+
 def test_what_is_drawn_is_kept_and_what_is_made_of_it_follows(tmp_path: Path) -> None:
     made: list[str] = []
 
@@ -143,7 +166,9 @@ def test_everything_that_is_measured_is_checked_or_only_timed() -> None:
     compared = {(check.module, check.store) for check in checks(Grid())}
     reading = {(case.module, case.store) for case in cases(Grid()) if {"batch", "rows"} <= dict(case.parameters).keys()}
     epochs = {
-        (case.module, case.store) for case in cases(Grid()) if case.section.startswith(("Training", "loader:")) and case.store
+        (case.module, case.store)
+        for case in cases(Grid())
+        if case.section.startswith(("Training", "loader:", "sampling:")) and case.store
     }
     assert reading | epochs <= compared
 
@@ -563,7 +588,8 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @linux
 def test_a_toy_run_measures_every_case_that_it_can(toy_run: Path) -> None:
     written = json.loads((toy_run / "results.json").read_text())
-    absent = {case.name for case in cases(Grid.toy()) if case.environment in ("annbatch", "scdataset") or case.cache == "limited"}
+    unavailable = ("annbatch", "scdataset", "cell_load", "tiledbsoma")
+    absent = {case.name for case in cases(Grid.toy()) if case.environment in unavailable or case.cache == "limited"}
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -585,9 +611,11 @@ def test_a_toy_run_checks_what_it_measures_and_says_where(toy_run: Path) -> None
     said = written["checked"]
     assert said.pop("annbatch") == "not checked: no annbatch today"
     assert said.pop("scDataset") == "not checked: no scdataset today"
+    assert said.pop("cell-load") == said.pop("cell-load, neighbouring rows") == "not checked: no cell_load today"
+    assert said.pop("TileDB-SOMA-ML") == "not checked: no tiledbsoma today"
     assert said.pop("ours, anndata's Zarr store").startswith(("agrees", "not checked: NotAStoreError"))
     if "torch" not in written["environments"]["own"]:
-        for reader in ("DataLoader", "loader, torch CSR", "loader, windows", "loader, dense"):
+        for reader in ("DataLoader", "loader, torch CSR", "loader, windows", "loader, dense", "loader, one obs label"):
             del said[f"ours, {reader}"]
     assert set(said.values()) == {"agrees with the source"}
     assert written["machine"]["cores"] >= 1

@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import pickle
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pandas as pd
 import pytest
 
 import scdl_zarr
-from scdl_zarr import SingleCellZarrDataset
+from scdl_zarr import CellSets, SingleCellZarrDataset
 from scdl_zarr.errors import OptionError
 from tests.ranks import Ranks, interleaved
 from tests.toys import encoded_rows, write_h5ad
@@ -192,6 +193,27 @@ def test_a_part_may_be_another_store(store: Path, data: SingleCellZarrDataset, t
         assert sorted(flat(model.rows["train"])) == flat(model.rows["val"]) == list(range(N_OBS))
 
 
+def test_parts_of_a_recorded_split(store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "s.zarr")
+    data = scdl_zarr.open(tmp_path / "s.zarr")
+    split = data.split({"train": 0.5, "val": 0.3, "test": 0.2}, by="kind", name="fold")
+    column = data.obs["fold"].to_numpy()
+    for module in (
+        SingleCellDataModule(tmp_path / "s.zarr", split="fold", batch_size=BATCH),
+        SingleCellDataModule(data, train={"fold": "train"}, val={"fold": "val"}, test={"fold": "test"}, batch_size=BATCH),
+        SingleCellDataModule(data, split="fold", test=split.codes == 2, batch_size=BATCH),
+    ):
+        loaders = {"train": module.train_dataloader(), "val": module.val_dataloader(), "test": module.test_dataloader()}
+        for part, loader in loaders.items():
+            rows = [row for batch in loader for row in batch.rows.tolist()]
+            assert sorted(rows) == np.flatnonzero(column == part).tolist() and (part == "train" or rows == sorted(rows))
+        with pytest.raises(OptionError, match="which rows are for predict"):
+            module.predict_dataloader()
+    with pytest.raises(OptionError, match="has no part 'val'; it has: train, test"):
+        data.split({"train": 0.5, "test": 0.5}, name="two")
+        SingleCellDataModule(data, split="two").val_dataloader()
+
+
 def test_what_was_not_told_is_an_error(data: SingleCellZarrDataset, tmp_path: Path) -> None:
     module = SingleCellDataModule(data)
     for part in ("test", "predict"):
@@ -325,3 +347,14 @@ def test_a_plain_loader_in_a_trainer(data: SingleCellZarrDataset, tmp_path: Path
         else:  # Lightning gives no state back that was saved at an epoch's end
             epoch = seen // EPOCH
             assert whole[:seen] + fit(loader(epoch), ckpt_path=tmp_path / name) == whole, name
+
+
+def test_training_alone_is_sampled_and_sets_come_everywhere(data: SingleCellZarrDataset) -> None:
+    module = module_of(data, val="split == 'val'", balance="kind", num_samples=12)
+    assert module.train_dataloader().loader.rule.describe()["rule"] == "balanced"
+    assert len(module.train_dataloader()) == 3
+    assert module.val_dataloader().rule.describe()["rule"] == "chosen"
+    sets = module_of(data, val="split == 'val'", groups=CellSets("kind", size=2))
+    for loader in (sets.train_dataloader().loader, sets.val_dataloader()):
+        assert loader.rule.describe()["rule"] == "cell sets"
+        assert all(len(batch.sets) == len(batch) // 2 for batch in loader)

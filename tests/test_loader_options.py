@@ -22,7 +22,7 @@ def test_the_defaults_of_the_method_are_those_of_the_room_below() -> None:
     outside = inspect.signature(SingleCellZarrDataset.loader).parameters
     inside = inspect.signature(make_loader).parameters
     assert {name: p.default for name, p in outside.items() if name != "self"} == {
-        name: p.default for name, p in inside.items() if name not in ("source", "weights")
+        name: p.default for name, p in inside.items() if name != "source"
     }
 
 

@@ -22,9 +22,12 @@ from benchmarks.process import (
     pace_epochs,
     seconds_a_call,
 )
+from scdl_zarr.tokens import GeneValues, RankValue, ValueBins
+from scdl_zarr.transforms import Log1p, Normalize
 
 __all__ = ["measure"]
 
+GENES, TOKENS, CONTROL = 2000, 2048, "non-targeting"
 MODEL_SECONDS = 0.002  # a batch
 MODEL_SIDE = 128  # of the matrices that a model multiplies
 
@@ -40,7 +43,32 @@ def measure(params: Params) -> Figures:
 
 def _loader(params: Params, **more: Any) -> Any:
     data = scdl_zarr.open(params["store"], threads=params["threads"])
-    return data.loader(params["batch"], **params["loader"], **more)
+    return data.loader(params["batch"], **_options(params["loader"], data), **more)
+
+
+def _options(told: dict[str, Any], data: scdl_zarr.SingleCellZarrDataset) -> dict[str, Any]:
+    """The options of a loader, of which some are told in a word."""
+    options, names = dict(told), data.var_names
+    rng = np.random.default_rng(0)
+    if "groups" in told:
+        by, controls = ["cell_type", "gem_group", "gene"], {"gene": CONTROL} if "match" in told["groups"] else None
+        options["groups"] = scdl_zarr.CellSets(by, **told["groups"], controls=controls)
+    if "genes" in told:
+        genes = rng.choice(len(names), min(GENES, len(names)), replace=False)
+        options["genes"] = names[np.sort(genes) if told["genes"] == "sorted" else genes]
+    if "transforms" in told:
+        options["transforms"] = [Normalize(1e4), Log1p()]
+    if "tokens" in told:
+        vocabulary = {name: k for k, name in enumerate(["<pad>", "<cls>", "<eos>", *names])}
+        medians = dict(zip(names, np.exp(rng.normal(0, 1, len(names))).tolist(), strict=True))
+        options["tokens"] = _scheme(told["tokens"], vocabulary, medians)
+    return options
+
+
+def _scheme(name: str, vocabulary: dict[str, int], medians: dict[str, float]) -> Any:
+    if name == "values":
+        return GeneValues(TOKENS, vocabulary)
+    return RankValue(vocabulary, medians, TOKENS) if name == "ranks" else ValueBins(vocabulary, TOKENS)
 
 
 def _stored_values(X: Any) -> int:  # noqa: N803
@@ -50,7 +78,8 @@ def _stored_values(X: Any) -> int:  # noqa: N803
 
 def _sizes(batches: Any, *, dense: bool) -> Iterator[tuple[int, int]]:
     for batch in batches:
-        yield len(batch), 0 if dense else _stored_values(batch.X)
+        both = [batch] if batch.controls is None else [batch, batch.controls]
+        yield sum(map(len, both)), 0 if dense or batch.X is None else sum(_stored_values(part.X) for part in both)
 
 
 def epochs(params: Params) -> Figures:
@@ -62,7 +91,8 @@ def epochs(params: Params) -> Figures:
         return lambda: _sizes(loader, dense=dense)
 
     found = epoch_figures(reader, params["seconds"])
-    return {figure: value for figure, value in found.items() if not (dense and figure == "values/s")}
+    counted = not dense and "tokens" not in params["loader"]
+    return {figure: value for figure, value in found.items() if counted or figure != "values/s"}
 
 
 def waiting(params: Params) -> Figures:

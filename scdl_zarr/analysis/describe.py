@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scdl_zarr.reading.split_rules import recorded_rules
 from scdl_zarr.storage.foreign import chunk_shape, codec_names, dtype_name, shard_shape
 
 if TYPE_CHECKING:
     from scdl_zarr.dataset import SingleCellZarrDataset
+    from scdl_zarr.reading.split_rules import SplitRule
     from scdl_zarr.storage.schema import ArrayLayout, MatrixLayout
 
 __all__ = ["describe", "html_summary", "text_summary"]
@@ -52,10 +54,15 @@ def describe(data: SingleCellZarrDataset) -> dict[str, Any]:
         "obsp": data.obsp,
         "obs_columns": {name: data.obs.encoding(name) for name in data.obs.columns},
         "var_columns": {name: data.var.encoding(name) for name in data.var.columns},
+        "splits": {name: dict(zip(rule.parts, rule.rows, strict=True)) for name, rule in _rules(data).items()},
         "sources": len(data.sources),
         "skipped": {name: reason for name, (reason, _) in data.blocks.skipped().items()},
         "left_out": data.left_out,
     }
+
+
+def _rules(data: SingleCellZarrDataset) -> dict[str, SplitRule]:
+    return recorded_rules(data._metadata.header, data.path)
 
 
 def _array(path: str, layout: MatrixLayout, stored: int | None) -> dict[str, Any]:
@@ -133,6 +140,8 @@ def text_summary(facts: dict[str, Any]) -> str:
         )
     for title, key in (("obs", "obs_columns"), ("var", "var_columns")):
         lines.append(f"  {title}: " + (", ".join(f"{name} ({kind})" for name, kind in facts[key].items()) or "no columns"))
+    for name, parts in facts["splits"].items():
+        lines.append(f"  split {name}: " + ", ".join(f"{part} {rows:,}" for part, rows in parts.items()))
     lines += [f"  {title}: {', '.join(facts[title])}" for title in ("layers", "obsm", "obsp") if facts[title]]
     lines += [f"  skipped, as it could not be converted: {name}: {reason}" for name, reason in facts["skipped"].items()]
     aside = "left out by the conversion" if ours else "not read"

@@ -48,6 +48,7 @@ from scdl_zarr.conversion.tables import TablePlan, TableTask
 from scdl_zarr.conversion.values import ValueStats
 from scdl_zarr.errors import CorruptStoreError, NotAStoreError, OptionError, StoreExistsError
 from scdl_zarr.reading.blocks import Blocks
+from scdl_zarr.reading.split_rules import recorded_rules
 from scdl_zarr.reading.tables import read_element
 from scdl_zarr.storage.location import StoreLocation, read_metadata, replacement_path
 from scdl_zarr.storage.metadata import StoreMetadata
@@ -99,6 +100,7 @@ def append_sources(
                 keys = ["X"] * len(base.specs) + base.matrices(new, options, asked="matrix" in overrides)
                 survey = survey_sources([*base.specs, *new], options, keys)
                 base.require_same_genes(survey)
+                survey.splits = base.splits
                 digest = digest_of(survey.digests[len(base.specs) :])
                 if base.appended[-1:] == [digest] and not repeat:
                     base.require_dtype(options)
@@ -147,6 +149,11 @@ class _Base:
         self.blocks = Blocks(StoreLocation(path=root), self.metadata)
         appended = recorded.get("appended", [])
         self.appended = [str(digest) for digest in appended] if isinstance(appended, list) else []
+
+    @property
+    def splits(self) -> dict[str, Any]:
+        """The rules of splits: of the rows that are there, and rows that are added have no part."""
+        return {name: rule.as_dict() for name, rule in recorded_rules(self.metadata.header, str(self.root)).items()}
 
     def options(self, overrides: Mapping[str, Any]) -> ConversionOptions:
         """The options of the store's own conversion, and which matrix the new sources give."""

@@ -81,6 +81,7 @@ def _header(
         },
         "left_out": survey.left_out,
         "conversion": dict(record),
+        **({"splits": survey.splits} if survey.splits else {}),
     }
 
 

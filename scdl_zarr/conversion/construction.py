@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scdl_zarr.conversion.files import is_open, is_partial, partial_path, replace_file, side_by_side, sync_folder
+from scdl_zarr.conversion.files import is_open, is_partial, link_file, partial_path, replace_file, side_by_side, sync_folder
 from scdl_zarr.conversion.marks import evidence_of, mark_document, mark_key, parse_json, read_json, read_mark
 from scdl_zarr.conversion.plan import ShardTask, Task
 from scdl_zarr.conversion.plan_records import digest_of_plan, first_names, refuse_other_plan
@@ -63,6 +63,7 @@ __all__ = [
     "explained_errors",
     "finish_documents",
     "finish_interrupted",
+    "link_others",
     "locked",
     "open_blocks",
     "part_documents",
@@ -451,6 +452,15 @@ def locked(path: Path, what: Path | RemoteLocation) -> Iterator[None]:
         finally:
             with contextlib.suppress(PermissionError):  # Windows keeps what is open
                 path.unlink(missing_ok=True)
+
+
+def link_others(root: Path, place: Path, skipped: str) -> None:
+    """Link every file of a store but those below a key, which are to be made anew, and the root document, which is the commit."""
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if name == "zarr.json" or name.startswith((skipped, f"{BUILD_FOLDER}/")) or is_partial(path) or not path.is_file():
+            continue
+        link_file(path, place / name)
 
 
 def swap_folders(new: Path, target: Path) -> None:

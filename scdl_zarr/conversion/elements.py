@@ -23,7 +23,7 @@ from scdl_zarr.storage.schema import group_node, is_storable_name
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["EncodedColumn", "EncodedElements", "LEVEL", "encode_column", "encode_rows", "frame_group"]
+__all__ = ["EncodedColumn", "EncodedElements", "INDEX", "LEVEL", "encode_column", "encode_rows", "frame_group"]
 
 CHUNK_ROWS = 1 << 16
 SHARD_ROWS = 1 << 22

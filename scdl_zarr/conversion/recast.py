@@ -20,9 +20,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from scdl_zarr.conversion.construction import Construction, exclusive, explained_errors, prepare_target, swap_folders
+from scdl_zarr.conversion.construction import (
+    Construction,
+    exclusive,
+    explained_errors,
+    link_others,
+    prepare_target,
+    swap_folders,
+)
 from scdl_zarr.conversion.encode import ShardEncoder
-from scdl_zarr.conversion.files import is_partial, link_file
 from scdl_zarr.conversion.plan import PIECE_VALUES
 from scdl_zarr.conversion.values import ValueStats, value_stats
 from scdl_zarr.errors import InexactValueError, OptionError
@@ -31,7 +37,7 @@ from scdl_zarr.reading.exactness import inexact_positions
 from scdl_zarr.reading.plan import plan_rows
 from scdl_zarr.storage.location import StoreLocation, read_metadata, replacement_path
 from scdl_zarr.storage.metadata import StoreMetadata
-from scdl_zarr.storage.schema import BUILD_FOLDER, VALUE_DTYPES, ArrayLayout, MatrixLayout, root_document
+from scdl_zarr.storage.schema import VALUE_DTYPES, ArrayLayout, MatrixLayout, root_document
 
 __all__ = ["recast_values", "stored_values"]
 
@@ -68,7 +74,7 @@ def recast_values(location: StoreLocation, dtype: Any, tolerance: float = 0.0) -
         with Construction(place, {"recast": wanted.name}, resume=False, replaces=True) as construction:
             try:
                 with explained_errors(place):
-                    _link_others(root, place, f"{matrix.data.path}/")
+                    link_others(root, place, f"{matrix.data.path}/")
                     target = matrix.data.with_dtype(wanted)
                     stats = _encode(StoreLocation(path=root), matrix, target, place, tolerance)
                 nodes = {**metadata.nodes, target.path: target.node()}
@@ -94,15 +100,6 @@ def _storable(dtype: Any) -> np.dtype[Any]:
         if wanted in VALUE_DTYPES:
             return wanted
     raise OptionError(f"dtype={dtype!r} cannot be stored; choose one of {', '.join(sorted(d.name for d in VALUE_DTYPES))}")
-
-
-def _link_others(root: Path, place: Path, skipped: str) -> None:
-    """Every file of the store but the shards to be made anew and the root document, which is the commit."""
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if name == "zarr.json" or name.startswith((skipped, f"{BUILD_FOLDER}/")) or is_partial(path) or not path.is_file():
-            continue
-        link_file(path, place / name)
 
 
 def _encode(location: StoreLocation, matrix: MatrixLayout, target: ArrayLayout, place: Path, tolerance: float) -> ValueStats:

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from scdl_zarr.conversion.assembly import encode_tables, recorded_plan
 from scdl_zarr.conversion.construction import (
@@ -85,6 +86,7 @@ from scdl_zarr.reading.gene_lists import described_genes, listed_genes
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.reading.plan import Int64Array, resolve_rows
 from scdl_zarr.reading.queries import named_columns, query_rows, sort_rows_by
+from scdl_zarr.reading.split_rules import recorded_rules
 from scdl_zarr.reading.tables import LazyTable
 from scdl_zarr.resources import usable_cores
 from scdl_zarr.storage.location import ROOT_KEY, StoreLocation, locate, read_metadata, replacement_path
@@ -102,6 +104,7 @@ ORDERS = ("source", "shuffle")  # anything else is a column of obs
 NEVER = (SourceError, InexactValueError, RowIndexError, FeatureNameError)  # what ends a conversion whoever runs it
 REFUSED = (*NEVER, OptionError)  # the memory or the cluster that is asked for may be others the next time
 COUNTED_ROWS = 1 << 14  # by one thread at a time
+TAKEN_ROWS = 1 << 20  # at a time
 
 
 def write_view(
@@ -433,6 +436,16 @@ class Selection:
         is_run = int(numbers[-1]) - first + 1 == len(numbers) and bool((np.diff(numbers) == 1).all())
         return range(first, first + len(numbers)) if is_run else None
 
+    def take(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Of a value for each row of the store those of the rows that are chosen, in their order."""
+        permutation = self.permutation
+        out = np.empty(len(self), values.dtype)
+        for start in range(0, len(self), TAKEN_ROWS):
+            stop = min(start + TAKEN_ROWS, len(self))
+            places = np.arange(start, stop) if permutation is None else permutation.rows(start, stop)
+            out[start:stop] = values[places if self.numbers is None else self.numbers[places]]
+        return out
+
     def described(self) -> dict[str, Any]:
         """What a plan says of it."""
         told: dict[str, Any] = {}
@@ -583,6 +596,7 @@ class _View:
         if self.selection.keeps_sources:
             self._require_same_genes(survey)
         self._keep_dtypes(survey)
+        survey.splits = self._kept_splits()
         return survey
 
     def _matrices(self) -> list[str]:
@@ -689,6 +703,23 @@ class _View:
         counts.flush()
 
     # ---- what stays as it is
+
+    def _kept_splits(self) -> dict[str, Any]:
+        """The rules of splits, of the rows that are written.
+
+        One that does not hold goes along as it is, and is refused in the copy: a split without a rule would be taken unchecked.
+        """
+        base, where, kept = self.base, str(self.base.root), {}
+        table = LazyTable(base.location, "obs", base.metadata.nodes, base.metadata.n_obs)
+        for name, rule in recorded_rules(base.metadata.header, where).items():
+            if name not in table:
+                continue
+            try:
+                codes = rule.check(table.lookup(name), where)
+                kept[name] = rule.of_rows(self.selection.take(codes)).as_dict()
+            except OptionError:
+                kept[name] = rule.as_dict()
+        return kept
 
     def _require_same_genes(self, survey: Survey) -> None:
         """The vocabulary made of the store's sources must be the store's: else its ids would get another meaning."""

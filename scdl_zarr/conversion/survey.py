@@ -71,6 +71,7 @@ class Survey:
     counts: list[RowCounts]  # of the sources that had to be counted: held until they are saved for the tasks
     skipped: list[Problem] = field(default_factory=list)  # sources that could not be converted
     kept_dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)  # of matrices that keep theirs while values fit
+    splits: dict[str, Any] = field(default_factory=dict)  # rules of splits among the columns of obs, as the header has them
 
     @property
     def matrix_names(self) -> list[str]:

@@ -66,6 +66,11 @@ class LoaderBatch:
         The cells as tokens, where the loader makes some.
     padding : int
         How many rows at the end of this batch fill it up (``tail="pad"``): they were, or will be, in another one of the epoch.
+    controls : LoaderBatch or None
+        With ``groups=`` and controls: the control of each row, in the same order and form.
+    sets : int64 ndarray of shape (sets,), or None
+        With ``groups=``: the group of each set, a row of ``loader.groups``.  Sets follow one another and are of one size: the
+        rows of set k are ``k * size`` to ``(k + 1) * size``.  They stay in the host's memory.
     """
 
     X: Any
@@ -76,6 +81,8 @@ class LoaderBatch:
     obsm: dict[str, Any] = field(default_factory=dict)
     tokens: Tokens | None = None
     padding: int = 0
+    controls: LoaderBatch | None = None
+    sets: Int64Array | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,7 +91,8 @@ class LoaderBatch:
         carried = [f"{group}: {', '.join(names)}" for group in ("layers", "obsm", "obs") if (names := getattr(self, group))]
         X, tokens = self.X, self.tokens  # noqa: N806 - AnnData's name
         shape = f"{X.shape[1]} genes" if X is not None else f"{0 if tokens is None else tokens.ids.shape[1]} tokens"
-        return f"LoaderBatch({'; '.join([f'{len(self)} rows × {shape}', *carried])})"
+        sets = [] if self.sets is None else [f"{len(self.sets)} sets{'' if self.controls is None else ' with controls'}"]
+        return f"LoaderBatch({'; '.join([f'{len(self)} rows × {shape}', *sets, *carried])})"
 
     def to(self, device: Any, *, non_blocking: bool = False) -> LoaderBatch:
         """The batch with its tensors on a device; what is no tensor stays as it is."""
@@ -106,8 +114,9 @@ class LoaderBatch:
         tokens = self.tokens
         if tokens is not None:
             tokens = Tokens(ids=changed(tokens.ids), mask=changed(tokens.mask), values=changed(tokens.values))
+        controls = None if self.controls is None else self.controls._with_tensors(change)
         dicts: dict[str, Any] = {name: changed_all(getattr(self, name)) for name in ("obs", "layers", "obsm")}
-        return replace(self, X=changed(self.X), tokens=tokens, **dicts)
+        return replace(self, X=changed(self.X), tokens=tokens, controls=controls, **dicts)
 
 
 def _pinned(tensor: Any) -> Any:

@@ -12,21 +12,33 @@ __all__ = ["run_kernel"]
 Kernel = Literal[
     "add_rows",
     "bin_values",
+    "bound_segments",
     "choose_genes",
     "copy_block",
+    "deal_block",
     "divide_rows",
     "downsample",
+    "draw_weighted",
     "keep_at_least",
     "keep_largest",
     "keep_some",
     "list_genes",
     "make_canonical",
     "mark_above",
+    "pack_clocks",
+    "permute_each",
     "rank_genes",
     "spread",
+    "spread_classes",
     "take_log1p",
+    "words_of",
 ]
-HOMES = {"spread": "kernels", "bin_values": "token_kernels", "list_genes": "token_kernels", "rank_genes": "token_kernels"}
+HOMES = {
+    "kernels": ("spread",),
+    "draws": ("bound_segments", "deal_block", "draw_weighted", "pack_clocks", "permute_each", "spread_classes", "words_of"),
+    "token_kernels": ("bin_values", "list_genes", "rank_genes"),
+}
+HOME_OF = {name: module for module, names in HOMES.items() for name in names}
 
 _ready: dict[tuple[Any, ...], Any] = {}  # by name and dtypes
 
@@ -38,7 +50,7 @@ def run_kernel(name: Kernel, *arguments: Any) -> Any:
     if kernel is not None:
         return kernel(*arguments)
     with FIRST_USE:
-        kernel = getattr(import_module(f"scdl_zarr.loading.{HOMES.get(name, 'pass_kernels')}"), name)
+        kernel = getattr(import_module(f"scdl_zarr.loading.{HOME_OF.get(name, 'pass_kernels')}"), name)
         result = kernel(*arguments)
     _ready[key] = kernel
     return result

@@ -9,6 +9,9 @@
                                                         ── "pad"     filled up with the order's first rows
                                                         ── "drop"    left out
 
+Positions that have to stay together (a set of cells) are dealt out as a whole: `grain` of them, of which `n`, `begin` and the
+batch size are multiples.
+
 The order knows nothing of ranks, so any number of them takes the same positions in the same sequence of steps.  Dealing may
 begin at any position: where another number of ranks stopped.
 """
@@ -44,6 +47,7 @@ class Deal:
     world_size: int = 1
     tail: Tail = "uneven"
     begin: int = 0
+    grain: int = 1
 
     def __post_init__(self) -> None:
         if self.tail not in TAILS:
@@ -77,8 +81,9 @@ class Deal:
                 "what is left over is dropped: there are no batches"
             )
         if most > fewest:
+            what = "rows" if self.grain == 1 else "sets"
             return (
-                f"the last rows are fewer than the ranks: some ranks have {fewest} batches and others {most}; training that "
+                f"the last {what} are fewer than the ranks: some ranks have {fewest} batches and others {most}; training that "
                 "waits for all ranks (DistributedDataParallel) needs drop_last=True or tail='pad'"
             )
         return None
@@ -105,6 +110,6 @@ class Deal:
             start = begin + rank * self.batch_size
             stop = start + self.batch_size
             return Part(start, stop, min(max(stop - self.n, 0), self.batch_size))
-        each, more = divmod(self.rest, self.world_size)
-        start = begin + rank * each + min(rank, more)
-        return Part(start, start + each + (rank < more))
+        each, more = divmod(self.rest // self.grain, self.world_size)
+        start = begin + (rank * each + min(rank, more)) * self.grain
+        return Part(start, start + (each + (rank < more)) * self.grain)

@@ -170,6 +170,8 @@ def _handed_out(host: LoaderBatch, moved: LoaderBatch, done: Any, device: Any, t
 
 def _each_tensor(batch: LoaderBatch, act: Callable[[Any], None]) -> None:
     torch = import_torch()
+    if batch.controls is not None:
+        _each_tensor(batch.controls, act)
     tokens = () if batch.tokens is None else (batch.tokens.ids, batch.tokens.mask, batch.tokens.values)
     for value in (batch.X, *batch.obs.values(), *batch.layers.values(), *batch.obsm.values(), *tokens):
         if not isinstance(value, torch.Tensor):
@@ -199,6 +201,8 @@ def _moved(batch: LoaderBatch, device: Any, *, non_blocking: bool) -> LoaderBatc
         obsm={name: moved(value) for name, value in batch.obsm.items()},
         tokens=tokens,
         padding=batch.padding,
+        controls=None if batch.controls is None else _moved(batch.controls, device, non_blocking=non_blocking),
+        sets=batch.sets,
     )
 
 

@@ -6,6 +6,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from scdl_zarr.loading.cell_sets import SetOrder
 from scdl_zarr.loading.orders import Rule, Windowed
 from scdl_zarr.loading.units import positions_of
 
@@ -100,7 +103,10 @@ def explain(loader: Loader, *, measure: bool) -> Explanation:
     values = rows = chunks = decoded = stored = needed = batches = 0
     known = True
     for unit in units:
-        wanted = order.take(positions_of(unit, n))
+        positions = positions_of(unit, n)
+        wanted = order.take(positions)
+        if isinstance(order, SetOrder) and (controls := order.look_up(positions).controls) is not None:
+            wanted = np.concatenate([wanted, controls])
         for name in options.matrices:
             for reader, own in source.locate(name, wanted):
                 total, cost = reader.cost(own)
@@ -110,7 +116,7 @@ def explain(loader: Loader, *, measure: bool) -> Explanation:
                 else:
                     needed += cost.needed_bytes
                     chunks, decoded, stored = chunks + cost.chunks, decoded + cost.decoded_bytes, stored + cost.stored_bytes
-        rows, batches = rows + len(wanted), batches + len(unit)
+        rows, batches = rows + len(positions), batches + len(unit)
         if rows >= LOOKED_AT_ROWS or (rows * 8 >= LOOKED_AT_ROWS and batches >= 8):
             break
     each, own_batches = max(batches, 1), deal.batches(loader.rank)
@@ -180,10 +186,18 @@ WORDS = {
     "mixed": "several stores by proportion, each in a permutation of its own rows",
     "listed": "as listed",
     "drawn": "as the sampler draws",
+    "weighted": "each row drawn by weight, with replacement",
+    "weighted once": "drawn by weight without replacement, heavy rows sooner",
+    "balanced": "every class equally often, in each a permutation of its own rows",
+    "stratified": "each row once, every class in its share of all rows at every place",
+    "cell sets": "sets of cells of one group in permuted order, in each group a permutation of its own rows",
 }
 
 
 def _order_bytes(rule: Rule) -> int:
+    held: int | None = getattr(rule, "held_bytes", None)  # of what has other lists than these
+    if held is not None:
+        return held
     own = getattr(rule, "rows", None)
     inner = getattr(rule, "rule", None)
     return (0 if own is None else own.nbytes) + (0 if inner is None else _order_bytes(inner))

@@ -64,7 +64,7 @@ def find_genes(names: pd.Index, wanted: Mapping[str, int], *, ignore_versions: b
             ]
             listed = ", ".join(map(str, places[:MOST_NAMED])) + (", ..." if len(places) > MOST_NAMED else "")
             raise FeatureNameError(
-                f"gene {name!r} is there {len(places)} times, at {listed}; choose genes by number, or names from another column "
+                f"gene {name!r} is there more than once, at {listed}; choose genes by number, or names from another column "
                 "with gene_key="
             )
         first[name] = number
@@ -155,7 +155,8 @@ class GeneChoice:
         # values are only copied, and of float16 nothing is compiled
         values = block.data.view(np.uint16) if block.data.dtype == np.float16 else block.data
         unsigned = block.ids.view(f"u{block.ids.itemsize}")
-        bad = run_kernel("choose_genes", values, block.ids, unsigned, block.indptr, self.bits, self.place, self.n, self.rising)
+        choice = self.bits, self.place, self.n, self.rising
+        bad = run_kernel("choose_genes", values, block.ids, unsigned, block.indptr, *choice, block.checked)
         if bad >= 0:
             raise CorruptStoreError(f"{where}: gene id {block.ids[bad]} is out of range for {len(self.place)} genes")
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from scdl_zarr.errors import OptionError
 from scdl_zarr.loading.batches import LoaderBatch
+from scdl_zarr.loading.cell_sets import Sets
 from scdl_zarr.loading.dealing import Deal
 from scdl_zarr.loading.device import feed
 from scdl_zarr.loading.labels import categories_of
@@ -116,6 +117,19 @@ class Loader:
             self._labels = {name: self.source.label(name) for name in self.options.obs}
         return self._labels
 
+    @property
+    def groups(self) -> pd.DataFrame:
+        """The values that each group of ``groups=`` has in its columns; ``batch.sets`` has numbers of its rows.
+
+        Raises
+        ------
+        OptionError
+            The loader was made without `groups`.
+        """
+        if not isinstance(self.rule, Sets):
+            raise OptionError("this loader gives no sets; make it with groups= for that")
+        return self.rule.groups
+
     def __len__(self) -> int:
         """Batches of this rank in a whole epoch."""
         return self.batches_of(self.rank)
@@ -179,7 +193,15 @@ class Loader:
 
     def plan(self) -> UnitPlan:
         """How much is read together, and how much ahead."""
-        return UnitPlan.of(self.options, self.source, n=self._length(), window=self.rule.window_rows, world_size=self.world_size)
+        rows_each = 1 if getattr(self.rule, "controls", None) is None else 2
+        return UnitPlan.of(
+            self.options,
+            self.source,
+            n=self._length(),
+            window=self.rule.window_rows,
+            world_size=self.world_size,
+            rows_each=rows_each,
+        )
 
     def _length(self) -> int | None:
         try:
@@ -189,7 +211,14 @@ class Loader:
 
     def deal(self, n: int, begin: int = 0) -> Deal:
         """How an epoch of `n` rows is dealt out, from a position of its order on."""
-        return Deal(n=n, batch_size=self.batch_size, world_size=self.world_size, tail=self.options.tail, begin=begin)
+        return Deal(
+            n=n,
+            batch_size=self.batch_size,
+            world_size=self.world_size,
+            tail=self.options.tail,
+            begin=begin,
+            grain=getattr(self.rule, "grain", 1),
+        )
 
     def _begin(self, worker: Worker | None) -> LoaderState:
         """Where the next run begins."""
@@ -337,7 +366,7 @@ class LoaderRun(Iterator[LoaderBatch]):
         finally:
             progress.meter.end_wait(waited)
         progress.delivered += 1
-        progress.meter.count(len(batch), self._counts.popleft())
+        progress.meter.count(len(batch) + (0 if batch.controls is None else len(batch.controls)), self._counts.popleft())
         self._loader.note(progress)
         return batch
 

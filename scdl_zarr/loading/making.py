@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from scdl_zarr.errors import OptionError
+from scdl_zarr.loading.asked import Sampling
 from scdl_zarr.loading.batches import Form, MatrixForm
 from scdl_zarr.loading.dealing import TAILS, Tail
 from scdl_zarr.loading.device import resolve_device
 from scdl_zarr.loading.genes import GeneChoice
 from scdl_zarr.loading.loader import Loader
-from scdl_zarr.loading.orders import Chosen, Drawn, Listed, Mixed, Rotated, Rule, Shuffled, Stored, Windowed
+from scdl_zarr.loading.orders import Chosen, Drawn, Listed, Rotated, Rule, Shuffled, Stored, Windowed
 from scdl_zarr.loading.processes import as_count, as_integer, checked_epoch, resolve_ranks
 from scdl_zarr.loading.row_pass import RowPass, checked_transforms
-from scdl_zarr.loading.sources import CollectionRows, RowSource, chosen_rows
+from scdl_zarr.loading.sources import RowSource, chosen_rows
+from scdl_zarr.loading.splits import Split, split_rows
 from scdl_zarr.loading.tokens import Tokenizer
 from scdl_zarr.loading.units import LoaderOptions
 from scdl_zarr.reading.exactness import checked_dtype
@@ -37,8 +39,14 @@ def make_loader(
     run_rows: int = 128,
     window_rows: int = 16_384,
     rows: Any = None,
+    split: Split | None = None,
     sampler: Any = None,
-    weights: Mapping[str, float] | Sequence[float] | None = None,
+    weights: Any = None,
+    replacement: bool = True,
+    num_samples: int | None = None,
+    balance: str | Sequence[str] | None = None,
+    stratify: str | Sequence[str] | None = None,
+    groups: Any = None,
     seed: int = 0,
     epoch: int = 0,
     drop_last: bool = False,
@@ -93,13 +101,16 @@ def make_loader(
         reuse_buffers=bool(reuse_buffers),
     )
     resolve_ranks(rank, world_size)
-    rule = _rule(source, shuffle, rows, sampler, weights, as_integer("seed", seed), (run_rows, window_rows), options.tail)
+    rows = split_rows(source, split, rows, sampler=sampler)
+    sampling = Sampling(
+        weights=weights, replacement=replacement, num_samples=num_samples, balance=balance, stratify=stratify, groups=groups
+    )
+    rule = _rule(source, shuffle, rows, sampler, sampling, as_integer("seed", seed), (run_rows, window_rows), options)
     if source.remote and shuffle in (None, True) and not isinstance(rule, (Drawn, Listed, Rotated)):
-        warnings.warn(
-            f"{source.path}: with shuffle=True every row is a request of its own; shuffle='window' reads runs of rows",
-            UserWarning,
-            stacklevel=3,
-        )
+        said = "with shuffle=True every row is a request of its own; shuffle='window' reads runs of rows"
+        if sampling.given:
+            said = f"in an order by {sampling.given[0]} every row is a request of its own; a copy on a local disk is faster"
+        warnings.warn(f"{source.path}: {said}", UserWarning, stacklevel=3)
     kind: Any = Loader
     if to == "torch":
         from scdl_zarr.loading.torch_dataset import TorchLoader as kind  # noqa: N813 - which class it is hangs on torch
@@ -109,7 +120,14 @@ def make_loader(
 
 
 def _rule(
-    source: RowSource, shuffle: Shuffle, rows: Any, sampler: Any, weights: Any, seed: int, sizes: tuple[int, int], tail: Tail
+    source: RowSource,
+    shuffle: Shuffle,
+    rows: Any,
+    sampler: Any,
+    sampling: Sampling,
+    seed: int,
+    sizes: tuple[int, int],
+    options: LoaderOptions,
 ) -> Rule:
     if shuffle not in (None, True, False, "window") or (isinstance(shuffle, int) and not isinstance(shuffle, bool)):
         raise OptionError(f"shuffle={shuffle!r}; choose True, 'window' or False")
@@ -117,8 +135,9 @@ def _rule(
         if rows is not None:
             raise OptionError("rows and sampler both choose rows; give one of them")
         rows, sampler = sampler, None
-    if weights is not None:
-        return _mixed(source, shuffle, rows, sampler, weights, seed)
+    sampled = sampling.rule(source, shuffle, rows, sampler, batch_size=options.batch_size, seed=seed)
+    if sampled is not None:
+        return sampled
     if sampler is not None:
         if rows is not None:
             raise OptionError("rows and sampler both say which rows come; give one of them")
@@ -127,11 +146,11 @@ def _rule(
         if not _is_list(sampler):
             return Drawn(sampler, source.n_obs, seed)
         listed = Listed(resolve_rows(sampler, source.n_obs))
-        return Rotated(listed) if tail == "drop" else listed
+        return Rotated(listed) if options.tail == "drop" else listed
     chosen = chosen_rows(source, rows)
     n = source.n_obs if chosen is None else len(chosen)
     rule = _plain(n, True if shuffle is None else shuffle, seed, sizes)
-    rule = Rotated(rule) if isinstance(rule, Stored) and tail == "drop" else rule
+    rule = Rotated(rule) if isinstance(rule, Stored) and options.tail == "drop" else rule
     return rule if chosen is None else Chosen(rule, chosen)
 
 
@@ -142,14 +161,6 @@ def _plain(n: int, shuffle: Shuffle, seed: int, sizes: tuple[int, int]) -> Rule:
     if window < run:
         raise OptionError(f"window_rows={window} holds no run of run_rows={run}; a window mixes several runs")
     return Windowed(n=n, seed=seed, run_rows=run, window_rows=-(-window // run) * run)
-
-
-def _mixed(source: RowSource, shuffle: Shuffle, rows: Any, sampler: Any, weights: Any, seed: int) -> Rule:
-    if not isinstance(source, CollectionRows):
-        raise OptionError("weights mix the datasets of a collection; a dataset is one")
-    if rows is not None or sampler is not None or shuffle not in (None, True):
-        raise OptionError("weights give an order of their own; leave shuffle, rows and sampler out")
-    return Mixed.of(source.sizes, source.weights(weights), n=source.n_obs, seed=seed)
 
 
 def _tokenizer(tokens: Any, names: Any, source: RowSource, unversioned: bool, of_matrix: bool) -> Tokenizer | None:

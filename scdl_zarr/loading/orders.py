@@ -9,6 +9,8 @@
     Listed      numbers of the caller's          Drawn      what a sampler draws
     Chosen      another rule, over some rows     Rotated    another rule, begun elsewhere in each epoch
 
+Orders by weights and classes are in ``sampling.py``, those of cell sets in ``cell_sets.py``.
+
 An order is a function of the rule and the epoch alone: whoever asks for positions, how many processes do and in which sequence,
 the rows are the same.  All but the last three rules keep nothing that grows with the rows, and reach any position at once.
 
@@ -29,9 +31,9 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from scdl_zarr.errors import OptionError
+from scdl_zarr.loading.compiled import run_kernel
 from scdl_zarr.reading.permutation import KeyedPermutation
 from scdl_zarr.reading.plan import Int64Array, resolve_rows
 
@@ -47,6 +49,9 @@ __all__ = [
     "Stored",
     "Windowed",
     "digest_rows",
+    "groups_of",
+    "key_of",
+    "permute_each",
     "stream_of",
 ]
 
@@ -85,6 +90,19 @@ def stream_of(*parts: str | int) -> int:
     """A stream of keyed permutations for these words and numbers, apart from those of all others and of plain numbers."""
     told = "|".join(f"{type(part).__name__} {part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=16).digest(), "little") | 1 << 128
+
+
+def key_of(*parts: str | int) -> np.uint64:
+    """A key of compiled draws for these words and numbers."""
+    return np.uint64(stream_of(*parts) % (1 << 64))
+
+
+def permute_each(numbers: Int64Array, sizes: Int64Array, firsts: Int64Array, seconds: Int64Array, key: np.uint64) -> Int64Array:
+    """Where each number goes in a permutation of 0 .. size-1 of its own: one for each key and pair (first, second)."""
+    out = np.empty(len(numbers), np.int64)
+    bad = run_kernel("permute_each", numbers, sizes, firsts, seconds, key, out)
+    assert bad < 0, (numbers[bad], sizes[bad])
+    return out
 
 
 def digest_rows(rows: Int64Array) -> str:
@@ -172,7 +190,7 @@ class WindowedOrder:
     def take(self, positions: Int64Array) -> Int64Array:
         rule = self._rule
         mixed = np.empty_like(positions)
-        for window, mine in _groups(positions // rule.window_rows):
+        for window, mine in groups_of(positions // rule.window_rows):
             mixed[mine] = window * rule.window_rows + self._within(window).take(positions[mine] - window * rule.window_rows)
         slots, inside = np.divmod(mixed, rule.run_rows)
         whole = slots < self._full
@@ -233,7 +251,14 @@ class Mixed:
         return MixedOrder(self, number)
 
     def describe(self) -> dict[str, Any]:
-        return {"rule": "mixed", "sizes": list(self.sizes), "shares": list(self.shares), "n": self.n, "seed": self.seed}
+        return {
+            "rule": "mixed",
+            "dealt": 2,
+            "sizes": list(self.sizes),
+            "shares": list(self.shares),
+            "n": self.n,
+            "seed": self.seed,
+        }
 
 
 class MixedOrder:
@@ -241,44 +266,32 @@ class MixedOrder:
 
     def __init__(self, rule: Mixed, epoch: int) -> None:
         self._rule, self._epoch = rule, epoch
-        self._starts = np.concatenate([[0], np.cumsum(rule.sizes)[:-1]]).astype(np.int64)
-        self._stops = np.cumsum(rule.shares)
-        self._dealt: dict[int, tuple[npt.NDArray[Any], Int64Array]] = {}  # of the block that was asked for last
+        self._sizes, self._shares = np.array(rule.sizes, np.int64), np.array(rule.shares, np.int64)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._dealt: dict[int, tuple[Int64Array, Int64Array]] = {}  # of the block that was asked for last
 
     def __len__(self) -> int:
         return self._rule.n
 
     def take(self, positions: Int64Array) -> Int64Array:
-        rule, rows = self._rule, np.empty_like(positions)
-        for block, mine in _groups(positions // MIXED_BLOCK):
-            stores, numbers = self._deal(block)
+        rule, stores, numbers = self._rule, np.empty_like(positions), np.empty_like(positions)
+        for block, mine in groups_of(positions // MIXED_BLOCK):
+            owners, before = self._deal(block)
             within = positions[mine] - block * MIXED_BLOCK
-            for store, own in _groups(stores[within]):
-                number = block * rule.shares[store] + numbers[within[own]]  # of all that this store gives
-                rows[mine[own]] = self._starts[store] + self._nth(store, number)
-        return rows
+            stores[mine] = owners[within]
+            numbers[mine] = block * self._shares[stores[mine]] + before[within]  # of all that this store gives
+        turns, numbers = np.divmod(numbers, self._sizes[stores])
+        key = key_of("store", rule.seed, self._epoch)
+        return self._starts[stores] + permute_each(numbers, self._sizes[stores], stores, turns, key)
 
-    def _deal(self, block: int) -> tuple[npt.NDArray[Any], Int64Array]:
+    def _deal(self, block: int) -> tuple[Int64Array, Int64Array]:
         """For each position of a block: whose it is, and how many of the same store come before it there."""
         known = self._dealt.get(block)
         if known is None:
-            places = KeyedPermutation(n=MIXED_BLOCK, seed=self._rule.seed, stream=stream_of("places", self._epoch, block))
-            drawn = places.rows(0, MIXED_BLOCK)  # a store's share is a range of these numbers
-            stores = np.searchsorted(self._stops, drawn, side="right")
-            numbers = np.empty(MIXED_BLOCK, np.int64)
-            for store, own in _groups(stores):
-                numbers[own] = np.arange(self._rule.shares[store])
-            known = stores.astype(np.min_scalar_type(len(self._rule.sizes))), numbers
+            known = np.empty(MIXED_BLOCK, np.int64), np.empty(MIXED_BLOCK, np.int64)
+            run_kernel("deal_block", self._shares, key_of("places", self._rule.seed, self._epoch), block, *known)
             self._dealt = {block: known}
         return known
-
-    def _nth(self, store: int, numbers: Int64Array) -> Int64Array:
-        """A store's own rows; after all of them another permutation of them follows."""
-        size, rows = self._rule.sizes[store], np.empty_like(numbers)
-        for turn, mine in _groups(numbers // size):
-            order = KeyedPermutation(n=size, seed=self._rule.seed, stream=stream_of("store", self._epoch, store, turn))
-            rows[mine] = order.take(numbers[mine] - turn * size)
-        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,7 +451,7 @@ def _seeded(key: int, own: Any) -> Iterator[None]:
             generator.set_state(state)
 
 
-def _groups(keys: Int64Array) -> Iterator[tuple[int, Int64Array]]:
+def groups_of(keys: Int64Array) -> Iterator[tuple[int, Int64Array]]:
     """Each key, and where it is."""
     if not len(keys):
         return

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from scdl_zarr.errors import OptionError
 from scdl_zarr.loading.compiled import run_kernel
+from scdl_zarr.loading.orders import key_of
 from scdl_zarr.loading.tokens import Tokenizer, TokenTable
 from scdl_zarr.loading.transforms import Genes, Normalize, Transform, row_sums
 from scdl_zarr.reading.batch import RowBatch
@@ -67,21 +68,17 @@ class Drawing:
 
     def cut(self, start: int, stop: int) -> Drawing:
         """That of some of the rows."""
-        return Drawing(seed=self.seed, epoch=self.epoch, positions=self.positions[start:stop])
+        return replace(self, positions=self.positions[start:stop])
+
+    def and_controls(self) -> Drawing:
+        """That of the rows and then of the control of each, which draws for itself."""
+        return replace(self, positions=np.concatenate([self.positions, ~self.positions]))
 
     def keys(self) -> UInt64Array:
         """A word for each row."""
-        from scdl_zarr.loading.orders import stream_of
-
-        key = np.uint64(stream_of("values", self.seed, self.epoch) & WORD)
-        return _mixed(key + np.uint64(GOLDEN) * self.positions.astype(np.uint64))
-
-
-def _mixed(words: UInt64Array) -> UInt64Array:
-    """SplitMix64's finaliser."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+        words = np.empty(len(self.positions), np.uint64)
+        run_kernel("words_of", self.positions, key_of("values", self.seed, self.epoch), words)
+        return words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

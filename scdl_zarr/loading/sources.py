@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -26,7 +27,16 @@ if TYPE_CHECKING:
     from scdl_zarr.reading.row_blocks import RowVisitor
     from scdl_zarr.reading.tables import LazyTable
 
-__all__ = ["CollectionRows", "DatasetRows", "RowSource", "chosen_rows"]
+__all__ = ["CollectionRows", "DatasetRows", "RowSource", "SourceTable", "chosen_rows"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceTable:
+    """The rows' table of one dataset, and what the root of its store says."""
+
+    path: str
+    obs: LazyTable
+    header: Mapping[str, Any]
 
 
 class Data(Carrier, Protocol):
@@ -97,6 +107,9 @@ class RowSource(Protocol):
     def query(self, query: str) -> Int64Array:
         """The rows for which a query of obs holds."""
 
+    def tables(self) -> list[SourceTable]:
+        """The rows' table of each dataset, in the order of the rows."""
+
     def gene_names(self, key: str | None = None) -> pd.Index:
         """Names of the genes, in order: `var_names`, or a column of var."""
 
@@ -161,6 +174,9 @@ class DatasetRows:
         from scdl_zarr.reading.queries import query_rows
 
         return query_rows(self._data.obs, query)
+
+    def tables(self) -> list[SourceTable]:
+        return [SourceTable(path=self.path, obs=self._data.obs, header=self._data.metadata)]
 
     def gene_names(self, key: str | None = None) -> pd.Index:
         return self._data.var_names if key is None else _names_of(key, self._data.var.lookup(key))
@@ -272,6 +288,9 @@ class CollectionRows:
     def query(self, query: str) -> Int64Array:
         starts = np.cumsum([0, *self._sizes[:-1]])
         return np.concatenate([start + part.query(query) for start, part in zip(starts, self._parts.values(), strict=True)])
+
+    def tables(self) -> list[SourceTable]:
+        return [table for part in self._parts.values() for table in part.tables()]
 
     def gene_names(self, key: str | None = None) -> pd.Index:
         if key is not None:

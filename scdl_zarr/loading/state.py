@@ -19,6 +19,7 @@ __all__ = ["LoaderState", "digest_facts", "identify_store"]
 STATE_VERSION = 1
 # what a rewritten copy may have otherwise and hold the same rows in the same order
 NOT_OF_ROWS = frozenset({"chunk_values", "dtype", "dtype_tolerance", "profile", "shard_values", "width"})
+BESIDE_ROWS = frozenset({"options", "set_obs"})  # of what is recorded: told apart by themselves, and columns set later
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +92,8 @@ class LoaderState:
         if self.order != order:
             raise OptionError(
                 "this state belongs to another order: the loader has to be made with the same rows, shuffle, seed, sampler, "
-                "run_rows, window_rows and weights (batch_size and the number of ranks may differ)"
+                "run_rows, window_rows, weights, replacement, num_samples, balance, stratify and groups "
+                "(batch_size and the number of ranks may differ)"
             )
 
 
@@ -110,5 +112,5 @@ def identify_store(header: Mapping[str, Any], n_obs: int, n_vars: int) -> str:
     if isinstance(conversion, dict):
         options = conversion.get("options")
         kept = {key: value for key, value in options.items() if key not in NOT_OF_ROWS} if isinstance(options, dict) else {}
-        facts["conversion"] = {**{key: value for key, value in conversion.items() if key != "options"}, "options": kept}
+        facts["conversion"] = {**{key: value for key, value in conversion.items() if key not in BESIDE_ROWS}, "options": kept}
     return digest_facts(facts)

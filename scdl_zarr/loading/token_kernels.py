@@ -170,17 +170,20 @@ def _list(mine: Any, values: Any, first: Any, keep: Any, key: Any, ids: Any, out
                 wanted -= 1
             left -= 1
         return at
-    if width > 0:
-        scratch[:n] = values
-        smallest, equal = find_largest(scratch[:n], width), width
-        for j in range(n):
-            equal -= values[j] > smallest
-        for j in range(n):
-            same = values[j] == smallest
-            if values[j] > smallest or (same and equal > 0):
-                ids[at], outs[at] = mine[j], values[j]
-                at += U(1)
-            equal -= same
+    if width <= 0:
+        return at
+    scratch[:n] = values
+    smallest, above = find_largest(scratch[:n], width), 0
+    for j in range(n):
+        above += values[j] > smallest
+    equal, j = width - above, 0
+    while at < U(len(ids)):  # as long as there is room, what is written too much is overwritten
+        value = values[U(j)]
+        same = value == smallest
+        ids[at], outs[at] = mine[U(j)], value
+        at += U((value > smallest) | (same & (equal > 0)))
+        equal -= same
+        j += 1
     return at
 
 
@@ -206,21 +209,31 @@ def list_genes(
     -1, or the place of a NaN that has no rank.
     """
     room = longest_row(indptr) + 1
-    values, scratch, mine = np.empty(room, data.dtype), np.empty(room, data.dtype), np.empty(room, np.int32)
+    values, scratch = np.empty(room, out_values.dtype), np.empty(room, out_values.dtype)
+    mine = np.empty(room, out_ids.dtype)
     for row in range(len(indptr) - 1):
         start, stop = indptr[row], indptr[row + 1]
         given, own, n, sound = data[start:stop], genes[start:stop], U(0), True
+        ids, outs = out_ids[places[row]], out_values[places[row]]
+        begin = np.int64(first >= 0)
+        if stop - start < len(ids) - begin:  # all have room, and one that is not kept
+            if first >= 0:
+                ids[0], outs[0] = first, 0
+            to_ids, to_values = ids[begin:], outs[begin:]
+        else:
+            to_ids, to_values = mine, values
         for k in range(len(given)):
             token, value = tokens[own[k]], given[k]
             sound &= value == value
-            values[n], mine[n] = value, token
+            to_values[n], to_ids[n] = value, token
             n += U((token >= 0) & (value != 0))
         if keep == KEEP_LARGEST and not sound:
             for k in range(start, stop):
                 if data[k] != data[k]:
                     return k
-        ids, outs = out_ids[places[row]], out_values[places[row]]
-        at = _list(mine[:n], values[:n], first, keep, keys[row], ids, outs, scratch)
+        at = n + U(begin)
+        if stop - start >= len(ids) - begin:
+            at = _list(mine[:n], values[:n], first, keep, keys[row], ids, outs, scratch)
         lengths[places[row]] = at
         _pad(ids, out_mask[places[row]], at, pad)
         outs[at:] = pad_value
@@ -322,32 +335,31 @@ def bin_values(
     A value that is an edge of several bins is dealt out to them at random.  -1, or the place of a value that has no bin.
     """
     room = longest_row(indptr) + 1
-    given, values, digits = np.empty(room, data.dtype), np.empty(room, np.float64), np.empty(room, np.float32)
-    mine, scratch = np.empty(room, np.int32), np.empty(room, np.float32)
+    given, values, digits = np.empty(room, data.dtype), np.empty(room, np.float64), np.empty(room, out_values.dtype)
+    mine, scratch = np.empty(room, out_ids.dtype), np.empty(room, out_values.dtype)
     floats, order, other = np.empty(room, np.float32), np.empty(room, np.uint32), np.empty(room, np.uint32)
     words, counts = floats.view(np.uint32), np.empty((2, DIGIT), np.int32)
     edges = np.empty(len(quantiles), np.float64)
     for row in range(len(indptr) - 1):
         start, stop = indptr[row], indptr[row + 1]
-        found, own, n, sound, small = data[start:stop], genes[start:stop], U(0), True, True
+        found, own, n, sound, small, largest = data[start:stop], genes[start:stop], U(0), True, True, np.int32(0)
         for k in range(len(found)):
             token, value = tokens[own[k]], found[k]
+            number = np.int32(value)
             sound &= value >= 0
-            given[n], values[n], mine[n] = value, value, token
-            n += U((token >= 0) & (value != 0))
+            kept = (token >= 0) & (value != 0)
+            small &= (number == value) | (not kept)
+            largest = max(largest, number)
+            given[n], order[n], mine[n] = value, number, token
+            n += U(kept)
         if not sound:
             for k in range(start, stop):
                 if not data[k] >= 0:
                     return k
-        size, largest = np.int64(n), 0.0
-        for k in range(size):
-            largest = max(largest, values[k])
-            small &= values[k] == np.floor(values[k])
-        if small and largest < SMALL:
-            for k in range(size):
-                order[k] = np.uint32(np.int32(values[k]))
+        if small and 0 <= largest < SMALL:
             _bin_counts(order[:n], quantiles, edges, np.int64(largest), side, keys[row], digits)
         else:
+            values[:n] = given[:n]
             _sort(values[:n], floats, words, order, other, counts)
             _bin_sorted(given[:n], values[:n], order[:n], quantiles, edges, side, keys[row], digits)
         ids, outs = out_ids[places[row]], out_values[places[row]]

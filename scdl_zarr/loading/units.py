@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from scdl_zarr.loading.ahead import do_ahead
 from scdl_zarr.loading.batches import LoaderBatch, MatrixForm, Tokens
+from scdl_zarr.loading.cell_sets import SetOrder, SetRows
 from scdl_zarr.loading.dealing import Part, Tail
 from scdl_zarr.loading.device import has_pinned_memory, pack, pinned_memory
 from scdl_zarr.loading.labels import categories_of
@@ -135,16 +136,22 @@ class UnitPlan:
     depth: int  # units that are read ahead of the one in use
     threads: int
     window: int  # of the order; 0: none
+    rows_each: int = 1  # at each position
 
     @classmethod
-    def of(cls, options: LoaderOptions, source: RowSource, *, n: int | None, window: int, world_size: int) -> UnitPlan:
-        """The plan for an order of `n` rows (None: not known) with windows of so many, of which this rank has its share."""
+    def of(
+        cls, options: LoaderOptions, source: RowSource, *, n: int | None, window: int, world_size: int, rows_each: int = 1
+    ) -> UnitPlan:
+        """The plan for an order of `n` rows (None: not known) with windows of so many, of which this rank has its share.
+
+        At each position `rows_each` rows are read.
+        """
         per_row = sum(source.values_per_row(name) * SPARSE_BYTES for name in options.matrices)
         if options.tokenizer is not None:
             per_row = max(per_row, options.tokenizer.length * TOKEN_BYTES)
         elif options.form.dense and options.device is None:
             per_row += options.width(source) * 4 * len(options.matrices)
-        batch_bytes = max(int(options.batch_size * per_row), 1)
+        batch_bytes = max(int(options.batch_size * per_row * rows_each), 1)
         batches = max(1, UNIT_BYTES // (batch_bytes + options.batch_size * ROW_BYTES + BATCH_BYTES))
         if window:
             batches = max(1, window // (options.batch_size * world_size))
@@ -155,7 +162,7 @@ class UnitPlan:
         else:
             depth = -(-options.prefetch // batches)
         threads = 0 if options.prefetch == 0 else source.threads
-        return cls(batch_bytes=batch_bytes, batches=batches, depth=depth, threads=threads, window=window)
+        return cls(batch_bytes=batch_bytes, batches=batches, depth=depth, threads=threads, window=window, rows_each=rows_each)
 
     @property
     def held_bytes(self) -> int:
@@ -168,7 +175,7 @@ class UnitPlan:
         # copies to a device may last longer than their turn, and so does the way from a worker to another process
         if options.reuse_buffers and options.device is None and this_worker() is None:
             return ReusedBuffers(make)
-        each = len(options.matrices) * (self.batches if options.form.dense or options.device is not None else 1)
+        each = len(options.matrices) * self.rows_each * (self.batches if options.form.dense or options.device is not None else 1)
         return BufferPool(kept=2 * each * (self.depth + 3), largest_bytes=LARGEST_KEPT_BYTES, make=make)
 
     def group(self, parts: Iterator[Part]) -> Iterator[list[Part]]:
@@ -209,6 +216,7 @@ class UnitReader:
         self._source, self._options, self._order, self._progress = source, options, order, progress
         self._labels, self._memory = labels, memory
         self._categories = categories_of(labels)
+        self._sets = order if isinstance(order, SetOrder) else None
         column = None if options.tokenizer is None else options.tokenizer.totals
         self._totals = None if column is None else source.label(column).values
 
@@ -232,7 +240,7 @@ class UnitReader:
         memory = self._memory if isinstance(self._memory, BufferPool) else lease
         assert memory is not None
         positions = positions_of(unit, self._progress.deal.n)
-        rows = self._order.take(positions)
+        rows = self._take(positions)
         drawing = Drawing(seed=self._options.seed, epoch=self._progress.begun.epoch, positions=positions)
         error = None
         try:
@@ -244,8 +252,13 @@ class UnitReader:
         self._progress.meter.add_read(time.perf_counter() - began)
         return made, lease, error
 
+    def _take(self, positions: Int64Array) -> SetRows:
+        if self._sets is not None:
+            return self._sets.look_up(positions)
+        return SetRows(rows=self._order.take(positions), controls=None, groups=None)
+
     def _read_singly(
-        self, unit: Sequence[Part], rows: Int64Array, drawing: Drawing, memory: BufferSource, helpers: ThreadPoolExecutor | None
+        self, unit: Sequence[Part], rows: SetRows, drawing: Drawing, memory: BufferSource, helpers: ThreadPoolExecutor | None
     ) -> tuple[deque[Made], Exception | None]:
         """The batches before the first one that cannot be read, and why it cannot."""
         made: deque[Made] = deque()
@@ -253,12 +266,34 @@ class UnitReader:
         for part in unit:
             start, stop = stop, stop + part.stop - part.start
             try:
-                made += self._read([part], rows[start:stop], drawing.cut(start, stop), memory, helpers)
+                made += self._read([part], rows.cut(start, stop), drawing.cut(start, stop), memory, helpers)
             except Exception as error:
                 return made, error
         return made, None
 
     def _read(
+        self, unit: Sequence[Part], rows: SetRows, drawing: Drawing, memory: BufferSource, helpers: ThreadPoolExecutor | None
+    ) -> deque[Made]:
+        """Batches, their controls, which are read with them, and the groups of their sets."""
+        if rows.controls is None:
+            found, controls = self._read_rows(unit, rows.rows, drawing, memory, helpers), None
+        else:
+            both = np.concatenate([rows.rows, rows.controls])
+            found = self._read_rows([*unit, *unit], both, drawing.and_controls(), memory, helpers)
+            controls = [found.pop() for _ in unit]
+        made: deque[Made] = deque()
+        stop, pin = 0, self._options.hands_out_pinned
+        for batch, values in found:
+            start, stop = stop, stop + len(batch)
+            if controls is not None:
+                own, more = controls.pop()
+                batch, values = replace(batch, controls=own), values + more
+            if self._sets is not None and rows.groups is not None:
+                batch = replace(batch, sets=rows.groups[start : stop : self._sets.rule.size])
+            made.append((batch.pin_memory() if pin else batch, values))
+        return made
+
+    def _read_rows(
         self, unit: Sequence[Part], rows: Int64Array, drawing: Drawing, memory: BufferSource, helpers: ThreadPoolExecutor | None
     ) -> deque[Made]:
         options, source, array = self._options, self._source, self._options.form.array
@@ -279,7 +314,7 @@ class UnitReader:
         obsm = {name: options.placed(source.read_obsm(name, rows), memory) for name in options.obsm}
         labels = {name: options.placed(label.take(rows), memory) for name, label in self._labels.items()}
         made: deque[Made] = deque()
-        stop, pin = 0, options.hands_out_pinned
+        stop = 0
         for part in unit:
             start, stop = stop, stop + part.stop - part.start
             own = None if X is None else cut_rows(X, start, stop)
@@ -294,7 +329,7 @@ class UnitReader:
                 padding=part.padding,
             )
             count = len(own.data) if own is not None else 0 if table is None else int(table.lengths[start:stop].sum())
-            made.append((batch.pin_memory() if pin else batch, count))
+            made.append((batch, count))
         return made
 
     def _tokens(

@@ -12,7 +12,7 @@ from typing import Any
 import numba as nb
 import numpy as np
 
-__all__ = ["permute"]
+__all__ = ["mixed", "permute"]
 
 LANES = 64
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -21,7 +21,7 @@ _S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 @nb.njit(nogil=True, inline="always")
-def _mixed(word: Any) -> Any:
+def mixed(word: Any) -> Any:
     """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every bit of the result hangs on every bit of the word."""
     word = (word ^ (word >> _S30)) * _FIRST
     word = (word ^ (word >> _S27)) * _SECOND
@@ -52,14 +52,14 @@ def permute(numbers: Any, n: int, low_bits: int, high_bits: int, keys: Any, back
             for r in range(steps - 2, -2, -2):
                 first, second = keys[r], keys[r + 1]
                 for k in range(lanes):
-                    high[k] ^= _mixed(low[k] ^ second) & high_mask
-                    low[k] ^= _mixed(high[k] ^ first) & low_mask
+                    high[k] ^= mixed(low[k] ^ second) & high_mask
+                    low[k] ^= mixed(high[k] ^ first) & low_mask
         else:
             for r in range(0, steps, 2):
                 first, second = keys[r], keys[r + 1]
                 for k in range(lanes):
-                    low[k] ^= _mixed(high[k] ^ first) & low_mask
-                    high[k] ^= _mixed(low[k] ^ second) & high_mask
+                    low[k] ^= mixed(high[k] ^ first) & low_mask
+                    high[k] ^= mixed(low[k] ^ second) & high_mask
         left = 0
         for k in range(lanes):
             word = (high[k] << shift) | low[k]
