@@ -753,7 +753,7 @@ def test_a_gene_that_is_there_twice_has_no_token(tmp_path: Path) -> None:
     matrix, names = csr([([3, 2, 1], [0, 1, 2])], 3), ["A", "B", "A"]
     var = pd.DataFrame({"id": names}, index=["x", "y", "z"])
     data = scdl_zarr.convert(write_h5ad(tmp_path / "a.h5ad", matrix, var=var), tmp_path / "a.zarr", **SIZES)
-    with pytest.raises(FeatureNameError, match="gene 'A' is there 2 times, at 0, 2"):
+    with pytest.raises(FeatureNameError, match="gene 'A' is there more than once, at 0, 2"):
         load(data, GeneValues(3, {"<pad>": 0, "A": 1, "B": 2}), gene_key="id")
     (batch,) = load(data, GeneValues(3, {"<pad>": 0, "B": 2}), gene_key="id")
     assert batch.tokens.ids.tolist() == [[2, 0, 0]]
