@@ -207,7 +207,7 @@ def test_a_file_of_names(made: ad.AnnData, data: SingleCellZarrDataset, tmp_path
     path.write_text("gene9\ngene2\ngene9\n")
     with pytest.raises(OptionError, match=r"lists gene 'gene9' twice, at 0 and 2"):
         data.loader(genes=path, to="numpy")
-    with pytest.raises(OptionError, match="expected names, or a text file"):
+    with pytest.raises(OptionError, match=r"expected names .*, or a text file"):
         data.loader(genes="gene9", to="numpy")
 
 
@@ -262,7 +262,8 @@ def test_versions_are_ignored_on_both_sides(tmp_path: Path) -> None:
     data = named(tmp_path, names)
     wanted = ["ENSMUSG00000000003", "ENSG00000000002.7", "ENSG00000000001.9", "x", "ENSG00000182378", "ENSG00000182378.15_PAR_Y"]
     assert one_epoch(data, genes=wanted, ignore_gene_versions=True).tolist() == [[3, 2, 1, 0, 5, 4]] * 3
-    assert one_epoch(data, genes=wanted).tolist() == [[0, 0, 0, 0, 0, 4]] * 3
+    with pytest.warns(UserWarning, match="1 of the 6 genes asked for.*ignore_gene_versions=True"):
+        assert one_epoch(data, genes=wanted).tolist() == [[0, 0, 0, 0, 0, 4]] * 3
     assert one_epoch(data, genes=names).tolist() == [[1, 2, 3, 4, 5, 6]] * 3
 
 
@@ -329,7 +330,7 @@ def test_names_from_a_column_of_var(made: ad.AnnData, stores: dict[str, Any]) ->
     ],
 )
 def test_a_column_without_names_is_refused(data: SingleCellZarrDataset, key: str, error: type[Exception], message: str) -> None:
-    for genes in (["A"], [1], None):
+    for genes in (["A"], [1]):
         with pytest.raises(error, match=message):
             data.loader(genes=genes, gene_key=key, to="numpy")
 

@@ -226,7 +226,7 @@ def test_a_million_rows_take_little_time() -> None:
         ({"train": float("nan")}, "has the share nan"),
         ({"train": float("inf")}, "has the share inf"),
         ({"train": None}, "has the share None"),
-        ({"train": [1, 2]}, r"has the share \[1, 2\]"),
+        ({"train": [1, 2]}, "part .train. is list; expected a share"),
         ({}, "expected parts and their shares"),
         ("train", "expected parts and their shares"),
         ([0.8, 0.2], "expected parts and their shares"),
@@ -299,6 +299,7 @@ def test_a_split_is_a_column_and_its_rule(data: SingleCellZarrDataset, store: Pa
     assert ad.read_zarr(store).obs["split"].tolist() == data.obs["split"].tolist()
 
 
+@pytest.mark.filterwarnings("ignore:.*dealt out whole")  # there are four plates
 def test_column_and_rule_come_together_or_not_at_all(
     data: SingleCellZarrDataset, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,9 +446,7 @@ def test_a_split_and_a_sampler_are_refused(data: SingleCellZarrDataset) -> None:
 
 
 def test_without_a_recorded_split_the_message_says_how_to_make_one(data: SingleCellZarrDataset) -> None:
-    with pytest.raises(
-        errors.OptionError, match=r"recorded no split 'split' \(recorded: none\); data\.split\(\.\.\.\) makes one"
-    ):
+    with pytest.raises(errors.OptionError, match=r"recorded no split 'split' \(recorded: none\); scdl_zarr\.open\(PATH\)\.split"):
         data.loader(split="train")
 
 

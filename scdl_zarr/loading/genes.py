@@ -150,7 +150,7 @@ class GeneChoice:
         listed = listed_genes(wanted.tolist() if isinstance(wanted, np.ndarray) else wanted)
         place = find_genes(names, {name: k for k, name in enumerate(listed)}, ignore_versions=ignore_versions)
         found = int((place >= 0).sum())
-        if 2 * found < min(len(listed), len(names)):
+        if listed and (not found or 2 * found < min(len(listed), len(names))):
             rest = "the other columns are empty" if found else "every column is empty"
             warnings.warn(
                 f"{found or 'none'} of the {len(listed)} genes asked for, {listed[0]!r} the first, {'is' if found < 2 else 'are'}"
