@@ -31,10 +31,11 @@ Kernel = Literal[
     "spread",
     "spread_classes",
     "take_log1p",
+    "words_of",
 ]
 HOMES = {
     "kernels": ("spread",),
-    "draws": ("bound_segments", "deal_block", "draw_weighted", "pack_clocks", "permute_each", "spread_classes"),
+    "draws": ("bound_segments", "deal_block", "draw_weighted", "pack_clocks", "permute_each", "spread_classes", "words_of"),
     "token_kernels": ("bin_values", "list_genes", "rank_genes"),
 }
 HOME_OF = {name: module for module, names in HOMES.items() for name in names}

@@ -16,7 +16,7 @@ import numpy as np
 
 from scdl_zarr.reading.feistel import mixed
 
-__all__ = ["bound_segments", "deal_block", "draw_weighted", "pack_clocks", "permute_each", "spread_classes"]
+__all__ = ["bound_segments", "deal_block", "draw_weighted", "pack_clocks", "permute_each", "spread_classes", "words_of"]
 
 LANES = 64
 STEPS, SMALL_STEPS, SMALL_BITS = 16, 48, 16  # as of the keyed permutation of one domain
@@ -90,6 +90,13 @@ def permute_each(numbers: Any, sizes: Any, firsts: Any, seconds: Any, key: Any, 
                 left += 1
             lanes = left
     return -1
+
+
+@nb.njit(nogil=True, cache=True)
+def words_of(numbers: Any, key: Any, out: Any) -> None:
+    """64 random bits for each number."""
+    for k in range(len(numbers)):
+        out[k] = _word(key, numbers[k], 0)
 
 
 @nb.njit(nogil=True, cache=True)

@@ -127,7 +127,7 @@ class GeneChoice:
             place = np.full(len(names), -1, np.int32)
             place[numbers] = np.arange(len(numbers), dtype=np.int32)
             return cls._placed(place, names[numbers])
-        listed = listed_genes([str(name) for name in wanted] if isinstance(wanted, np.ndarray) else wanted)
+        listed = listed_genes(wanted.tolist() if isinstance(wanted, np.ndarray) else wanted)
         place = find_genes(names, {name: k for k, name in enumerate(listed)}, ignore_versions=ignore_versions)
         if listed and not (place >= 0).any():
             warnings.warn(
@@ -155,7 +155,8 @@ class GeneChoice:
         # values are only copied, and of float16 nothing is compiled
         values = block.data.view(np.uint16) if block.data.dtype == np.float16 else block.data
         unsigned = block.ids.view(f"u{block.ids.itemsize}")
-        bad = run_kernel("choose_genes", values, block.ids, unsigned, block.indptr, self.bits, self.place, self.n, self.rising)
+        choice = self.bits, self.place, self.n, self.rising
+        bad = run_kernel("choose_genes", values, block.ids, unsigned, block.indptr, *choice, block.checked)
         if bad >= 0:
             raise CorruptStoreError(f"{where}: gene id {block.ids[bad]} is out of range for {len(self.place)} genes")
 

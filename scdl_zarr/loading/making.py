@@ -77,9 +77,11 @@ def make_loader(
     wanted = None if dtype is None else checked_dtype(_numpy_dtype(dtype))
     if to == "scipy" and not dense and wanted == np.float16:
         raise OptionError("SciPy holds no sparse float16; choose dense=True, to='numpy' or dtype='float32'")
-    names, unversioned = source.gene_names(gene_key), bool(ignore_gene_versions)
-    choice = None if genes is None else GeneChoice.of(genes, names, ignore_versions=unversioned)
-    tokenizer = _tokenizer(tokens, names if choice is None else choice.names, source, unversioned, dense or dtype is not None)
+    choice, tokenizer, unversioned = None, None, bool(ignore_gene_versions)
+    if genes is not None or tokens is not None or gene_key is not None:  # else the genes' names need not be read
+        names = source.gene_names(gene_key)
+        choice = None if genes is None else GeneChoice.of(genes, names, ignore_versions=unversioned)
+        tokenizer = _tokenizer(tokens, names if choice is None else choice.names, source, unversioned, dense or dtype is not None)
     steps = RowPass.of(checked_transforms(transforms), choice, source.path, tokenizer)
     options = LoaderOptions(
         batch_size=as_count("batch_size", batch_size, smallest=1),

@@ -19,6 +19,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from scdl_zarr.reading.feistel import mixed
+
 __all__ = [
     "add_rows",
     "choose_genes",
@@ -34,8 +36,7 @@ __all__ = [
 ]
 
 U = np.uint64
-_GOLDEN, _FIRST, _SECOND = U(0x9E3779B97F4A7C15), U(0xBF58476D1CE4E5B9), U(0x94D049BB133111EB)
-_S30, _S27, _S31, _S11 = U(30), U(27), U(31), U(11)
+_GOLDEN, _S11 = U(0x9E3779B97F4A7C15), U(11)
 UNIT = 2.0**-53
 EXACT = 2.0**53
 REMEMBERED = 1 << 8  # a power of two
@@ -57,10 +58,7 @@ def _zeros_below(_context: Any, word: Any) -> Any:
 @nb.njit(nogil=True, inline="always")
 def draw(key: Any, number: Any) -> Any:
     """The `number`-th random number in [0, 1) of a key (SplitMix64 of Steele, Lea and Flood 2014, by position)."""
-    word = key + _GOLDEN * (U(number) + U(1))
-    word = (word ^ (word >> _S30)) * _FIRST
-    word = (word ^ (word >> _S27)) * _SECOND
-    return np.float64((word ^ (word >> _S31)) >> _S11) * UNIT
+    return np.float64(mixed(key + _GOLDEN * (U(number) + U(1))) >> _S11) * UNIT
 
 
 @nb.njit(nogil=True, inline="always")
@@ -75,22 +73,24 @@ def longest_row(indptr: Any) -> int:
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
-def choose_genes(data: Any, ids: Any, genes: Any, indptr: Any, bits: Any, place: Any, width: Any, rising: Any) -> int:
+def choose_genes(
+    data: Any, ids: Any, genes: Any, indptr: Any, bits: Any, place: Any, width: Any, rising: Any, checked: Any
+) -> int:
     """Keep the values of genes that have a bit, renumbered by `place`; sorted by the new number, stably, unless `rising`.
 
     `genes` are the ids once more, taken as unsigned: a negative one is a very large one.
     """
     n = U(len(place))
-    hits = np.empty(longest_row(indptr), np.int32)  # from the beginning of the row
+    hits = np.empty(longest_row(indptr) + 1, np.uint32)  # from the beginning of the row
     values, numbers = np.empty(0 if rising else len(hits), data.dtype), np.empty(0 if rising else len(hits), ids.dtype)
     seen = np.zeros(0 if rising else (width + 63) // 64, np.uint64)
-    where = np.empty(0 if rising else width, np.int64)
+    where = np.empty(0 if rising else width, np.uint32)
     at, start = 0, indptr[0]
     for row in range(len(indptr) - 1):
         stop = indptr[row + 1]
         mine = genes[start:stop]
         largest = genes.dtype.type(0)
-        for k in range(len(mine)):
+        for k in range(0 if checked else len(mine)):
             largest = max(largest, mine[k])
         if stop > start and largest >= n:
             return start + np.argmax(mine)
@@ -107,35 +107,35 @@ def choose_genes(data: Any, ids: Any, genes: Any, indptr: Any, bits: Any, place:
             found += (bits[U(mine[k]) >> U(6)] >> (U(mine[k]) & U(63))) & U(1)
         count = np.int64(found)
         indptr[row] = at
+        given, kept, new_ids = data[start:stop], data[at : at + count], ids[at : at + count]
         if rising:
             for j in range(count):
-                k = start + hits[j]
-                data[at + j], ids[at + j] = data[k], place[ids[k]]
+                k = hits[j]
+                kept[j], new_ids[j] = given[k], place[mine[k]]
         else:
             repeated = False
             for j in range(count):
-                k = start + hits[j]
-                new = place[ids[k]]
-                values[j], numbers[j] = data[k], new
-                bit = U(1) << (U(new) & U(63))
-                word = U(new) >> U(6)
+                k = hits[j]
+                new = U(place[mine[k]])
+                values[j], numbers[j] = given[k], new
+                bit, word = U(1) << (new & U(63)), new >> U(6)
                 repeated |= (seen[word] & bit) != 0
                 seen[word] |= bit
                 where[new] = j
             if repeated:
                 order = np.argsort(numbers[:count], kind="mergesort")
                 for j in range(count):
-                    data[at + j], ids[at + j] = values[order[j]], numbers[order[j]]
+                    kept[j], new_ids[j] = values[order[j]], numbers[order[j]]
                 seen[:] = 0
             elif count:
-                j = 0
+                to = U(0)
                 for word in range(len(seen)):
                     left = seen[word]
                     while left != 0:
-                        new = np.int64(U(word) << U(6) | _zeros_below(left))
-                        data[at + j], ids[at + j] = values[where[new]], new
+                        new = U(word) << U(6) | _zeros_below(left)
+                        kept[to], new_ids[to] = values[where[new]], new
                         left &= left - U(1)
-                        j += 1
+                        to += U(1)
                     seen[word] = U(0)
         at += count
         start = stop
@@ -407,9 +407,7 @@ def downsample(data: Any, ids: Any, indptr: Any, count: Any, keys: Any) -> int:
 def copy_block(data: Any, ids: Any, indptr: Any, places: Any, starts: Any, values_out: Any, ids_out: Any) -> int:
     """Each row to where it starts in the batch."""
     for row in range(len(indptr) - 1):
-        at, start, n = starts[places[row]], indptr[row], indptr[row + 1] - indptr[row]
-        for k in range(n):
-            values_out[at + k] = data[start + k]
-        for k in range(n):
-            ids_out[at + k] = ids[start + k]
+        start, stop, at = indptr[row], indptr[row + 1], starts[places[row]]
+        values_out[at : at + stop - start] = data[start:stop]
+        ids_out[at : at + stop - start] = ids[start:stop]
     return -1

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from scdl_zarr.errors import OptionError
 from scdl_zarr.loading.compiled import run_kernel
+from scdl_zarr.loading.orders import key_of
 from scdl_zarr.loading.tokens import Tokenizer, TokenTable
 from scdl_zarr.loading.transforms import Genes, Normalize, Transform, row_sums
 from scdl_zarr.reading.batch import RowBatch
@@ -75,17 +76,9 @@ class Drawing:
 
     def keys(self) -> UInt64Array:
         """A word for each row."""
-        from scdl_zarr.loading.orders import stream_of
-
-        key = np.uint64(stream_of("values", self.seed, self.epoch) & WORD)
-        return _mixed(key + np.uint64(GOLDEN) * self.positions.astype(np.uint64))
-
-
-def _mixed(words: UInt64Array) -> UInt64Array:
-    """SplitMix64's finaliser."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+        words = np.empty(len(self.positions), np.uint64)
+        run_kernel("words_of", self.positions, key_of("values", self.seed, self.epoch), words)
+        return words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +173,7 @@ class RowPass:
         output = CsrOutput(self, rows, drawing, memory, source.n_vars)
         source.visit(rows, layer, source.float_dtype(layer) if self.transforms else dtype, output, memory, helpers)
         batch = output.batch()
-        if not self.transforms or dtype in (None, batch.data.dtype):
+        if not self.transforms or dtype is None or dtype == batch.data.dtype:  # `in` would take None for float64, as NumPy does
             return batch
         data = memory.take(len(batch.data), dtype)
         cast_exactly(batch.data, data)

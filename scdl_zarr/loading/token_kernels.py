@@ -342,25 +342,24 @@ def bin_values(
     edges = np.empty(len(quantiles), np.float64)
     for row in range(len(indptr) - 1):
         start, stop = indptr[row], indptr[row + 1]
-        found, own, n, sound, small = data[start:stop], genes[start:stop], U(0), True, True
+        found, own, n, sound, small, largest = data[start:stop], genes[start:stop], U(0), True, True, np.int32(0)
         for k in range(len(found)):
             token, value = tokens[own[k]], found[k]
+            number = np.int32(value)
             sound &= value >= 0
-            given[n], values[n], mine[n] = value, value, token
-            n += U((token >= 0) & (value != 0))
+            kept = (token >= 0) & (value != 0)
+            small &= (number == value) | (not kept)
+            largest = max(largest, number)
+            given[n], order[n], mine[n] = value, number, token
+            n += U(kept)
         if not sound:
             for k in range(start, stop):
                 if not data[k] >= 0:
                     return k
-        size, largest = np.int64(n), 0.0
-        for k in range(size):
-            largest = max(largest, values[k])
-            small &= values[k] == np.floor(values[k])
-        if small and largest < SMALL:
-            for k in range(size):
-                order[k] = np.uint32(np.int32(values[k]))
+        if small and 0 <= largest < SMALL:
             _bin_counts(order[:n], quantiles, edges, np.int64(largest), side, keys[row], digits)
         else:
+            values[:n] = given[:n]
             _sort(values[:n], floats, words, order, other, counts)
             _bin_sorted(given[:n], values[:n], order[:n], quantiles, edges, side, keys[row], digits)
         ids, outs = out_ids[places[row]], out_values[places[row]]

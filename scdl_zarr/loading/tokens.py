@@ -286,7 +286,7 @@ class Tokenizer:
         """The tokens of a block's rows to their lines."""
         first, last = block.indptr[0], block.indptr[-1]
         genes = block.ids.view(f"u{block.ids.itemsize}")
-        if first < last and genes[first:last].max() >= len(self.tokens):
+        if not block.checked and first < last and genes[first:last].max() >= len(self.tokens):
             raise CorruptStoreError(f"gene id {genes[first:last].max()} is out of range for {len(self.tokens)} genes")
         run_kernel("make_canonical", block.data, block.ids, block.indptr)
         bad = self.run(block, (block.data, genes, block.indptr, block.places, self.tokens), out)
@@ -297,9 +297,24 @@ class Tokenizer:
 def _rank(
     block: RowBlock, rows: Any, out: TokenTable, *, factors: Any, target_sum: float, first: int, last: int, pad: int
 ) -> int:
-    scale = (factors, block.notes["totals"], target_sum)
+    totals = block.notes["totals"]
+    odd = ~(np.isfinite(totals) & (totals > 0))
+    if odd.any():
+        _refuse_totals(block, np.flatnonzero(odd))
+    scale = (factors, totals, target_sum)
     bad: int = run_kernel("rank_genes", *rows, *scale, first, last, pad, out.ids, out.mask, out.lengths)
     return bad
+
+
+def _refuse_totals(block: RowBlock, rows: npt.NDArray[np.intp]) -> None:
+    """What cannot be divided by these rows' totals; a cell without counts need not be."""
+    for row in rows.tolist():
+        values = block.data[block.indptr[row] : block.indptr[row + 1]]
+        if not np.isnan(values).any() and values.any():  # a NaN is found, and named, by who ranks the values
+            raise TransformError(
+                f"RankValue divides by the total of a cell, and that of row {block.notes['rows'][row]} is "
+                f"{block.notes['totals'][row].item()!r}; expected one above zero"
+            )
 
 
 def _bin(
@@ -446,7 +461,7 @@ def _medians(medians: Any, found: _Vocabulary, names: pd.Index, ignore_versions:
     """The median of each gene with a token, 1 for the others."""
     table = read_table(medians, "medians")
     if ignore_versions:
-        table = {without_version(name): value for name, value in table.items()}
+        table = _unversioned(table)
     out = np.ones(len(names), np.float64)
     for place in np.flatnonzero(found.tokens >= 0).tolist():
         name = without_version(names[place]) if ignore_versions else names[place]
@@ -458,6 +473,15 @@ def _medians(medians: Any, found: _Vocabulary, names: pd.Index, ignore_versions:
             )
         out[place] = value
     return out
+
+
+def _unversioned(medians: Mapping[Any, Any]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for name, value in medians.items():
+        plain = without_version(name) if isinstance(name, str) else name
+        if found.setdefault(plain, value) != value:
+            raise OptionError(f"medians has {found[plain]!r} and {value!r} for {plain!r}, where versions are ignored")
+    return found
 
 
 def _some(name: str | None) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Binarize", "Downsample", "Genes", "Log1p", "MinCount", "Normalize", "SampleGenes", "TopK", "Transform", "row_sums"]
 
+SMALLEST_TARGET, LARGEST_TARGET = 1e-30, 1e30  # of which float32 holds the inverse, too
+
 
 class Transform(Protocol):
     """A step of the pass over a block of rows.
@@ -69,7 +71,10 @@ class Normalize:
     each: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _require_positive("Normalize: target_sum", self.target_sum)
+        if not _is_number(self.target_sum) or not SMALLEST_TARGET <= self.target_sum <= LARGEST_TARGET:
+            raise OptionError(
+                f"Normalize: target_sum={self.target_sum!r}; expected a number from {SMALLEST_TARGET} to {LARGEST_TARGET}"
+            )
 
     def apply(self, block: RowBlock) -> None:
         self.measure(block)
@@ -77,7 +82,8 @@ class Normalize:
 
     def measure(self, block: RowBlock) -> None:
         """Find out by what each row is divided."""
-        divisors = row_sums(block).astype(block.data.dtype) / block.data.dtype.type(self.target_sum)
+        with np.errstate(over="ignore"):  # a total beyond float32 is an infinity, as it is for scanpy
+            divisors = row_sums(block).astype(block.data.dtype) / block.data.dtype.type(self.target_sum)
         block.notes[self] = divisors + (divisors == 0)
 
     def scale(self, block: RowBlock) -> None:
@@ -234,8 +240,3 @@ def met_at(block: RowBlock, place: int) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require_positive(name: str, value: Any) -> None:
-    if not _is_number(value) or value <= 0:
-        raise OptionError(f"{name}={value!r}; expected a number above zero")

@@ -83,10 +83,6 @@ class LoaderOptions:
         """Columns of X."""
         return source.n_vars if self.steps is None or self.steps.genes is None else self.steps.genes.n
 
-    def pass_of(self, matrix: str | None) -> RowPass | None:
-        """What becomes of a matrix's rows; None: nothing."""
-        return self.steps if matrix == self.layer else self.layer_steps
-
     @property
     def pinned(self) -> bool:
         """Whether batches are made in page-locked memory, from which they are copied here, and which is used again after that."""
@@ -100,9 +96,11 @@ class LoaderOptions:
         """
         return self.pin_memory and self.device is None and has_pinned_memory()
 
-    def read_dtype(self, stored: np.dtype[Any] | None) -> np.dtype[Any] | None:
+    def read_dtype(self, stored: np.dtype[Any] | None, steps: RowPass | None) -> np.dtype[Any] | None:
         """The dtype that values are read in: as narrow as they are stored, where a device widens them (and loses nothing)."""
         if self.device is None or stored is None or stored.kind not in "iu" or stored.itemsize > 2:
+            return self.dtype
+        if steps is not None and steps.transforms:  # they are no longer what is stored
             return self.dtype
         return stored if np.can_cast(stored, self.dtype or np.float32) else self.dtype
 
@@ -219,6 +217,8 @@ class UnitReader:
         self._labels, self._memory = labels, memory
         self._categories = categories_of(labels)
         self._sets = order if isinstance(order, SetOrder) else None
+        column = None if options.tokenizer is None else options.tokenizer.totals
+        self._totals = None if column is None else source.label(column).values
 
     def batches(self, plan: UnitPlan, counts: deque[int]) -> Generator[LoaderBatch, None, None]:
         """The batches that are left, in order; the stored values of each are appended to `counts`."""
@@ -297,32 +297,38 @@ class UnitReader:
         self, unit: Sequence[Part], rows: Int64Array, drawing: Drawing, memory: BufferSource, helpers: ThreadPoolExecutor | None
     ) -> deque[Made]:
         options, source, array = self._options, self._source, self._options.form.array
-        matrices = {}
-        table = self._tokens(rows, drawing, memory, helpers)
-        for name in options.matrices if table is None else options.layers:
-            dtype, steps = options.read_dtype(source.stored_dtype(name)), options.pass_of(name)
+
+        def read(name: str | None, steps: RowPass | None) -> RowBatch:
+            dtype = options.read_dtype(source.stored_dtype(name), steps)
             if steps is None:
-                matrices[name] = source.read(rows, name, dtype, memory, helpers)
-            else:
-                matrices[name] = steps.read(source, rows, name, dtype, memory, helpers, drawing)
+                return source.read(rows, name, dtype, memory, helpers)
+            return steps.read(source, rows, name, dtype, memory, helpers, drawing)
+
+        table = self._tokens(rows, drawing, memory, helpers)
+        X = None if table is not None else read(options.layer, options.steps)  # noqa: N806 - AnnData's name
+        again = X if options.steps is None else None  # a layer that is X, too, and of which nothing was made, is not read twice
+        layers = {
+            name: again if again is not None and name == options.layer else read(name, options.layer_steps)
+            for name in options.layers
+        }
         obsm = {name: options.placed(source.read_obsm(name, rows), memory) for name in options.obsm}
         labels = {name: options.placed(label.take(rows), memory) for name, label in self._labels.items()}
         made: deque[Made] = deque()
         stop = 0
         for part in unit:
             start, stop = stop, stop + part.stop - part.start
-            cut = {name: cut_rows(batch, start, stop) for name, batch in matrices.items()}
+            own = None if X is None else cut_rows(X, start, stop)
             batch = LoaderBatch(
-                X=None if table is not None else options.matrix(cut[options.layer], memory),
+                X=None if own is None else options.matrix(own, memory),
                 rows=rows[start:stop],
                 obs={name: array(values[start:stop]) for name, values in labels.items()},
                 categories=self._categories,
-                layers={name: options.matrix(cut[name], memory) for name in options.layers},
+                layers={name: options.matrix(cut_rows(values, start, stop), memory) for name, values in layers.items()},
                 obsm={name: array(values[start:stop]) for name, values in obsm.items()},
                 tokens=None if table is None else options.tokens(table, start, stop),
                 padding=part.padding,
             )
-            count = len(cut[options.layer].data) if table is None else int(table.lengths[start:stop].sum())
+            count = len(own.data) if own is not None else 0 if table is None else int(table.lengths[start:stop].sum())
             made.append((batch, count))
         return made
 
@@ -333,8 +339,7 @@ class UnitReader:
         options = self._options
         if options.steps is None or options.steps.tokenizer is None:
             return None
-        column = options.steps.tokenizer.totals
-        totals = None if column is None else self._source.label(column).values[rows].astype(np.float64)
+        totals = None if self._totals is None else self._totals[rows].astype(np.float64)
         return options.steps.tokens(self._source, rows, options.layer, memory, helpers, drawing, totals)
 
 

@@ -243,7 +243,7 @@ class MappedColumns:
             for places, part in cut_plan(plan, order):
                 outputs = self._scratch_for(part.total, dtype, id_dtype)
                 self._gather(maps, part, part.order, kinds, outputs)
-                visitor.visit(RowBlock(places=places, data=outputs[0], ids=outputs[1], indptr=part.indptr))
+                visitor.visit(RowBlock(places=places, data=outputs[0], ids=outputs[1], indptr=part.indptr, checked=True))
                 self._scratch.append(_whole(outputs[0]))
 
         self._share_out(plan, act, helpers)

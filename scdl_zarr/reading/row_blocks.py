@@ -36,6 +36,8 @@ class RowBlock:
         Values and gene ids.
     indptr : int64 ndarray of shape (rows + 1,)
         Row k is ``data[indptr[k]:indptr[k + 1]]``.
+    checked
+        Whoever read them has held the ids against the number of genes.
     notes
         What one step has found out for a later one.
     """
@@ -44,6 +46,7 @@ class RowBlock:
     data: npt.NDArray[Any]
     ids: npt.NDArray[Any]
     indptr: Int64Array
+    checked: bool = False
     notes: dict[Any, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
