@@ -392,6 +392,14 @@ def test_large_numbers_of_a_collection_are_not_mistaken_for_each_other(large: in
         join_labels("donor", [floats, whole])
 
 
+@pytest.mark.parametrize("kinds", [([True, False], [1, 0]), ([0, 1], [True, False])])
+def test_categories_of_a_collection_do_not_get_lost(kinds: tuple[list[Any], list[Any]]) -> None:
+    one, other = (Label(values=np.array([0, 1]), categories=pd.Index(kind)) for kind in kinds)
+    assert join_labels("x", [one, one]).values.tolist() == [0, 1, 0, 1]
+    with pytest.raises(OptionError, match="'x' has categories in some stores that are of another kind in others"):
+        join_labels("x", [one, other])
+
+
 def test_text_that_is_missing_has_code_minus_one(tmp_path: Path) -> None:
     obs = pd.DataFrame({"x": pd.array(["b", None, "a", "b"], dtype="string")}, index=list("abcd"))
     with ad.settings.override(allow_write_nullable_strings=True):

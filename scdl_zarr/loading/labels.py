@@ -115,6 +115,10 @@ def join_labels(name: str, parts: list[Label]) -> Label:
     codes = []
     for part in coded:
         place = np.append(union.get_indexer(part.categories), -1)
+        if (place[:-1] < 0).any():  # pandas takes True for 1 here and not there
+            raise OptionError(
+                f"obs column {name!r} has categories in some stores that are of another kind in others: {list(union)!r:.200}"
+            )
         codes.append(place[part.values].astype(width))
     return Label(values=np.concatenate(codes), categories=union)
 
