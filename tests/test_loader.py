@@ -396,7 +396,8 @@ def test_large_numbers_of_a_collection_are_not_mistaken_for_each_other(large: in
 def test_categories_of_a_collection_do_not_get_lost(kinds: tuple[list[Any], list[Any]]) -> None:
     one, other = (Label(values=np.array([0, 1]), categories=pd.Index(kind)) for kind in kinds)
     assert join_labels("x", [one, one]).values.tolist() == [0, 1, 0, 1]
-    with pytest.raises(OptionError, match="'x' has categories in some stores that are of another kind in others"):
+    assert join_labels("x", [one, Label(values=np.array([0]), categories=pd.Index(["a"]))]).values.tolist() == [0, 1, 2]
+    with pytest.raises(OptionError, match="'x' has categories True and False in some stores and numbers in others"):
         join_labels("x", [one, other])
 
 

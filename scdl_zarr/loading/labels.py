@@ -105,6 +105,9 @@ def join_labels(name: str, parts: list[Label]) -> Label:
         raise OptionError(f"obs column {name!r} has categories in some stores and numbers in others")
     if not coded:
         return Label(values=_joined_numbers(name, [part.values for part in parts]))
+    kinds = {part.categories.dtype.kind for part in coded if part.categories is not None}
+    if "b" in kinds and kinds & set("iuf"):  # pandas takes True for 1 in some places and not in others
+        raise OptionError(f"obs column {name!r} has categories True and False in some stores and numbers in others")
     union = pd.Index([])
     for part in coded:
         assert part.categories is not None
@@ -115,10 +118,6 @@ def join_labels(name: str, parts: list[Label]) -> Label:
     codes = []
     for part in coded:
         place = np.append(union.get_indexer(part.categories), -1)
-        if (place[:-1] < 0).any():  # pandas takes True for 1 here and not there
-            raise OptionError(
-                f"obs column {name!r} has categories in some stores that are of another kind in others: {list(union)!r:.200}"
-            )
         codes.append(place[part.values].astype(width))
     return Label(values=np.concatenate(codes), categories=union)
 
