@@ -651,7 +651,8 @@ class SingleCellZarrDataset:
             goes.  All rows of one come before any of them comes again.
         stratify
             Column of obs, or several: each row comes once, and every stretch of rows has the distinct combinations in their
-            shares of all rows, each to within two rows (of an epoch that is cut short by `num_samples`, too).
+            shares of all rows, each to within two rows (of an epoch that is cut short by `num_samples`, too).  From 131,072 rows
+            on many combinations make it a few more over long stretches: about the square root of their number.
         groups
             Columns of obs: a batch is a set of cells that agree in them, and sets come in shuffled order.  Or a
             :class:`scdl_zarr.CellSets`, which says how many cells a set has, and which controls come along

@@ -24,6 +24,7 @@ import scdl_zarr
 from scdl_zarr import SingleCellCollection, SingleCellZarrDataset
 from scdl_zarr.errors import FeatureNameError, InexactValueError, OptionError, RowIndexError
 from scdl_zarr.loading.batches import LoaderBatch
+from scdl_zarr.loading.labels import Label, join_labels
 from scdl_zarr.loading.loader import Loader
 from scdl_zarr.loading.making import make_loader
 from scdl_zarr.reading.buffers import ReusedBuffers
@@ -378,6 +379,26 @@ def test_numbers_that_no_tensor_holds_are_refused(tmp_path: Path, values: Any, m
     data = scdl_zarr.convert(write_h5ad(tmp_path / "a.h5ad", count_matrix(3), obs=obs), tmp_path / "a.zarr", progress=False)
     with pytest.raises(OptionError, match=message):
         data.loader(2, obs="x", to="numpy")
+
+
+@pytest.mark.parametrize("large", [2**53 + 1, -(2**53) - 1])
+def test_large_numbers_of_a_collection_are_not_mistaken_for_each_other(large: int) -> None:
+    """A donor's number would be another donor's."""
+    whole, other = Label(values=np.array([1, large])), Label(values=np.array([2**53 - 1, 2]))
+    floats = Label(values=np.array([0.5, 2.0]))
+    assert join_labels("donor", [whole, other]).values.tolist() == [1, large, 2**53 - 1, 2]
+    assert join_labels("donor", [floats, other]).values.tolist() == [0.5, 2.0, 2**53 - 1, 2.0]
+    with pytest.raises(OptionError, match="'donor' has floats in some stores, and in others integers"):
+        join_labels("donor", [floats, whole])
+
+
+@pytest.mark.parametrize("kinds", [([True, False], [1, 0]), ([0, 1], [True, False])])
+def test_categories_of_a_collection_do_not_get_lost(kinds: tuple[list[Any], list[Any]]) -> None:
+    one, other = (Label(values=np.array([0, 1]), categories=pd.Index(kind)) for kind in kinds)
+    assert join_labels("x", [one, one]).values.tolist() == [0, 1, 0, 1]
+    assert join_labels("x", [one, Label(values=np.array([0]), categories=pd.Index(["a"]))]).values.tolist() == [0, 1, 2]
+    with pytest.raises(OptionError, match="'x' has categories True and False in some stores and numbers in others"):
+        join_labels("x", [one, other])
 
 
 def test_text_that_is_missing_has_code_minus_one(tmp_path: Path) -> None:

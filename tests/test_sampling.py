@@ -268,6 +268,17 @@ def test_every_stretch_has_the_shares_of_all_rows(shares: npt.NDArray[np.float64
     assert not np.array_equal(whole(rule, 0), whole(rule, 1))
 
 
+@pytest.mark.parametrize("n_classes", [50, 1000, 20_000])
+def test_over_many_segments_a_large_class_is_off_by_no_more_than_a_root(n_classes: int) -> None:
+    n = 200_000
+    codes = np.arange(n) % n_classes
+    codes[np.random.default_rng(0).random(n) < 0.5] = 0
+    codes = np.unique(codes, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    is_large = codes[whole(Stratified(rows=by_class(codes), n=n, seed=1), 0)] == 0
+    off = np.append(0, np.cumsum(is_large - is_large.mean()))
+    assert 2 < off.max() - off.min() < 2 + np.sqrt(n_classes)
+
+
 def test_rare_classes_are_spread_and_elsewhere_in_each_epoch() -> None:
     codes = np.concatenate([np.zeros(3800, np.int64), np.arange(1, 201)])  # 200 classes of one row
     rule = Stratified(rows=by_class(codes), n=4000, seed=1)

@@ -69,7 +69,7 @@ class Sampling:
         n = None if self.num_samples is None else as_count("num_samples", self.num_samples, smallest=1)
         if name == "weights" and _are_of_stores(source, self.weights):
             if given or rows is not None:
-                raise OptionError("weights of stores give an order of their own; leave shuffle, rows and sampler out")
+                raise OptionError("weights of stores give an order of their own; leave shuffle, rows, split and sampler out")
             assert isinstance(source, CollectionRows)
             if not self.replacement:
                 raise OptionError(

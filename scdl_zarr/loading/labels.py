@@ -69,8 +69,7 @@ def make_label(name: str, column: Any) -> Label:
         if not missing.any():
             return make_label(name, column.to_numpy(column.dtype.numpy_dtype))
         floats = column.to_numpy(np.float64, na_value=np.nan)
-        exact = np.asarray(column[~missing].to_numpy(column.dtype.numpy_dtype))
-        if exact.dtype.kind in "iu" and len(exact) and (np.abs(exact.astype(np.float64)) >= 2.0**53).any():
+        if _is_beyond_floats(np.asarray(column[~missing].to_numpy(column.dtype.numpy_dtype))):
             raise OptionError(
                 f"obs column {name!r} misses values and has integers of 2**53 or more, which no tensor holds together"
             )
@@ -105,7 +104,10 @@ def join_labels(name: str, parts: list[Label]) -> Label:
     if coded and len(coded) < len(parts):
         raise OptionError(f"obs column {name!r} has categories in some stores and numbers in others")
     if not coded:
-        return Label(values=np.concatenate([part.values for part in parts]))
+        return Label(values=_joined_numbers(name, [part.values for part in parts]))
+    kinds = {part.categories.dtype.kind for part in coded if part.categories is not None}
+    if "b" in kinds and kinds & set("iuf"):  # pandas takes True for 1 in some places and not in others
+        raise OptionError(f"obs column {name!r} has categories True and False in some stores and numbers in others")
     union = pd.Index([])
     for part in coded:
         assert part.categories is not None
@@ -118,3 +120,17 @@ def join_labels(name: str, parts: list[Label]) -> Label:
         place = np.append(union.get_indexer(part.categories), -1)
         codes.append(place[part.values].astype(width))
     return Label(values=np.concatenate(codes), categories=union)
+
+
+def _joined_numbers(name: str, parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    joined = np.concatenate(parts)
+    if joined.dtype.kind == "f" and any(_is_beyond_floats(part) for part in parts):
+        raise OptionError(
+            f"obs column {name!r} has floats in some stores, and in others integers of 2**53 or more, which no float holds"
+        )
+    return joined
+
+
+def _is_beyond_floats(values: npt.NDArray[Any]) -> bool:
+    """Whether some integers are too large for float64 to tell them apart."""
+    return values.dtype.kind in "iu" and len(values) > 0 and max(int(values.max()), -int(values.min())) >= 1 << 53

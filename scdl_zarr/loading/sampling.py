@@ -255,12 +255,14 @@ class BalancedOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stratified:
-    """Every row once, and in any stretch of positions each class as often as its share of all rows says, to within two rows.
+    """Every row once, and in any stretch of a segment each class as often as its share of all rows says, to within two rows.
 
     ::
 
         epoch      | segment | segment | ...     of about SEGMENT positions; the rows of each class are dealt out to them at even
-                                                 distances, from a random place on: no class is more than a row off its share
+                                                 distances, from a random place on: no class is more than a row off its share.
+                                                 How long a segment becomes is off by about the square root of the number of
+                                                 classes, and so is a large class over several segments
         segment    classes in turn, so that each is less than a row off its share of it at every place
     """
 
