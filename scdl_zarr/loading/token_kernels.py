@@ -345,7 +345,7 @@ def bin_values(
         found, own, n, sound, small, largest = data[start:stop], genes[start:stop], U(0), True, True, np.int32(0)
         for k in range(len(found)):
             token, value = tokens[own[k]], found[k]
-            number = np.int32(value)
+            number = np.int32(min(value, SMALL))  # a larger one is no int32, and is not counted
             sound &= value >= 0
             kept = (token >= 0) & (value != 0)
             small &= (number == value) | (not kept)
