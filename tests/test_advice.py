@@ -46,20 +46,20 @@ def test_weights_of_a_series_go_by_the_names_of_the_cells(data: scdl_zarr.Single
     weights = pd.Series((kinds == "T").astype(float), index=list(data.obs_names))
     shuffled = weights.sample(frac=1, random_state=1)
     rows = {
-        tuple(np.concatenate([batch.rows for batch in data.loader(16, weights=given, to="numpy")]).tolist())
+        tuple(np.concatenate([batch.rows for batch in data.loader(16, to="numpy", weights=given)]).tolist())
         for given in (weights, shuffled, weights.to_numpy())
     }
     assert len(rows) == 1
     assert set(kinds[list(rows.pop())]) == {"T"}
-    chosen = data.loader(16, rows=range(30), weights=shuffled[shuffled.index.isin(data.obs_names[:30])], to="numpy")
+    chosen = data.loader(16, to="numpy", rows=range(30), weights=shuffled[shuffled.index.isin(data.obs_names[:30])])
     assert set(kinds[np.concatenate([batch.rows for batch in chosen])]) == {"T"}
 
 
 def test_weights_of_other_cells_are_refused(data: scdl_zarr.SingleCellZarrDataset) -> None:
     with pytest.raises(OptionError, match=r"weights: the index of the Series is neither row numbers.*\.to_numpy\(\)"):
-        data.loader(16, weights=pd.Series(np.ones(N), index=[f"other{k}" for k in range(N)]))
+        data.loader(16, to="numpy", weights=pd.Series(np.ones(N), index=[f"other{k}" for k in range(N)]))
     with pytest.raises(OptionError, match="weights: the index"):
-        data.loader(16, weights=pd.Series(np.ones(N), index=range(1, N + 1)))
+        data.loader(16, to="numpy", weights=pd.Series(np.ones(N), index=range(1, N + 1)))
 
 
 # ---- genes
@@ -68,42 +68,44 @@ def test_weights_of_other_cells_are_refused(data: scdl_zarr.SingleCellZarrDatase
 @pytest.mark.parametrize("kind", [set, frozenset, dict.fromkeys], ids=["set", "frozenset", "dict"])
 def test_genes_without_an_order_are_refused(data: scdl_zarr.SingleCellZarrDataset, kind: Any) -> None:
     with pytest.raises(OptionError, match="whose order says nothing of columns; give a list"):
-        data.loader(16, genes=kind(data.var_names[:3]))
+        data.loader(16, to="numpy", genes=kind(data.var_names[:3]))
 
 
 def test_few_genes_that_are_found_are_said(data: scdl_zarr.SingleCellZarrDataset) -> None:
     with pytest.warns(UserWarning, match=r"1 of the 4 genes asked for.*the other columns are empty; gene_key="):
-        loader = data.loader(16, genes=[data.var_names[3], "a", "b", "c"], to="numpy")
+        loader = data.loader(16, to="numpy", genes=[data.var_names[3], "a", "b", "c"])
     assert "4 genes, 1 of them in the store" in str(loader.explain(measure=False))
     plain = [name.split(".")[0] for name in data.var_names]
     with pytest.warns(UserWarning, match="none of the 20 genes.*ignore_gene_versions=True"):
-        data.loader(16, genes=plain)
+        data.loader(16, to="numpy", genes=plain)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        data.loader(16, genes=plain, ignore_gene_versions=True)
-        data.loader(16, genes=[f"G{k}" for k in range(GENES)], gene_key="symbol")
-        data.loader(16, genes=[*data.var_names, *(f"other{k}" for k in range(100))])  # a large vocabulary, all genes of the store
+        data.loader(16, to="numpy", genes=plain, ignore_gene_versions=True)
+        data.loader(16, to="numpy", genes=[f"G{k}" for k in range(GENES)], gene_key="symbol")
+        data.loader(
+            16, to="numpy", genes=[*data.var_names, *(f"other{k}" for k in range(100))]
+        )  # a large vocabulary, all genes of the store
 
 
 def test_few_genes_with_a_token_are_said(data: scdl_zarr.SingleCellZarrDataset) -> None:
     few = tokens_of([data.var_names[0], *(f"other{k}" for k in range(30))])
     with pytest.warns(UserWarning, match="only 1 of the 20 genes.* is in the vocabulary"):
-        loader = data.loader(16, tokens=ValueBins(few, 8), to="numpy")
+        loader = data.loader(16, to="numpy", tokens=ValueBins(few, 8))
     assert "8 tokens, for 1 of 20 genes" in str(loader.explain(measure=False))
 
 
 def test_gene_key_alone_is_refused(data: scdl_zarr.SingleCellZarrDataset) -> None:
     with pytest.raises(OptionError, match="neither is given"):
-        data.loader(16, gene_key="symbol")
+        data.loader(16, to="numpy", gene_key="symbol")
 
 
 def test_one_name_and_a_table_are_no_list_of_genes(data: scdl_zarr.SingleCellZarrDataset, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"one alone is a list, too: \['GAPDH'\]"):
-        data.loader(16, genes="GAPDH")
+        data.loader(16, to="numpy", genes="GAPDH")
     for name, text in (("v.tsv", "a\t1\nb\t2\n"), ("v.json", '{"a": 1}')):
         (tmp_path / name).write_text(text)
         with pytest.raises(OptionError, match="expected a text file with a name in each line"):
-            data.loader(16, genes=tmp_path / name)
+            data.loader(16, to="numpy", genes=tmp_path / name)
 
 
 # ---- transforms
@@ -111,19 +113,19 @@ def test_one_name_and_a_table_are_no_list_of_genes(data: scdl_zarr.SingleCellZar
 
 def test_counts_have_to_be_counts_and_fractions_no_integers(data: scdl_zarr.SingleCellZarrDataset) -> None:
     with pytest.raises(OptionError, match="Normalize before it leaves none; put Downsample first"):
-        data.loader(16, transforms=[Normalize(), Downsample(5)])
+        data.loader(16, to="numpy", transforms=[Normalize(), Downsample(5)])
     with pytest.raises(OptionError, match=r"dtype='int32' of what Log1p\(\) makes fractions of"):
-        data.loader(16, transforms=[Log1p()], dtype="int32")
-    data.loader(16, transforms=[Downsample(5), Normalize()], to="numpy")
-    assert next(iter(data.loader(16, transforms=[Binarize()], dtype="int32", to="numpy"))).X.data.dtype == np.int32
+        data.loader(16, to="numpy", transforms=[Log1p()], dtype="int32")
+    data.loader(16, to="numpy", transforms=[Downsample(5), Normalize()])
+    assert next(iter(data.loader(16, to="numpy", transforms=[Binarize()], dtype="int32"))).X.data.dtype == np.int32
     with pytest.raises(OptionError, match=r"holds 'log1p'; expected transforms such as Log1p\(\)"):
-        data.loader(16, transforms="log1p")
+        data.loader(16, to="numpy", transforms="log1p")
 
 
 def test_ranks_of_what_are_no_counts_are_warned_of(data: scdl_zarr.SingleCellZarrDataset) -> None:
     scheme = RankValue(tokens_of(data.var_names), dict.fromkeys(data.var_names, 1.0), 16)
     with pytest.warns(UserWarning, match=r"RankValue normalises counts by itself, and Normalize\(.*\), Log1p\(\) leave none"):
-        data.loader(16, tokens=scheme, transforms=[Normalize(), Log1p()])
+        data.loader(16, to="numpy", tokens=scheme, transforms=[Normalize(), Log1p()])
 
 
 # ---- tokens
@@ -147,9 +149,9 @@ def test_a_scheme_does_not_print_its_vocabulary() -> None:
 
 
 def test_how_many_tokens_there_can_be(data: scdl_zarr.SingleCellZarrDataset) -> None:
-    assert data.loader(16, tokens=GeneValues(8), to="numpy").n_tokens == GENES + 1
+    assert data.loader(16, to="numpy", tokens=GeneValues(8)).n_tokens == GENES + 1
     largest = {**tokens_of(data.var_names), "another": 999}
-    loader = data.loader(16, tokens=ValueBins(largest, 8), to="numpy")
+    loader = data.loader(16, to="numpy", tokens=ValueBins(largest, 8))
     assert loader.n_tokens == 1000
     assert max(int(batch.tokens.ids.max()) for batch in loader if batch.tokens is not None) < loader.n_tokens
     with pytest.raises(AttributeError, match="makes no tokens"):
@@ -194,4 +196,4 @@ def test_a_column_set_over_a_split_is_told_apart(data: scdl_zarr.SingleCellZarrD
     store.split({"train": 0.5, "val": 0.5})
     store.set_obs("split", np.where(np.arange(N) % 2, "train", "val"), overwrite=True)
     with pytest.raises(OptionError, match="there is a column 'split', but nothing keeps groups apart in it"):
-        store.loader(16, split="train")
+        store.loader(16, to="numpy", split="train")
