@@ -386,7 +386,7 @@ def test_a_new_split_needs_overwrite_and_a_column_set_by_hand_has_no_rule(data: 
     data.set_obs("split", first, overwrite=True)
     assert list(data.metadata["splits"]) == ["other"]
     with pytest.raises(errors.OptionError, match=r"recorded no split 'split' \(recorded: 'other'\)"):
-        data.loader(split="train")
+        data.loader(to="numpy", split="train")
     assert len(loaded(data, split={"split": "train"})) == first.count("train")
     data.set_obs("other", first, overwrite=True)
     assert "splits" not in data.metadata
@@ -436,18 +436,18 @@ def test_a_loader_reads_a_part(data: SingleCellZarrDataset) -> None:
 def test_parts_that_are_not_there_are_refused(data: SingleCellZarrDataset, split: Any, message: str) -> None:
     data.split(SHARES)
     with pytest.raises((errors.OptionError, errors.FeatureNameError), match=message):
-        data.loader(split=split)
+        data.loader(to="numpy", split=split)
 
 
 def test_a_split_and_a_sampler_are_refused(data: SingleCellZarrDataset) -> None:
     data.split(SHARES)
     with pytest.raises(errors.OptionError, match="split='train' with a sampler"):
-        data.loader(split="train", sampler=[1, 2])
+        data.loader(to="numpy", split="train", sampler=[1, 2])
 
 
 def test_without_a_recorded_split_the_message_says_how_to_make_one(data: SingleCellZarrDataset) -> None:
     with pytest.raises(errors.OptionError, match=r"recorded no split 'split' \(recorded: none\); scdl_zarr\.open\(PATH\)\.split"):
-        data.loader(split="train")
+        data.loader(to="numpy", split="train")
 
 
 def test_a_leak_that_came_later_is_noticed(data: SingleCellZarrDataset) -> None:
@@ -461,7 +461,7 @@ def test_a_leak_that_came_later_is_noticed(data: SingleCellZarrDataset) -> None:
         with pytest.raises(
             errors.OptionError, match=rf"a leak: donor_id '{donors[train]}' is in 'train' and in 'test', and 'split'"
         ):
-            data.loader(split=split)
+            data.loader(to="numpy", split=split)
 
 
 def rewritten(store: Path, change: Any) -> None:
@@ -479,7 +479,7 @@ def test_a_column_that_is_not_what_the_split_made_is_noticed(data: SingleCellZar
     document["attributes"]["scdl"]["splits"] = {"split": rule}  # as another program would leave it
     (store / "zarr.json").write_text(json.dumps(document))
     with pytest.raises(errors.OptionError, match=r"not what the split made of it \(train 192 rows, now 240, val 24 rows, now 0"):
-        scdl_zarr.open(store).loader(split="train")
+        scdl_zarr.open(store).loader(to="numpy", split="train")
 
 
 @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ def test_a_rule_that_makes_no_sense_is_damage(data: SingleCellZarrDataset, store
     data.split(SHARES)
     rewritten(store, damage)
     with pytest.raises(errors.CorruptStoreError, match="no rule of a split"):
-        scdl_zarr.open(store).loader(split="train")
+        scdl_zarr.open(store).loader(to="numpy", split="train")
 
 
 def test_a_rule_comes_back_from_its_document(data: SingleCellZarrDataset) -> None:
@@ -548,11 +548,11 @@ def test_rows_that_are_appended_with_parts_of_their_own_are_noticed(data: Single
     later = table(24).assign(split=pd.Categorical(["test"] * 24))
     data.append(write_h5ad(tmp_path / "b.h5ad", encoded_rows(24, 9, 3), obs=later), progress=False)
     with pytest.raises(errors.OptionError, match="24 rows that were appended after the split have a part"):
-        data.loader(split="train")
+        data.loader(to="numpy", split="train")
     strange = table(24).assign(split=["dev"] * 24)
     data.append(write_h5ad(tmp_path / "c.h5ad", encoded_rows(24, 9, 3), obs=strange), progress=False)
     with pytest.raises(errors.OptionError, match="not what the split made of it"):
-        data.loader(split="train")
+        data.loader(to="numpy", split="train")
     data.split(SHARES, by="donor_id", overwrite=True)
     assert sorted(row for part in SHARES for row in loaded(data, split=part)) == list(range(N + 48))
 
@@ -591,7 +591,7 @@ def test_what_is_written_leaks_no_more_than_what_it_was_written_of(
     assert set(written.metadata["splits"]) == {"split", "rowwise"}
     for split in ("train", {"split": "train"}):
         with pytest.raises(errors.OptionError, match="a leak: donor_id 'D' is in"):
-            written.loader(split=split)
+            written.loader(to="numpy", split=split)
     assert loaded(written, split={"rowwise": "train"})
     one = data.write(tmp_path / "one.zarr", rows="split == 'train'", progress=False)  # of which nothing can leak
     assert len(loaded(one, split="train")) == len(one)
@@ -610,7 +610,7 @@ def test_what_is_written_does_not_make_a_split_of_parts_that_came_later(
             assert len(loaded(written, split=split)) == 200
             continue
         with pytest.raises(errors.OptionError, match=r"appended after the split|not what the split made"):
-            written.loader(split=split)
+            written.loader(to="numpy", split=split)
 
 
 def test_a_cast_keeps_the_rule(data: SingleCellZarrDataset) -> None:
@@ -653,7 +653,7 @@ def split_stores(folder: Path, **others: Any) -> SingleCellCollection:
 
 def test_a_collection_gives_the_part_of_each_dataset(collection: SingleCellCollection, tmp_path: Path) -> None:
     with pytest.raises(errors.OptionError, match="a has recorded no split 'split'"):
-        collection.loader(split="train")
+        collection.loader(to="numpy", split="train")
     found = split_stores(tmp_path)
     columns = [scdl_zarr.open(tmp_path / "cohort" / name).obs["split"] for name in "ab"]
     whole = pd.concat(columns, ignore_index=True)
@@ -661,7 +661,7 @@ def test_a_collection_gives_the_part_of_each_dataset(collection: SingleCellColle
         assert loaded(found, split=part, shuffle=False) == np.flatnonzero(whole == part).tolist()
     assert loaded(found, split="val", rows=range(N, 2 * N), shuffle=False) == (N + np.flatnonzero(columns[1] == "val")).tolist()
     with pytest.raises(errors.OptionError, match=r"weights of stores .* leave shuffle, rows, split and"):
-        found.loader(split="train", weights=[1, 1])
+        found.loader(to="numpy", split="train", weights=[1, 1])
     drawn = loaded(found, split="train", weights=np.arange(2 * N))
     assert drawn
     assert not set(drawn) - set(np.flatnonzero(whole == "train").tolist())
@@ -673,7 +673,7 @@ def test_a_value_in_two_parts_of_two_datasets_is_a_leak(collection: SingleCellCo
     other.set_obs("donor_id", table()["donor_id"].to_numpy(), overwrite=True)  # the donors of the first one
     found = split_stores(tmp_path)
     with pytest.raises(errors.OptionError, match=r"a leak: donor_id 'D\d+' is in '\w+' of .*/a and in '\w+' of .*/b"):
-        found.loader(split="train")
+        found.loader(to="numpy", split="train")
     for name in "ab":
         held = {"train": 1, "val": {"donor_id": ["D1"]}, "test": {"donor_id": ["D2"]}}
         scdl_zarr.open(tmp_path / "cohort" / name).split(held, by="donor_id", overwrite=True)
@@ -694,4 +694,4 @@ def test_a_donor_is_the_same_as_a_number_and_as_text(
         assert len(loaded(found, split="test")) == 40
         return
     with pytest.raises(errors.OptionError, match=r"a leak: number .* is in 'test' of .*/a and in 'train' of .*/b"):
-        found.loader(split="train")
+        found.loader(to="numpy", split="train")
