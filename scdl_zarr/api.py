@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
-from scdl_zarr.dataset import Check, SingleCellZarrDataset
-from scdl_zarr.storage.remote import is_remote
+    from scdl_zarr.dataset import Check, SingleCellZarrDataset
 
 __all__ = ["convert", "open_store"]
 
@@ -78,6 +78,8 @@ def open_store(
     is, raises :class:`StoreReplacedError` at the next read; values written into an array that stays go unnoticed, and so does
     whatever happens to an opened store.
     """
+    from scdl_zarr.dataset import SingleCellZarrDataset
+
     return SingleCellZarrDataset(
         store, threads=threads, check=check, chunk_cache_bytes=chunk_cache_bytes, storage_options=storage_options
     )
@@ -257,6 +259,7 @@ def convert(
     """
     from scdl_zarr.conversion.execution import run_conversion
     from scdl_zarr.conversion.plan import ConversionOptions
+    from scdl_zarr.storage.remote import is_remote
 
     options = ConversionOptions(
         matrix=matrix,
