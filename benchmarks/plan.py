@@ -558,7 +558,7 @@ def _sampling(grid: Grid) -> list[Case]:
     paired = [
         _loader(
             grid,
-            f"loader({cells}, groups=) with {controls[mapping]}{', dense' if dense else ''}, {threads_text(threads)}",
+            f"groups=, sets of {cells}, {controls[mapping]}{', dense' if dense else ''}, {threads_text(threads)}",
             SAMPLING,
             {"to": "torch", "dense": dense, "groups": {"size": cells, "match": list(MATCHED[mapping])}},
             tuple(case.name for case in screens),

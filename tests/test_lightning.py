@@ -193,6 +193,7 @@ def test_a_part_may_be_another_store(store: Path, data: SingleCellZarrDataset, t
         assert sorted(flat(model.rows["train"])) == flat(model.rows["val"]) == list(range(N_OBS))
 
 
+@pytest.mark.filterwarnings("ignore:.*dealt out whole")  # there are three kinds
 def test_parts_of_a_recorded_split(store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "s.zarr")
     data = scdl_zarr.open(tmp_path / "s.zarr")
