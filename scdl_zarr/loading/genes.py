@@ -53,15 +53,13 @@ def find_genes(names: pd.Index, wanted: Mapping[str, int], *, ignore_versions: b
         wanted = _unversioned(wanted)
     place = np.full(len(names), -1, np.int32)
     first: dict[str, int] = {}
-    for number, given in enumerate(names.tolist()):
-        name = without_version(given) if ignore_versions else given
+    stored = [without_version(name) for name in names.tolist()] if ignore_versions else names.tolist()
+    for number, name in enumerate(stored):
         new = wanted.get(name)
         if new is None:
             continue
         if name in first:
-            places = [
-                k for k, other in enumerate(names.tolist()) if (without_version(other) if ignore_versions else other) == name
-            ]
+            places = [k for k, other in enumerate(stored) if other == name]
             listed = ", ".join(map(str, places[:MOST_NAMED])) + (", ..." if len(places) > MOST_NAMED else "")
             raise FeatureNameError(
                 f"gene {name!r} is there more than once, at {listed}; choose genes by number (all but one of these), or names "

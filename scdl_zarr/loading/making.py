@@ -108,7 +108,7 @@ def make_loader(
     sampling = Sampling(
         weights=weights, replacement=replacement, num_samples=num_samples, balance=balance, stratify=stratify, groups=groups
     )
-    rule = _rule(source, shuffle, rows, sampler, sampling, as_integer("seed", seed), (run_rows, window_rows), options)
+    rule = _rule(source, shuffle, rows, sampler, sampling, options.seed, (run_rows, window_rows), options)
     if source.remote and shuffle in (None, True) and not isinstance(rule, (Drawn, Listed, Rotated)):
         said = "with shuffle=True every row is a request of its own; shuffle='window' reads runs of rows"
         if sampling.given:

@@ -39,6 +39,7 @@ __all__ = ["CsrOutput", "Drawing", "RowPass", "TokenOutput", "checked_transforms
 UInt64Array = npt.NDArray[np.uint64]
 GOLDEN = 0x9E3779B97F4A7C15
 WORD = (1 << 64) - 1
+FRACTIONAL = (Normalize, Log1p)  # what makes fractions of counts
 
 
 def checked_transforms(transforms: Any) -> tuple[Transform, ...]:
@@ -54,7 +55,7 @@ def checked_transforms(transforms: Any) -> tuple[Transform, ...]:
         ):
             raise OptionError(f"transforms holds {transform!r}; expected transforms such as Log1p(), of scdl_zarr.transforms")
     kinds = [type(transform) for transform in found]
-    fractional = [kind for kind in kinds[: kinds.index(Downsample)] if kind in (Normalize, Log1p)] if Downsample in kinds else []
+    fractional = [kind for kind in kinds[: kinds.index(Downsample)] if kind in FRACTIONAL] if Downsample in kinds else []
     if fractional:
         before = fractional[0].__name__
         raise OptionError(f"Downsample draws from counts, and {before} before it leaves none; put Downsample first")
@@ -128,9 +129,14 @@ class RowPass:
         return cls(**ordered, where=where, tokenizer=tokenizer)
 
     @property
+    def steps(self) -> tuple[Transform, ...]:
+        """All transforms."""
+        return (*self.before, *(() if self.measured is None else (self.measured,)), *self.after)
+
+    @property
     def transforms(self) -> bool:
         """Whether values may become others than they are stored."""
-        return bool(self.before or self.after or self.measured)
+        return bool(self.steps)
 
     def __str__(self) -> str:
         """What becomes of a cell, in a few words."""
@@ -148,18 +154,17 @@ class RowPass:
     @property
     def fractions(self) -> list[Transform]:
         """What makes fractions of counts."""
-        steps = (*self.before, *([] if self.measured is None else [self.measured]), *self.after)
-        return [step for step in steps if isinstance(step, (Normalize, Log1p))]
+        return [step for step in self.steps if isinstance(step, FRACTIONAL)]
 
     @property
     def drops(self) -> bool:
         """Whether values may be left out."""
-        return self.genes is not None or any(step.drops for step in (*self.before, *self.after))
+        return self.genes is not None or any(step.drops for step in self.steps)
 
     @property
     def draws(self) -> bool:
         """Whether something is drawn at random."""
-        return any(step.draws for step in (*self.before, *self.after)) or (self.tokenizer is not None and self.tokenizer.draws)
+        return any(step.draws for step in self.steps) or (self.tokenizer is not None and self.tokenizer.draws)
 
     def apply(self, block: RowBlock, rows: Int64Array, keys: UInt64Array | None) -> None:
         """Change a block of rows where it lies; `rows` and `keys` are those of the whole batch."""

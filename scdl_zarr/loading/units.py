@@ -337,7 +337,7 @@ class UnitReader:
     ) -> TokenTable | None:
         """The rows as tokens, if they are wanted."""
         options = self._options
-        if options.steps is None or options.steps.tokenizer is None:
+        if options.steps is None or options.tokenizer is None:
             return None
         totals = None if self._totals is None else self._totals[rows].astype(np.float64)
         return options.steps.tokens(self._source, rows, options.layer, memory, helpers, drawing, totals)
